@@ -1,0 +1,178 @@
+use std::fmt;
+use std::str::FromStr;
+
+use candle_core::{Result, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::pointwise::gelu_erf::GeluErf;
+use crate::pointwise::gelu_tanh::GeluTanh;
+use crate::pointwise::relu::{Relu, ReluSquared};
+use crate::pointwise::silu::Silu;
+use crate::pointwise::{Pointwise, Visitor};
+use crate::{Era, Error, op};
+
+/// An elementwise activation, ERA or one that it is compared with; all run through the same fused kernels.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use era_act::Activation;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let activation: Activation = "silu".parse()?;
+/// let gate_up = Tensor::new(&[[1f32, -2.0, 10.0, 20.0]], &Device::Cpu)?; // (1, 2 F), F = 2
+/// let y = activation.gated(&gate_up)?.to_vec2::<f32>()?; // (1, F)
+/// assert!((y[0][0] - 0.731059 * 10.0).abs() < 1e-4);
+/// assert!((y[0][1] - -2.0 * 0.119203 * 20.0).abs() < 1e-4);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Activation {
+    /// See [`Era`].
+    Era(Era),
+    /// `x sigmoid(x)`, also called swish.
+    Silu,
+    /// `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`, PyTorch's `gelu(approximate="tanh")`.
+    GeluTanh,
+    /// `x Phi(x)`, `Phi` the normal distribution function.
+    Gelu,
+    /// `max(x, 0)`, with slope 0 at 0.
+    Relu,
+    /// `max(x, 0)^2`.
+    ReluSquared,
+}
+
+impl Default for Activation {
+    /// ERA by gate entropy, with its default parameters.
+    fn default() -> Self {
+        Self::Era(Era::default())
+    }
+}
+
+impl Activation {
+    /// Checks that every parameter is in its range.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Parameter`] names the first one that is not.
+    pub fn validate(&self) -> std::result::Result<(), Error> {
+        match self {
+            Self::Era(era) => era.validate(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Applies the activation to every element; x: any shape and strides, f32, f64, bf16 or f16.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Parameter`] or [`Error::DType`], inside a [`candle_core::Error`].
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        struct Fused<'a>(&'a Tensor);
+        impl Visitor for Fused<'_> {
+            type Output = Result<Tensor>;
+
+            fn visit<P: Pointwise>(self, function: P) -> Result<Tensor> {
+                op::forward(function, self.0)
+            }
+        }
+        self.validate()?;
+        self.visit(Fused(x))
+    }
+
+    /// The gated form: `activation(gate) * up` of a packed input, in one pass.
+    ///
+    /// gate_up: (..., 2 F), the gates first, then the values that they scale; returns (..., F). The backward pass
+    /// returns the packed gradient, (..., 2 F), and keeps the input alone.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::GatedShape`] where the last dimension is odd or missing, else as [`forward`](Self::forward).
+    pub fn gated(&self, gate_up: &Tensor) -> Result<Tensor> {
+        struct Fused<'a>(&'a Tensor);
+        impl Visitor for Fused<'_> {
+            type Output = Result<Tensor>;
+
+            fn visit<P: Pointwise>(self, function: P) -> Result<Tensor> {
+                op::gated(function, self.0)
+            }
+        }
+        self.validate()?;
+        self.visit(Fused(gate_up))
+    }
+
+    pub(crate) fn visit<V: Visitor>(&self, visitor: V) -> V::Output {
+        match self {
+            Self::Era(era) => era.visit(visitor),
+            Self::Silu => visitor.visit(Silu),
+            Self::GeluTanh => visitor.visit(GeluTanh),
+            Self::Gelu => visitor.visit(GeluErf),
+            Self::Relu => visitor.visit(Relu),
+            Self::ReluSquared => visitor.visit(ReluSquared),
+        }
+    }
+}
+
+impl candle_nn::Module for Activation {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Activation::forward(self, x)
+    }
+}
+
+impl From<Era> for Activation {
+    fn from(era: Era) -> Self {
+        Self::Era(era)
+    }
+}
+
+/// The names that [`FromStr`] reads; the variants of [`Era`] come with their default parameters.
+const NAMES: [(&str, Activation); 7] = [
+    ("era", Activation::Era(Era::GateEntropy { temperature: 1.0, strength: 0.1 })),
+    ("era_gelu_softplus", Activation::Era(Era::GeluSoftplus { gamma: 0.1 })),
+    ("silu", Activation::Silu),
+    ("gelu_tanh", Activation::GeluTanh),
+    ("gelu", Activation::Gelu),
+    ("relu", Activation::Relu),
+    ("relu_squared", Activation::ReluSquared),
+];
+
+impl FromStr for Activation {
+    type Err = Error;
+
+    /// Reads `era`, `era_gelu_softplus`, `silu`, `gelu_tanh`, `gelu`, `relu` or `relu_squared`, and the other names
+    /// that Hugging Face configurations use for them: `swish`, `gelu_new`, `gelu_pytorch_tanh`, `relu2`.
+    fn from_str(name: &str) -> std::result::Result<Self, Error> {
+        let canonical = match name {
+            "swish" => "silu",
+            "gelu_new" | "gelu_pytorch_tanh" => "gelu_tanh",
+            "relu2" => "relu_squared",
+            other => other,
+        };
+        NAMES.iter().find(|(n, _)| *n == canonical).map(|(_, activation)| *activation).ok_or_else(|| {
+            Error::Name {
+                got: name.to_owned(),
+                expected: "era, era_gelu_softplus, silu, gelu_tanh, gelu, relu, relu_squared",
+            }
+        })
+    }
+}
+
+impl fmt::Display for Activation {
+    /// The name without parameters, or with them where an [`Era`] has other than the default ones.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some((name, _)) = NAMES.iter().find(|(_, activation)| activation == self) {
+            return f.write_str(name);
+        }
+        match self {
+            Self::Era(Era::GateEntropy { temperature, strength }) => {
+                write!(f, "era(temperature={temperature}, strength={strength})")
+            }
+            Self::Era(Era::GeluSoftplus { gamma }) => write!(f, "era_gelu_softplus(gamma={gamma})"),
+            other => write!(f, "{other:?}"),
+        }
+    }
+}

@@ -1,0 +1,18 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod activation;
+mod cpu;
+mod element;
+mod era;
+mod error;
+mod layout;
+mod op;
+mod pointwise;
+mod real;
+pub mod reference;
+
+pub use activation::Activation;
+pub use candle_core;
+pub use era::Era;
+pub use error::Error;

@@ -1,0 +1,171 @@
+//! The custom ops, and the one place that looks at the device.
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Tensor};
+
+use crate::cpu;
+use crate::element::Element;
+use crate::layout::elements;
+use crate::pointwise::Pointwise;
+use crate::{Error, reference};
+
+/// `f` of every element of `x`: the fused kernel where there is one, else the composition of candle ops.
+pub(crate) fn forward<P: Pointwise>(f: P, x: &Tensor) -> Result<Tensor> {
+    check_dtype(x)?;
+    match x.device() {
+        Device::Cpu => x.apply_op1(Forward(f)),
+        _ => reference::composed(f, x),
+    }
+}
+
+/// `f(gate) up` of the packed `[gate | up]`: the fused kernel where there is one, else the composition.
+pub(crate) fn gated<P: Pointwise>(f: P, gate_up: &Tensor) -> Result<Tensor> {
+    check_dtype(gate_up)?;
+    gated_width(gate_up.shape())?;
+    match gate_up.device() {
+        Device::Cpu => gate_up.apply_op1(Gated(f)),
+        _ => reference::composed_gated(f, gate_up),
+    }
+}
+
+fn check_dtype(x: &Tensor) -> Result<()> {
+    match x.dtype() {
+        DType::F32 | DType::F64 | DType::BF16 | DType::F16 => Ok(()),
+        got => Err(Error::DType { got }.into()),
+    }
+}
+
+/// Half of the last dimension.
+pub(crate) fn gated_width(shape: &Shape) -> Result<usize> {
+    match shape.dims().last() {
+        Some(last) if last % 2 == 0 => Ok(last / 2),
+        _ => Err(Error::GatedShape { got: shape.dims().to_vec() }.into()),
+    }
+}
+
+fn halved(shape: &Shape, width: usize) -> Shape {
+    let mut dims = shape.dims().to_vec();
+    if let Some(last) = dims.last_mut() {
+        *last = width;
+    }
+    Shape::from(dims)
+}
+
+/// Calls a generic function with the element type of a CPU storage.
+macro_rules! by_dtype {
+    ($storage:expr, $T:ident => $body:expr) => {
+        match $storage {
+            CpuStorage::F32(_) => {
+                type $T = f32;
+                $body
+            }
+            CpuStorage::F64(_) => {
+                type $T = f64;
+                $body
+            }
+            CpuStorage::BF16(_) => {
+                type $T = half::bf16;
+                $body
+            }
+            CpuStorage::F16(_) => {
+                type $T = half::f16;
+                $body
+            }
+            other => Err(Error::DType { got: candle_core::backend::BackendStorage::dtype(other) }.into()),
+        }
+    };
+}
+
+fn storage<T: Element>(data: Vec<T>) -> CpuStorage {
+    T::to_cpu_storage_owned(data)
+}
+
+fn same_shape(op: &'static str, a: &Layout, b: &Shape) -> Result<()> {
+    if a.shape() == b {
+        return Ok(());
+    }
+    Err(candle_core::Error::ShapeMismatchBinaryOp { lhs: b.clone(), rhs: a.shape().clone(), op }.bt())
+}
+
+struct Forward<P>(P);
+
+impl<P: Pointwise> CustomOp1 for Forward<P> {
+    fn name(&self) -> &'static str {
+        "era-act"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        by_dtype!(x, T => {
+            let y = cpu::forward(self.0, &elements::<T>(x, layout)?);
+            Ok((storage(y), layout.shape().clone()))
+        })
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        x.apply_op2_no_bwd(dy, &Backward(self.0)).map(Some)
+    }
+}
+
+struct Backward<P>(P);
+
+impl<P: Pointwise> CustomOp2 for Backward<P> {
+    fn name(&self) -> &'static str {
+        "era-act-backward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        dy: &CpuStorage,
+        ldy: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        same_shape(self.name(), ldy, lx.shape())?;
+        by_dtype!(x, T => {
+            let dx = cpu::backward(self.0, &elements::<T>(x, lx)?, &elements::<T>(dy, ldy)?);
+            Ok((storage(dx), lx.shape().clone()))
+        })
+    }
+}
+
+struct Gated<P>(P);
+
+impl<P: Pointwise> CustomOp1 for Gated<P> {
+    fn name(&self) -> &'static str {
+        "era-act-gated"
+    }
+
+    fn cpu_fwd(&self, packed: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let width = gated_width(layout.shape())?;
+        by_dtype!(packed, T => {
+            let y = cpu::gated_forward(self.0, &elements::<T>(packed, layout)?, width);
+            Ok((storage(y), halved(layout.shape(), width)))
+        })
+    }
+
+    fn bwd(&self, packed: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        packed.apply_op2_no_bwd(dy, &GatedBackward(self.0)).map(Some)
+    }
+}
+
+struct GatedBackward<P>(P);
+
+impl<P: Pointwise> CustomOp2 for GatedBackward<P> {
+    fn name(&self) -> &'static str {
+        "era-act-gated-backward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        packed: &CpuStorage,
+        layout: &Layout,
+        dy: &CpuStorage,
+        ldy: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let width = gated_width(layout.shape())?;
+        same_shape(self.name(), ldy, &halved(layout.shape(), width))?;
+        by_dtype!(packed, T => {
+            let (packed, dy) = (elements::<T>(packed, layout)?, elements::<T>(dy, ldy)?);
+            Ok((storage(cpu::gated_backward(self.0, &packed, &dy, width)), layout.shape().clone()))
+        })
+    }
+}

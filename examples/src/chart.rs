@@ -1,0 +1,116 @@
+//! Line charts as SVG.
+
+use std::path::Path;
+
+use anyhow::{Result, anyhow};
+use plotters::prelude::*;
+
+use crate::files;
+use crate::log::Record;
+
+/// A line of a chart.
+#[derive(Debug, Clone)]
+pub struct Line {
+    /// Its name in the legend.
+    pub name: String,
+    /// Its points.
+    pub points: Vec<(f64, f64)>,
+    /// Thin and pale, for what is noisy.
+    pub faint: bool,
+}
+
+const SIZE: (u32, u32) = (900, 540);
+
+/// Draws lines over a common axis and writes the file.
+///
+/// # Errors
+/// Nothing to draw, or a file that cannot be written.
+pub fn write(path: &Path, title: &str, (x_name, y_name): (&str, &str), lines: &[Line]) -> Result<()> {
+    let svg = draw(title, (x_name, y_name), lines).map_err(|error| anyhow!("{}: {error}", path.display()))?;
+    files::write(path, svg.as_bytes())
+}
+
+fn draw(title: &str, (x_name, y_name): (&str, &str), lines: &[Line]) -> Result<String> {
+    let finite = |&(x, y): &(f64, f64)| x.is_finite() && y.is_finite();
+    let points = || lines.iter().flat_map(|line| &line.points).copied().filter(|p| finite(p));
+    let bounds = |of: fn((f64, f64)) -> f64| {
+        points().map(of).fold((f64::INFINITY, f64::NEG_INFINITY), |(lo, hi), v| (lo.min(v), hi.max(v)))
+    };
+    let ((left, right), (low, high)) = (bounds(|p| p.0), bounds(|p| p.1));
+    if left > right {
+        return Err(anyhow!("nothing to draw"));
+    }
+    let margin = ((high - low) * 0.05).max(1e-3);
+    let failed = |error: &dyn std::fmt::Display| anyhow!("{error}");
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
+        area.fill(&WHITE).map_err(|e| failed(&e))?;
+        let mut chart = ChartBuilder::on(&area)
+            .caption(title, ("sans-serif", 18))
+            .margin(12)
+            .x_label_area_size(42)
+            .y_label_area_size(56)
+            .build_cartesian_2d(left..right.max(left + 1.0), low - margin..high + margin)
+            .map_err(|e| failed(&e))?;
+        chart.configure_mesh().x_desc(x_name).y_desc(y_name).draw().map_err(|e| failed(&e))?;
+        for (i, line) in lines.iter().enumerate() {
+            let color = Palette99::pick(i).to_rgba();
+            let style = if line.faint { color.mix(0.35).stroke_width(1) } else { color.stroke_width(2) };
+            chart
+                .draw_series(LineSeries::new(line.points.iter().copied().filter(|p| finite(p)), style))
+                .map_err(|e| failed(&e))?
+                .label(line.name.clone())
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
+        }
+        chart
+            .configure_series_labels()
+            .background_style(WHITE.mix(0.85))
+            .border_style(BLACK.mix(0.3))
+            .draw()
+            .map_err(|e| failed(&e))?;
+        area.present().map_err(|e| failed(&e))?;
+    }
+    Ok(svg)
+}
+
+/// The loss of a run: every step, its moving average, held-out loss, and the two lines to compare it with.
+pub fn loss_lines(records: &[Record], unigram_entropy: f64, floor: Option<f64>) -> Vec<Line> {
+    let xs = || records.iter().map(|r| r.step as f64);
+    let mut average = None;
+    let smooth = records
+        .iter()
+        .map(|r| {
+            let value = average.map_or(r.loss, |a: f64| 0.95 * a + 0.05 * r.loss);
+            average = Some(value);
+            (r.step as f64, value)
+        })
+        .collect();
+    let evaluated = records.iter().filter_map(|r| r.eval_loss.map(|loss| (r.step as f64, loss)));
+    let (first, last) = (xs().next().unwrap_or(0.0), xs().last().unwrap_or(1.0));
+    let flat = |name: &str, y: f64| Line { name: name.into(), points: vec![(first, y), (last, y)], faint: false };
+    let mut lines = vec![
+        Line { name: "loss".into(), points: records.iter().map(|r| (r.step as f64, r.loss)).collect(), faint: true },
+        Line { name: "loss, moving average".into(), points: smooth, faint: false },
+        Line { name: "held-out loss".into(), points: evaluated.collect(), faint: false },
+        flat("unigram entropy", unigram_entropy),
+    ];
+    if let Some(floor) = floor {
+        lines.push(flat("floor", floor));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn charts_are_svg_and_leave_out_what_is_not_finite() {
+        let points = vec![(1.0, 2.0), (2.0, f64::NAN), (3.0, 1.0)];
+        let line = Line { name: "a < b".into(), points, faint: false };
+        let svg = draw("t", ("x", "y"), &[line]).unwrap();
+        assert!(svg.starts_with("<svg") && svg.contains("a &lt; b") && !svg.contains("NaN"));
+        assert!(draw("t", ("x", "y"), &[]).is_err());
+    }
+}

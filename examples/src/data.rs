@@ -1,0 +1,123 @@
+//! From settings to tokens: the embedded stories or one's own text.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use vesper_data::corpus::{Split, StoryCorpus};
+use vesper_data::{DataError, Documents, TextTokenizer, TokenCache, Tokens};
+
+use crate::settings::Settings;
+
+/// What a run trains on.
+#[derive(Debug)]
+pub struct Data {
+    /// What it is, for people.
+    pub name: String,
+    /// The tokenizer of all of it.
+    pub tokenizer: TextTokenizer,
+    /// Training tokens.
+    pub train: Tokens,
+    /// Held-out tokens.
+    pub eval: Tokens,
+    /// Entropy of the token frequencies of the training part, in nats: what a model without context reaches.
+    pub unigram_entropy: f64,
+    /// The information content of the held-out part, in nats a token, where it is known: no model can be better.
+    pub floor: Option<f64>,
+}
+
+/// The share of one's own text that is held out.
+const EVAL_SHARE: f64 = 0.05;
+
+/// The embedded stories: vocabulary, text to train its tokenizer on, held-out stories, and at most this many bytes
+/// to train on (a longer run sees them again).
+const STORY_VOCAB: usize = 1024;
+const STORY_TOKENIZER_BYTES: usize = 1 << 20;
+const STORY_EVAL: usize = 1000;
+const STORY_TRAIN_BYTES: usize = 64 << 20;
+
+impl Data {
+    /// Prepares the data of a run. `tokenizer` is that of a run that goes on; `cache` the folder of token caches.
+    ///
+    /// # Errors
+    /// Names the file and line that cannot be used, or the flag that does not fit the data.
+    pub fn prepare(settings: &Settings, default_vocab: usize, tokenizer: Option<&Path>, cache: &Path) -> Result<Self> {
+        let tokenizer = match tokenizer.or(settings.tokenizer.as_deref()) {
+            Some(file) => Some(TextTokenizer::from_file(file)?),
+            None => None,
+        };
+        let data = if settings.data.is_empty() {
+            Self::stories(settings, tokenizer)?
+        } else {
+            Self::files(settings, default_vocab, tokenizer, cache)?
+        };
+        let (seq, train, eval) = (settings.seq, data.train.len(), data.eval.len());
+        if train <= seq || eval <= seq {
+            bail!(
+                "--seq {seq} is longer than the data: {} has {train} tokens to train on and {eval} held out, \
+                 and both parts need more than {seq}",
+                data.name
+            );
+        }
+        Ok(data)
+    }
+
+    fn stories(settings: &Settings, tokenizer: Option<TextTokenizer>) -> Result<Self> {
+        let corpus = StoryCorpus::new(settings.seed);
+        let tokenizer = match tokenizer {
+            Some(tokenizer) => tokenizer,
+            None => {
+                let stories = corpus.take_bytes(STORY_TOKENIZER_BYTES);
+                let texts = stories.iter().map(|story| Ok::<_, DataError>(story.text.as_str()));
+                TextTokenizer::train_bpe(texts, settings.vocab_size.unwrap_or(STORY_VOCAB))?
+            }
+        };
+        let encode = |stories: &[vesper_data::corpus::Story]| -> Result<Tokens> {
+            let texts = stories.iter().map(|story| Ok::<_, DataError>(story.text.clone()));
+            Ok(Tokens::from_documents(tokenizer.encode_documents(texts).map(|d| d.map(|d| d.ids)))?)
+        };
+        let held_out = corpus.with_split(Split::HeldOut).take_stories(STORY_EVAL);
+        let eval = encode(&held_out)?;
+        // As many stories as the run reads, so that it sees each once.
+        let wanted = settings.steps.saturating_mul((settings.batch * settings.seq) as u64) as f64;
+        let bytes: usize = held_out.iter().map(|story| story.text.len()).sum();
+        let bytes = wanted * 1.02 * bytes as f64 / eval.len().max(1) as f64;
+        let train = encode(&corpus.take_bytes((bytes as usize + 65_536).min(STORY_TRAIN_BYTES)))?;
+        Ok(Self {
+            name: "the embedded stories".into(),
+            unigram_entropy: train.unigram_entropy(),
+            floor: Some(vesper_data::corpus::floor_nats(&held_out) / eval.len().max(1) as f64),
+            tokenizer,
+            train,
+            eval,
+        })
+    }
+
+    fn files(
+        settings: &Settings,
+        default_vocab: usize,
+        tokenizer: Option<TextTokenizer>,
+        cache: &Path,
+    ) -> Result<Self> {
+        let sources = &settings.data;
+        let tokenizer = match tokenizer {
+            Some(tokenizer) => tokenizer,
+            None => {
+                let texts = Documents::open(sources)?.map(|d| d.map(|d| d.text));
+                TextTokenizer::train_bpe(texts, settings.vocab_size.unwrap_or(default_vocab))?
+            }
+        };
+        crate::files::create_dir(cache)?;
+        let (cache, status) = TokenCache::open_or_build(cache, sources, &tokenizer)?;
+        let name = sources.iter().map(|s| s.display().to_string()).collect::<Vec<_>>().join(", ");
+        crate::say!("Tokens of {name}: cache {status}, {}", cache.path().display());
+        if cache.unknown_tokens() > 0 {
+            let share = 100.0 * cache.unknown_tokens() as f64 / cache.len().max(1) as f64;
+            eprintln!("warning: the tokenizer does not know {share:.2} % of the tokens in {name}");
+        }
+        let tokens = cache.tokens();
+        // A little text still needs a held-out window or two.
+        let share = EVAL_SHARE.max(2.0 * (settings.seq + 1) as f64 / tokens.len().max(1) as f64).min(0.5);
+        let (train, eval) = tokens.split(share).with_context(|| name.clone())?;
+        Ok(Self { unigram_entropy: train.unigram_entropy(), floor: None, name, tokenizer, train, eval })
+    }
+}

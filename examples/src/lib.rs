@@ -1,0 +1,72 @@
+//! The plumbing of the examples: settings, checkpoints, logs, charts. What a reader came for, the model, the optimizer
+//! and the training loop, stands in the examples themselves.
+
+pub mod chart;
+pub mod checkpoint;
+pub mod data;
+pub mod device;
+pub mod files;
+pub mod interrupt;
+pub mod log;
+pub mod progress;
+pub mod runs;
+pub mod schedule;
+pub mod settings;
+
+use std::process::ExitCode;
+
+/// Like `println!`, but a closed pipe (`train | head`) does not end the program.
+#[macro_export]
+macro_rules! say {
+    ($($arg:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stdout(), $($arg)*);
+    }};
+}
+
+/// What an example that failed exits with.
+pub const FAILED: u8 = 2;
+
+/// What an example that was stopped by Ctrl-C exits with, as a shell would report it.
+pub const INTERRUPTED: u8 = 130;
+
+/// Runs an example: an error becomes one line on stderr and exit code 2.
+pub fn run(example: impl FnOnce() -> anyhow::Result<ExitCode>) -> ExitCode {
+    match example() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {}", one_line(&error));
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+/// An error and its causes in one line, each cause once.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        // candle prints a backtrace under its message where RUST_BACKTRACE is set.
+        let text = cause.to_string();
+        let text = text.split("\n   0: ").next().unwrap_or_default();
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        if !line.ends_with(&text) {
+            if !line.is_empty() {
+                line.push_str(": ");
+            }
+            line.push_str(&text);
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    #[test]
+    fn errors_are_one_line_with_each_cause_once() {
+        let cause = std::io::Error::other("no\nspace\n   0: backtrace");
+        let error = Err::<(), _>(cause).context("run.json").unwrap_err();
+        assert_eq!(super::one_line(&error), "run.json: no space");
+    }
+}

@@ -1,0 +1,109 @@
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// What the product `B A` is multiplied by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Scaling {
+    /// `alpha / r`, as in the LoRA paper.
+    #[default]
+    AlphaOverR,
+    /// `alpha / sqrt(r)`, rank-stabilised ([arXiv 2312.03732](https://arxiv.org/abs/2312.03732)); PEFT's `use_rslora`.
+    AlphaOverSqrtR,
+}
+
+/// How an adapter of the LoRA kind is made.
+///
+/// # Examples
+///
+/// ```
+/// use flylora::LoraConfig;
+///
+/// let config = LoraConfig::default().with_r(16).with_alpha(32.0);
+/// assert_eq!(config.scale(), 2.0);
+/// assert!(config.with_r(0).validate().is_err());
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoraConfig {
+    /// The rank of the update: from 1 to the smaller dimension of the weight, 8 by default.
+    pub r: usize,
+    /// The numerator of the scale: finite and not 0, 8 by default.
+    pub alpha: f64,
+    /// What `alpha` is divided by: `r` by default.
+    pub scaling: Scaling,
+    /// What the initial `A` is drawn from, together with the name of the layer; 0 by default.
+    pub seed: u64,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self { r: 8, alpha: 8.0, scaling: Scaling::default(), seed: 0 }
+    }
+}
+
+impl LoraConfig {
+    /// Sets the rank.
+    pub fn with_r(mut self, r: usize) -> Self {
+        self.r = r;
+        self
+    }
+
+    /// Sets the numerator of the scale.
+    pub fn with_alpha(mut self, alpha: f64) -> Self {
+        self.alpha = alpha;
+        self
+    }
+
+    /// Sets what `alpha` is divided by.
+    pub fn with_scaling(mut self, scaling: Scaling) -> Self {
+        self.scaling = scaling;
+        self
+    }
+
+    /// Sets the seed.
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// What the product `B A` is multiplied by.
+    pub fn scale(&self) -> f64 {
+        match self.scaling {
+            Scaling::AlphaOverR => self.alpha / self.r as f64,
+            Scaling::AlphaOverSqrtR => self.alpha / (self.r as f64).sqrt(),
+        }
+    }
+
+    /// Checks all that can be checked without a layer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] names the first field that is not in its range.
+    pub fn validate(&self) -> Result<()> {
+        if self.r == 0 {
+            return Err(Error::Config { field: "r", expected: "at least 1".into(), got: self.r.to_string() });
+        }
+        if !self.alpha.is_finite() || self.alpha == 0.0 {
+            let expected = "finite and not 0".into();
+            return Err(Error::Config { field: "alpha", expected, got: self.alpha.to_string() });
+        }
+        Ok(())
+    }
+
+    /// Checks the configuration for a layer of the given size.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`], also where `r` is larger than one of the dimensions.
+    pub fn validate_for(&self, in_features: usize, out_features: usize) -> Result<()> {
+        self.validate()?;
+        if self.r > in_features.min(out_features) {
+            let expected = format!("at most min(in, out) = min({in_features}, {out_features})");
+            return Err(Error::Config { field: "r", expected, got: self.r.to_string() });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,76 @@
+use std::collections::{BTreeMap, HashMap};
+use std::io::Write;
+use std::path::Path;
+
+use candle_core::Tensor;
+use tempfile::NamedTempFile;
+
+use super::{CONFIG_FILE, PeftConfig, Stored, WEIGHTS_FILE, check_paths, key};
+use crate::adapter::Adapter;
+use crate::{Error, Result};
+
+/// Writes adapters, each with the path of its module, as a directory that PEFT reads; the directory is made if needed.
+///
+/// Each file is written under another name, brought to the disk and then renamed, the weights first: an interrupted
+/// save leaves the old files or the new ones, never half of one.
+///
+/// # Errors
+///
+/// [`Error::Adapters`] where there is none, two have one path, or they scale differently; [`Error::Io`].
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_nn::Linear;
+/// use flylora::{LoraConfig, LoraLinear, load_adapters, save_adapters};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let base = Linear::new(Tensor::randn(0f32, 0.1, (6, 12), &Device::Cpu)?, None);
+/// let layer = LoraLinear::seeded(base.clone(), &LoraConfig::default().with_r(4), "q_proj")?;
+/// let dir = tempfile::tempdir()?;
+/// save_adapters(dir.path(), &[("layers.0.q_proj", &layer)])?;
+///
+/// let other = LoraLinear::seeded(base, &LoraConfig::default().with_r(4).with_seed(1), "q_proj")?;
+/// load_adapters(dir.path(), &[("layers.0.q_proj", &other)])?;
+/// assert_eq!(layer.adapter().a().to_vec2::<f32>()?, other.adapter().a().to_vec2::<f32>()?);
+/// # Ok(())
+/// # }
+/// ```
+pub fn save_adapters<S: Stored>(dir: impl AsRef<Path>, adapters: &[(&str, &S)]) -> Result<()> {
+    let dir = dir.as_ref();
+    check_paths(adapters)?;
+    let configs: Vec<_> = adapters.iter().map(|(path, s)| (*path, s.stored().config())).collect();
+    let config = PeftConfig::from_adapters(&configs)?.to_json();
+    // Sorted by key, so that equal adapters give equal files.
+    let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
+    for (path, adapter) in adapters {
+        for (name, var) in adapter.stored().parameters() {
+            tensors.insert(key(path, &name), var.as_detached_tensor().contiguous()?);
+        }
+    }
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let format = |e: safetensors::SafeTensorError| Error::Format {
+        path: dir.join(WEIGHTS_FILE),
+        message: e.to_string(),
+    };
+    let weights = safetensors::serialize(&tensors, Some(metadata)).map_err(format)?;
+
+    std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_owned(), source })?;
+    let weights = stage(dir, &weights)?;
+    let config = stage(dir, config.as_bytes())?;
+    put(weights, &dir.join(WEIGHTS_FILE))?;
+    put(config, &dir.join(CONFIG_FILE))
+}
+
+/// A temporary file in `dir` with the bytes on the disk.
+fn stage(dir: &Path, bytes: &[u8]) -> Result<NamedTempFile> {
+    let io = |source| Error::Io { path: dir.to_owned(), source };
+    let mut file = NamedTempFile::new_in(dir).map_err(io)?;
+    file.write_all(bytes).and_then(|()| file.flush()).and_then(|()| file.as_file().sync_all()).map_err(io)?;
+    Ok(file)
+}
+
+fn put(file: NamedTempFile, path: &Path) -> Result<()> {
+    file.persist(path).map(|_| ()).map_err(|e| Error::Io { path: path.to_owned(), source: e.error })
+}

@@ -1,0 +1,47 @@
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::Linear;
+use flylora::{LoraAdapter, LoraConfig, LoraLinear};
+
+/// Numbers in [-scale, scale] that look random and are always the same.
+pub fn noise(shape: &[usize], scale: f64, dtype: DType, seed: u64) -> Tensor {
+    let mut state = seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let values: Vec<f64> = (0..shape.iter().product())
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            ((state >> 40) as f64 / (1u64 << 23) as f64 - 1.0) * scale
+        })
+        .collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+}
+
+pub fn values(t: &Tensor) -> Vec<f64> {
+    t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+pub fn base(inputs: usize, outputs: usize, dtype: DType, bias: bool) -> Linear {
+    let bias = bias.then(|| noise(&[outputs], 0.5, dtype, 2));
+    Linear::new(noise(&[outputs, inputs], 0.3, dtype, 1), bias)
+}
+
+/// Gives `B` values, so that an adapter that does nothing is noticed.
+pub fn wake(adapter: &LoraAdapter, seed: u64) {
+    let b = adapter.b();
+    b.set(&noise(b.dims(), 0.4, b.dtype(), seed)).unwrap();
+}
+
+/// A layer whose adapter has an effect.
+pub fn awake(inputs: usize, outputs: usize, dtype: DType, bias: bool) -> LoraLinear {
+    let config = LoraConfig::default().with_r(4).with_alpha(6.0);
+    let layer = LoraLinear::seeded(base(inputs, outputs, dtype, bias), &config, "layer").unwrap();
+    wake(layer.adapter(), 3);
+    layer
+}
+
+pub fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.dims(), b.dims());
+    values(a).iter().zip(values(b)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}

@@ -1,0 +1,151 @@
+//! Where gradients go, and that they are right.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use candle_core::{DType, Tensor, Var};
+use candle_nn::{Linear, Optimizer, SGD};
+use common::{awake, base, noise, values};
+use flylora::{FrozenLinear, LoraConfig, LoraLinear};
+
+#[test]
+fn gradients_of_the_input_and_the_adapter_equal_central_differences() {
+    for bias in [false, true] {
+        let layer = awake(7, 5, DType::F64, bias);
+        let x = Var::from_tensor(&noise(&[2, 3, 7], 1.0, DType::F64, 20)).unwrap();
+        let weights = noise(&[2, 3, 5], 1.0, DType::F64, 21);
+        // Not linear in the output, so that the gradient that arrives is not a constant.
+        let loss = || (layer.forward(&x).unwrap().sqr().unwrap() * &weights).unwrap().sum_all().unwrap();
+        let grads = loss().backward().unwrap();
+        for (name, var) in [("x", &x), ("A", layer.adapter().a()), ("B", layer.adapter().b())] {
+            let got = values(grads.get(var).unwrap());
+            let original = values(var);
+            for i in 0..original.len() {
+                let at = |step: f64| {
+                    let mut moved = original.clone();
+                    moved[i] += step;
+                    var.set(&Tensor::from_vec(moved, var.shape(), var.device()).unwrap()).unwrap();
+                    values(&loss())[0]
+                };
+                let want = (at(1e-5) - at(-1e-5)) / 2e-5;
+                assert!(
+                    (got[i] - want).abs() < 1e-8 * (1.0 + want.abs()),
+                    "{name}[{i}]: {} and {want}",
+                    got[i]
+                );
+            }
+            var.set(&Tensor::from_vec(original, var.shape(), var.device()).unwrap()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn every_trainable_has_a_gradient_and_nothing_else_has() {
+    for dtype in [DType::F32, DType::BF16, DType::F64] {
+        // Weights that are variables themselves: even so they get nothing.
+        let weight = Var::from_tensor(&noise(&[6, 10], 0.3, dtype, 22)).unwrap();
+        let bias = Var::from_tensor(&noise(&[6], 0.3, dtype, 23)).unwrap();
+        let linear = Linear::new(weight.as_tensor().clone(), Some(bias.as_tensor().clone()));
+        let layer = LoraLinear::seeded(linear, &LoraConfig::default().with_r(2), "layer").unwrap();
+        common::wake(layer.adapter(), 24);
+        let x = Var::from_tensor(&noise(&[4, 10], 1.0, dtype, 25)).unwrap();
+        let grads = layer.forward(&x).unwrap().sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        for (name, var) in layer.parameters() {
+            let grad = grads.get(&var).unwrap_or_else(|| panic!("{name} has no gradient"));
+            assert!(grad.dims() == var.dims() && values(grad).iter().all(|v| v.is_finite()));
+            assert!(values(grad).iter().any(|v| *v != 0.0), "{name} in {dtype:?}");
+        }
+        assert!(grads.get(&x).is_some());
+        for frozen in
+            [weight.as_tensor(), bias.as_tensor(), layer.base().weight(), layer.base().bias().unwrap()]
+        {
+            assert!(grads.get(frozen).is_none());
+        }
+        // No tensor of the weight's size was made under any name.
+        assert!(grads.get_ids().all(|id| grads.get_id(*id).unwrap().elem_count() != weight.elem_count()));
+    }
+}
+
+#[test]
+fn a_new_adapter_gets_its_first_gradient_through_b() {
+    let layer = LoraLinear::seeded(base(10, 6, DType::F32, false), &LoraConfig::default().with_r(2), "layer")
+        .unwrap();
+    let x = noise(&[4, 10], 1.0, DType::F32, 26);
+    let grads = layer.forward(&x).unwrap().sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    assert!(values(grads.get(layer.adapter().b()).unwrap()).iter().all(|v| *v != 0.0));
+    // A's is there too, and 0 as long as B is.
+    assert!(values(grads.get(layer.adapter().a()).unwrap()).iter().all(|v| *v == 0.0));
+}
+
+#[test]
+fn three_steps_of_descent_move_the_adapter_alone_and_lower_the_loss() {
+    for dtype in [DType::F32, DType::BF16, DType::F64] {
+        let weight = Var::from_tensor(&noise(&[6, 10], 0.3, dtype, 27)).unwrap();
+        let bias = Var::from_tensor(&noise(&[6], 0.3, dtype, 28)).unwrap();
+        let linear = Linear::new(weight.as_tensor().clone(), Some(bias.as_tensor().clone()));
+        let layer = LoraLinear::seeded(linear, &LoraConfig::default().with_r(3), "layer").unwrap();
+        let frozen = (values(&weight), values(&bias));
+        let start: Vec<Vec<f64>> = layer.vars().iter().map(|v| values(v)).collect();
+        let x = noise(&[16, 10], 1.0, dtype, 29);
+        let target = noise(&[16, 6], 1.0, dtype, 30);
+        let loss = || layer.forward(&x).unwrap().sub(&target).unwrap().sqr().unwrap().mean_all().unwrap();
+        let mut sgd = SGD::new(layer.vars(), 0.5).unwrap();
+        let first = values(&loss())[0];
+        for _ in 0..3 {
+            sgd.backward_step(&loss()).unwrap();
+        }
+        assert!(values(&loss())[0] < first);
+        for (start, var) in start.iter().zip(layer.vars()) {
+            assert_ne!(start, &values(&var));
+        }
+        assert_eq!(frozen, (values(&weight), values(&bias)));
+    }
+}
+
+#[test]
+fn a_merged_layer_passes_the_gradient_on_to_its_input() {
+    let mut layer = awake(7, 5, DType::F64, true);
+    let x = Var::from_tensor(&noise(&[3, 7], 1.0, DType::F64, 31)).unwrap();
+    let gradient = |layer: &LoraLinear| {
+        let grads = layer.forward(&x).unwrap().sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        (values(grads.get(&x).unwrap()), grads.get(layer.adapter().a()).is_some())
+    };
+    let (want, reached) = gradient(&layer);
+    assert!(reached);
+    layer.merge().unwrap();
+    let (got, reached) = gradient(&layer);
+    assert!(!reached);
+    for (got, want) in got.iter().zip(want) {
+        assert!((got - want).abs() < 1e-12 * (1.0 + want.abs()));
+    }
+}
+
+#[test]
+fn gradients_go_through_a_stack_of_layers_and_strided_inputs() {
+    let first = awake(6, 8, DType::F64, true);
+    let second = FrozenLinear::new(noise(&[4, 8], 0.4, DType::F64, 32), None).unwrap();
+    let x = Var::from_tensor(&noise(&[6, 5], 1.0, DType::F64, 33)).unwrap();
+    let run = |x: &Tensor| second.forward(&first.forward(&x.t().unwrap()).unwrap().tanh().unwrap()).unwrap();
+    let grads = run(&x).sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    let got = values(grads.get(&x).unwrap());
+    let original = values(&x);
+    for i in 0..original.len() {
+        let at = |step: f64| {
+            let mut moved = original.clone();
+            moved[i] += step;
+            let x = Tensor::from_vec(moved, (6, 5), x.device()).unwrap();
+            values(&run(&x).sqr().unwrap().sum_all().unwrap())[0]
+        };
+        let want = (at(1e-5) - at(-1e-5)) / 2e-5;
+        assert!((got[i] - want).abs() < 1e-8 * (1.0 + want.abs()));
+    }
+    assert!(grads.get(first.adapter().a()).is_some());
+}
+
+#[test]
+fn an_empty_batch_goes_backward_with_an_empty_gradient() {
+    let layer = awake(7, 5, DType::F32, true);
+    let x = Var::from_tensor(&noise(&[0, 7], 1.0, DType::F32, 34)).unwrap();
+    let grads = layer.forward(&x).unwrap().sum_all().unwrap().backward().unwrap();
+    assert_eq!(grads.get(&x).unwrap().dims(), [0, 7]);
+}

@@ -1,0 +1,247 @@
+//! What the adapted layer computes, and merging.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{Linear, Module, VarBuilder, VarMap};
+use common::{awake, base, largest_difference, noise, values, wake};
+use flylora::{Adapter, FrozenLinear, LoraAdapter, LoraConfig, LoraLinear, Merge, Scaling};
+
+const DTYPES: [(DType, f64); 4] =
+    [(DType::F32, 1e-5), (DType::F64, 1e-13), (DType::BF16, 0.03), (DType::F16, 4e-3)];
+
+#[test]
+fn a_new_adapter_leaves_the_base_output_as_it_is_to_the_bit() {
+    for (dtype, _) in DTYPES {
+        for bias in [false, true] {
+            let linear = base(10, 6, dtype, bias);
+            let layer =
+                LoraLinear::seeded(linear.clone(), &LoraConfig::default().with_r(3), "layer").unwrap();
+            let x = noise(&[4, 10], 1.0, dtype, 4);
+            assert_eq!(
+                values(&layer.forward(&x).unwrap()),
+                values(&linear.forward(&x).unwrap()),
+                "{dtype:?}"
+            );
+            assert!(values(layer.adapter().b()).iter().all(|v| *v == 0.0));
+            assert!(values(layer.adapter().a()).iter().all(|v| *v != 0.0));
+        }
+    }
+}
+
+#[test]
+fn the_output_is_the_base_plus_the_scaled_product() {
+    for (dtype, tolerance) in DTYPES {
+        for bias in [false, true] {
+            let layer = awake(10, 6, dtype, bias);
+            let x = noise(&[2, 3, 10], 1.0, dtype, 5);
+            let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+            let flat = wide(&x).reshape((6, 10)).unwrap();
+            let (a, b) = (wide(layer.adapter().a()), wide(layer.adapter().b()));
+            let mut want = flat.matmul(&wide(layer.base().weight()).t().unwrap()).unwrap();
+            if let Some(bias) = layer.base().bias() {
+                want = want.broadcast_add(&wide(bias)).unwrap();
+            }
+            let delta = flat.matmul(&a.t().unwrap()).unwrap().matmul(&b.t().unwrap()).unwrap();
+            let want = (want + (delta * (6.0 / 4.0)).unwrap()).unwrap().reshape((2, 3, 6)).unwrap();
+            let got = layer.forward(&x).unwrap();
+            assert_eq!(got.dtype(), dtype);
+            assert!(largest_difference(&got, &want) < tolerance, "{dtype:?}, bias: {bias}");
+            let without = layer.base().forward(&x).unwrap();
+            assert!(largest_difference(&got, &without) > 0.1, "the adapter has an effect");
+        }
+    }
+}
+
+#[test]
+fn inputs_of_any_rank_and_strides_are_taken() {
+    let layer = awake(10, 6, DType::F32, true);
+    let x = noise(&[2, 3, 4, 10], 1.0, DType::F32, 6);
+    let want = layer.forward(&x).unwrap();
+    assert_eq!(want.dims(), [2, 3, 4, 6]);
+    let one =
+        x.narrow(0, 1, 1).unwrap().narrow(1, 2, 1).unwrap().narrow(2, 3, 1).unwrap().flatten_all().unwrap();
+    let got = layer.forward(&one).unwrap();
+    assert_eq!(got.dims(), [6]);
+    assert!(largest_difference(&got, &want.flatten_to(2).unwrap().get(23).unwrap()) < 1e-6);
+    let turned = layer.forward(&x.transpose(0, 2).unwrap()).unwrap();
+    assert!(largest_difference(&turned, &want.transpose(0, 2).unwrap()) < 1e-6);
+    let narrowed = layer.forward(&x.narrow(2, 1, 2).unwrap()).unwrap();
+    assert!(largest_difference(&narrowed, &want.narrow(2, 1, 2).unwrap()) < 1e-6);
+    let none = Tensor::zeros((0, 10), DType::F32, &Device::Cpu).unwrap();
+    assert_eq!(layer.forward(&none).unwrap().dims(), [0, 6]);
+}
+
+#[test]
+fn a_frozen_layer_equals_the_layer_of_candle_nn() {
+    for (dtype, _) in DTYPES {
+        for bias in [false, true] {
+            let linear = base(33, 17, dtype, bias);
+            let frozen = FrozenLinear::new(linear.weight().clone(), linear.bias().cloned()).unwrap();
+            let x = noise(&[5, 33], 1.0, dtype, 7);
+            assert_eq!(values(&frozen.forward(&x).unwrap()), values(&linear.forward(&x).unwrap()));
+            // A weight stored the other way around.
+            let turned = linear.weight().t().unwrap().contiguous().unwrap().t().unwrap();
+            let frozen = FrozenLinear::new(turned, linear.bias().cloned()).unwrap();
+            let tolerance = if dtype == DType::F64 { 1e-14 } else { 1e-2 };
+            assert!(
+                largest_difference(&frozen.forward(&x).unwrap(), &linear.forward(&x).unwrap()) < tolerance
+            );
+        }
+    }
+}
+
+#[test]
+fn merged_unmerged_and_plain_outputs_are_the_same() {
+    for (dtype, tolerance) in
+        [(DType::F32, 1e-5), (DType::F64, 1e-13), (DType::BF16, 0.06), (DType::F16, 8e-3)]
+    {
+        for bias in [false, true] {
+            let mut layer = awake(24, 16, dtype, bias);
+            let x = noise(&[7, 24], 1.0, dtype, 8);
+            let before = layer.forward(&x).unwrap();
+            let weight = values(layer.base().weight());
+
+            assert_eq!(layer.merge().unwrap(), Merge::Exact);
+            assert!(layer.is_merged());
+            let merged = layer.forward(&x).unwrap();
+            assert!(largest_difference(&merged, &before) < tolerance, "{dtype:?}");
+            assert_eq!(layer.merge().unwrap(), Merge::Exact);
+            assert_eq!(values(&layer.forward(&x).unwrap()), values(&merged), "merging twice adds nothing");
+
+            layer.unmerge();
+            assert!(!layer.is_merged());
+            assert_eq!(values(layer.base().weight()), weight);
+            assert_eq!(values(&layer.forward(&x).unwrap()), values(&before));
+
+            let plain: Linear = layer.into_merged().unwrap();
+            assert_eq!(plain.weight().dtype(), dtype);
+            assert_eq!(values(&plain.forward(&x).unwrap()), values(&merged));
+        }
+    }
+}
+
+#[test]
+fn the_merged_weight_is_one_product_rounded_once() {
+    let mut layer = awake(24, 16, DType::BF16, false);
+    let adapter = layer.adapter().clone();
+    let delta = adapter.b().matmul(&(adapter.a().as_tensor() * adapter.scale()).unwrap()).unwrap();
+    let want = (layer.base().weight().to_dtype(DType::F32).unwrap() + &delta)
+        .unwrap()
+        .to_dtype(DType::BF16)
+        .unwrap();
+    assert_eq!(values(&adapter.delta_weight().unwrap()), values(&delta));
+    layer.merge().unwrap();
+    assert_eq!(values(layer.into_merged().unwrap().weight()), values(&want));
+}
+
+#[test]
+fn rank_stabilised_scaling_divides_by_the_root() {
+    let config = LoraConfig::default().with_r(16).with_alpha(8.0);
+    assert_eq!(config.scale(), 0.5);
+    assert_eq!(config.with_scaling(Scaling::AlphaOverSqrtR).scale(), 2.0);
+}
+
+#[test]
+fn an_adapter_on_its_own_serves_a_slice_of_a_packed_projection() {
+    // The packed rows are [q | k | v]; only q is adapted.
+    let packed = FrozenLinear::new(noise(&[18, 10], 0.3, DType::F32, 9), None).unwrap();
+    let adapter =
+        LoraAdapter::seeded(10, 6, &LoraConfig::default().with_r(2), "q", DType::F32, &Device::Cpu).unwrap();
+    wake(&adapter, 10);
+    let x = noise(&[4, 10], 1.0, DType::F32, 11);
+    let all = packed.forward(&x).unwrap();
+    let q = (all.narrow(1, 0, 6).unwrap() + adapter.forward(&x).unwrap()).unwrap();
+    let own = FrozenLinear::new(packed.weight().narrow(0, 0, 6).unwrap(), None).unwrap();
+    let layer = LoraLinear::from_parts(own, adapter).unwrap();
+    assert!(largest_difference(&layer.forward(&x).unwrap(), &q) < 1e-6);
+}
+
+#[test]
+fn variables_lie_in_the_var_map_under_the_prefix_and_are_found_again() {
+    let variables = VarMap::new();
+    let vb = VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu);
+    let config = LoraConfig::default().with_r(3);
+    let first =
+        LoraLinear::new(base(10, 6, DType::F32, false), &config, vb.pp("layers.0").pp("q_proj")).unwrap();
+    let second =
+        LoraLinear::new(base(10, 6, DType::F32, false), &config, vb.pp("layers.1").pp("q_proj")).unwrap();
+    let mut names: Vec<String> = variables.data().lock().unwrap().keys().cloned().collect();
+    names.sort();
+    let want = ["layers.0.q_proj.lora_A.weight", "layers.0.q_proj.lora_B.weight"];
+    assert_eq!(names[..2], want);
+    assert_eq!(names.len(), 4);
+    assert_ne!(values(first.adapter().a()), values(second.adapter().a()), "layers differ");
+
+    // The variables are the map's own, and a second layer under the prefix shares them.
+    wake(first.adapter(), 12);
+    let held = variables.data().lock().unwrap()[want[1]].clone();
+    assert_eq!(values(&held), values(first.adapter().b()));
+    let again = LoraLinear::new(base(10, 6, DType::F32, false), &config, vb.pp("layers.0.q_proj")).unwrap();
+    assert_eq!(values(again.adapter().a()), values(first.adapter().a()));
+    assert_eq!(values(again.adapter().b()), values(first.adapter().b()));
+    assert_eq!(again.vars()[0].id(), first.vars()[0].id());
+}
+
+#[test]
+fn one_seed_gives_one_adapter_whatever_the_order_of_the_layers() {
+    let build = |order: [&str; 2], seed: u64| {
+        let variables = VarMap::new();
+        let vb = VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu);
+        let config = LoraConfig::default().with_r(3).with_seed(seed);
+        for name in order {
+            LoraAdapter::new(10, 6, &config, vb.pp(name)).unwrap();
+        }
+        let data = variables.data().lock().unwrap();
+        (values(&data["q.lora_A.weight"]), values(&data["v.lora_A.weight"]))
+    };
+    assert_eq!(build(["q", "v"], 5), build(["v", "q"], 5));
+    assert_ne!(build(["q", "v"], 5), build(["q", "v"], 6));
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_reason() {
+    let config = LoraConfig::default();
+    let make = |config: &LoraConfig| LoraLinear::seeded(base(10, 6, DType::F32, false), config, "layer");
+    let message = |config: &LoraConfig| make(config).unwrap_err().to_string();
+    assert_eq!(message(&config.clone().with_r(0)), "r must be at least 1, got 0");
+    assert_eq!(message(&config.clone().with_r(7)), "r must be at most min(in, out) = min(10, 6), got 7");
+    assert_eq!(
+        message(&config.clone().with_r(2).with_alpha(f64::NAN)),
+        "alpha must be finite and not 0, got NaN"
+    );
+    assert!(make(&config.clone().with_r(2).with_alpha(f64::INFINITY)).is_err());
+
+    let vector = noise(&[6], 1.0, DType::F32, 13);
+    let weight = noise(&[6, 10], 1.0, DType::F32, 14);
+    let frozen =
+        |w: &Tensor, b: Option<&Tensor>| FrozenLinear::new(w.clone(), b.cloned()).unwrap_err().to_string();
+    assert!(frozen(&vector, None).contains("must be a matrix (out, in) that is not empty, got shape [6]"));
+    assert!(frozen(&weight, Some(&noise(&[5], 1.0, DType::F32, 15))).contains("expected shape [6], got [5]"));
+    assert!(frozen(&weight, Some(&noise(&[6], 1.0, DType::F64, 15))).contains("expected dtype F32"));
+    assert!(frozen(&weight.to_dtype(DType::U32).unwrap(), None).contains("got U32"));
+
+    let layer = make(&config.with_r(2)).unwrap();
+    let wrong = |x: &Tensor| layer.forward(x).unwrap_err().to_string();
+    assert!(
+        wrong(&noise(&[4, 9], 1.0, DType::F32, 16)).contains("input: expected shape [4, 10], got [4, 9]")
+    );
+    assert!(
+        wrong(&noise(&[4, 10], 1.0, DType::F64, 16))
+            .contains("input: expected dtype F32, that of the frozen")
+    );
+    let other = FrozenLinear::new(noise(&[6, 12], 1.0, DType::F32, 17), None).unwrap();
+    let error = LoraLinear::from_parts(other, layer.adapter().clone()).unwrap_err().to_string();
+    assert_eq!(error, "adapter (out, in): expected shape [6, 12], got [6, 10]");
+}
+
+#[test]
+fn configurations_read_back_as_they_were_written_and_unknown_fields_are_refused() {
+    let config =
+        LoraConfig::default().with_r(5).with_alpha(2.5).with_seed(9).with_scaling(Scaling::AlphaOverSqrtR);
+    let text = serde_json::to_string(&config).unwrap();
+    assert_eq!(serde_json::from_str::<LoraConfig>(&text).unwrap(), config);
+    assert_eq!(serde_json::from_str::<LoraConfig>("{}").unwrap(), LoraConfig::default());
+    assert!(serde_json::from_str::<LoraConfig>(r#"{"rank": 4}"#).unwrap_err().to_string().contains("rank"));
+}

@@ -1,0 +1,173 @@
+//! The element types the fused pass reads and writes, and their way to the type it computes in.
+
+use crate::rule::{Real, Rule};
+use candle_core::CpuStorage;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+/// The elements that are converted at a time: two such buffers of f64 stay in the first-level cache.
+pub(super) const BLOCK: usize = 1024;
+
+/// A run of gradient elements of any supported type.
+#[derive(Clone, Copy)]
+pub(super) enum Grad<'a> {
+    F32(&'a [f32]),
+    F64(&'a [f64]),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+impl<'a> Grad<'a> {
+    /// The elements `range` of a storage; `None` where it has no such range or is of another type.
+    pub(super) fn new(storage: &'a CpuStorage, range: std::ops::Range<usize>) -> Option<Self> {
+        match storage {
+            CpuStorage::F32(x) => x.get(range).map(Self::F32),
+            CpuStorage::F64(x) => x.get(range).map(Self::F64),
+            CpuStorage::BF16(x) => x.get(range).map(Self::Bf16),
+            CpuStorage::F16(x) => x.get(range).map(Self::F16),
+            _ => None,
+        }
+    }
+
+    pub(super) fn len(self) -> usize {
+        match self {
+            Self::F32(x) => x.len(),
+            Self::F64(x) => x.len(),
+            Self::Bf16(x) => x.len(),
+            Self::F16(x) => x.len(),
+        }
+    }
+
+    /// The first `at` elements and the others; `at` is cut to the length.
+    pub(super) fn split_at(self, at: usize) -> (Self, Self) {
+        let at = at.min(self.len());
+        macro_rules! split {
+            ($x:expr, $variant:ident) => {{
+                let (head, tail) = $x.split_at(at);
+                (Self::$variant(head), Self::$variant(tail))
+            }};
+        }
+        match self {
+            Self::F32(x) => split!(x, F32),
+            Self::F64(x) => split!(x, F64),
+            Self::Bf16(x) => split!(x, Bf16),
+            Self::F16(x) => split!(x, F16),
+        }
+    }
+}
+
+/// A type the update is computed in.
+pub(super) trait Compute: Real + Default {
+    fn apply(rule: &dyn Rule, p: &mut [Self], g: &[Self], slots: &mut [&mut [Self]]);
+    fn gradient(g: Grad<'_>) -> Option<&[Self]>;
+    /// Converts the elements of `g`; `out` has its length.
+    fn load_gradient(g: Grad<'_>, out: &mut [Self]);
+}
+
+impl Compute for f32 {
+    fn apply(rule: &dyn Rule, p: &mut [Self], g: &[Self], slots: &mut [&mut [Self]]) {
+        rule.update_f32(p, g, slots);
+    }
+    fn gradient(g: Grad<'_>) -> Option<&[Self]> {
+        if let Grad::F32(g) = g { Some(g) } else { None }
+    }
+    fn load_gradient(g: Grad<'_>, out: &mut [Self]) {
+        match g {
+            Grad::F32(g) => g.iter().zip(out).for_each(|(&g, out)| *out = g),
+            Grad::F64(g) => g.iter().zip(out).for_each(|(&g, out)| *out = g as Self),
+            Grad::Bf16(g) => bf16::load(g, out),
+            Grad::F16(g) => f16::load(g, out),
+        }
+    }
+}
+
+impl Compute for f64 {
+    fn apply(rule: &dyn Rule, p: &mut [Self], g: &[Self], slots: &mut [&mut [Self]]) {
+        rule.update_f64(p, g, slots);
+    }
+    fn gradient(g: Grad<'_>) -> Option<&[Self]> {
+        if let Grad::F64(g) = g { Some(g) } else { None }
+    }
+    fn load_gradient(g: Grad<'_>, out: &mut [Self]) {
+        match g {
+            Grad::F32(g) => g.iter().zip(out).for_each(|(&g, out)| *out = Self::from(g)),
+            Grad::F64(g) => g.iter().zip(out).for_each(|(&g, out)| *out = g),
+            Grad::Bf16(g) => g.iter().zip(out).for_each(|(&g, out)| *out = g.to_f64()),
+            Grad::F16(g) => g.iter().zip(out).for_each(|(&g, out)| *out = g.to_f64()),
+        }
+    }
+}
+
+/// A type a parameter is stored in.
+pub(super) trait Stored: Copy + Send + Sync {
+    type Compute: Compute;
+    /// The elements themselves, where they are stored in the type of the computation.
+    fn in_place(p: &mut [Self]) -> Option<&mut [Self::Compute]>;
+    /// Converts to the type of the computation; both slices have one length.
+    fn load(p: &[Self], out: &mut [Self::Compute]);
+    /// Rounds to the nearest, ties to even; both slices have one length.
+    fn store(from: &[Self::Compute], p: &mut [Self]);
+}
+
+impl Stored for f32 {
+    type Compute = Self;
+    fn in_place(p: &mut [Self]) -> Option<&mut [Self]> {
+        Some(p)
+    }
+    fn load(p: &[Self], out: &mut [Self]) {
+        p.iter().zip(out).for_each(|(&p, out)| *out = p);
+    }
+    fn store(from: &[Self], p: &mut [Self]) {
+        from.iter().zip(p).for_each(|(&from, p)| *p = from);
+    }
+}
+
+impl Stored for f64 {
+    type Compute = Self;
+    fn in_place(p: &mut [Self]) -> Option<&mut [Self]> {
+        Some(p)
+    }
+    fn load(p: &[Self], out: &mut [Self]) {
+        p.iter().zip(out).for_each(|(&p, out)| *out = p);
+    }
+    fn store(from: &[Self], p: &mut [Self]) {
+        from.iter().zip(p).for_each(|(&from, p)| *p = from);
+    }
+}
+
+impl Stored for bf16 {
+    type Compute = f32;
+    fn in_place(_: &mut [Self]) -> Option<&mut [f32]> {
+        None
+    }
+    fn load(p: &[Self], out: &mut [f32]) {
+        pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || p.iter().zip(out).for_each(|(p, out)| *out = p.to_f32()),
+        );
+    }
+    fn store(from: &[f32], p: &mut [Self]) {
+        pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || from.iter().zip(p).for_each(|(&from, p)| *p = Self::from_f32(from)),
+        );
+    }
+}
+
+impl Stored for f16 {
+    type Compute = f32;
+    fn in_place(_: &mut [Self]) -> Option<&mut [f32]> {
+        None
+    }
+    // half's slice functions detect the processor's conversions once a call, its scalar ones once an element.
+    fn load(p: &[Self], out: &mut [f32]) {
+        if p.len() == out.len() {
+            p.convert_to_f32_slice(out);
+        }
+    }
+    fn store(from: &[f32], p: &mut [Self]) {
+        if p.len() == from.len() {
+            p.convert_from_f32_slice(from);
+        }
+    }
+}

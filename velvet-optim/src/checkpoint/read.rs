@@ -1,0 +1,304 @@
+//! Reading the state. No byte of a file is trusted.
+
+use super::header::{Bits, Entry, Header, Naming as SavedNaming};
+use super::{FORMAT, HEADER_KEY, PRODUCTS_KEY};
+use crate::adaptive::{ProgressState, WarmUpState};
+use crate::backend::{self, Slots};
+use crate::error::{Error, Result};
+use crate::parameter::{self, Naming};
+use crate::rule::AdamW;
+use crate::stats::Stats;
+use crate::velvet::Velvet;
+use candle_core::DType;
+use safetensors::{Dtype, SafeTensors};
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
+
+/// The key under which messages name the header.
+const HEADER: &str = "header";
+
+impl Velvet {
+    /// Takes over a state that [`Velvet::save`] wrote: from then on every step gives the bits it would have given
+    /// without the interruption, on the same configuration.
+    ///
+    /// Restore the parameters first. The base learning rate comes from the file; the rest of the configuration
+    /// does not. An adaptive part that the saved run did not use starts anew. Parameters may be of another type or on
+    /// another device than those of the saved run, as long as the state's type (f64 for f64 parameters, f32 for
+    /// all others) is the same.
+    ///
+    /// Named parameters must have the saved names and shapes. Parameters without names (made by
+    /// [`new`](candle_nn::Optimizer::new)) may be in another order than they were, as those of
+    /// `VarMap::all_vars` are in every process: where the fingerprints of the saved parameters' values are
+    /// those of the parameters now, in any order, each gets its own state back. Where they are not, the
+    /// parameters were not restored or are another model's: they are taken by position, shapes are checked, and there
+    /// is a warning.
+    ///
+    /// # Errors
+    /// The file cannot be read, is damaged or not of this format, or belongs to other parameters; the message names
+    /// the file and the key. The optimizer is then as it was.
+    pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+        self.load_from(&bytes, &path.display().to_string())
+    }
+
+    /// Takes over a state from the bytes of [`Velvet::to_bytes`] or of a file.
+    ///
+    /// # Errors
+    /// As [`Velvet::load`].
+    pub fn load_bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        self.load_from(bytes, "state bytes")
+    }
+
+    fn load_from(&mut self, bytes: &[u8], origin: &str) -> Result<()> {
+        let reader = Reader { origin };
+        let (header, tensors) = reader.open(bytes)?;
+        let order = self.match_parameters(&reader, &header, &tensors)?;
+        // Everything is read and checked before anything is replaced.
+        let products = reader.products(&tensors, header.parameters.len())?;
+        let mut loaded = Vec::with_capacity(self.parameters.len());
+        for (parameter, &row) in self.parameters.iter().zip(&order) {
+            let entry =
+                header.parameters.get(row).ok_or_else(|| reader.format(HEADER, "too few parameters"))?;
+            let products = *products.get(row).ok_or_else(|| reader.format(PRODUCTS_KEY, "too few rows"))?;
+            let dtype = backend::state_dtype(parameter.var.dtype());
+            loaded.push((reader.slots(&tensors, entry, dtype, &parameter.slots)?, products));
+        }
+        let average = |bits: Option<Bits>| bits.map(f64::from);
+        let lr = reader.finite("lr", header.lr)?;
+        self.warm_up = WarmUpState::with_average(self.config.entropy_lr, average(header.entropy_lr));
+        self.momentum =
+            ProgressState::with_average(self.config.perplexity_momentum, average(header.perplexity_momentum));
+        self.config.lr = lr;
+        self.stats = Stats {
+            step: header.step,
+            grad_norm: header.last.grad_norm.map(f64::from),
+            clip_scale: header.last.clip_scale.into(),
+            lr: header.last.lr.into(),
+            beta1: header.last.beta1.into(),
+            skipped: header.skipped,
+            ignored_losses: header.ignored_losses,
+        };
+        self.missing.clear();
+        for (parameter, (slots, products)) in self.parameters.iter_mut().zip(loaded) {
+            parameter.slots = slots;
+            parameter.beta_products = products;
+        }
+        Ok(())
+    }
+
+    /// For each parameter its row in the header.
+    fn match_parameters(
+        &self,
+        reader: &Reader<'_>,
+        header: &Header,
+        tensors: &SafeTensors<'_>,
+    ) -> Result<Vec<usize>> {
+        let order = match (self.naming, header.naming) {
+            (Naming::Named, SavedNaming::Named) => self.match_names(reader, header),
+            (Naming::Positional, SavedNaming::Positional) => self.match_values(reader, header, tensors),
+            (Naming::Named, SavedNaming::Positional) => {
+                Err(reader.mismatch(HEADER, "parameters", "with names", "by position"))
+            }
+            (Naming::Positional, SavedNaming::Named) => {
+                Err(reader.mismatch(HEADER, "parameters", "by position", "with names"))
+            }
+        }?;
+        for (parameter, entry) in
+            self.parameters.iter().zip(order.iter().filter_map(|&row| header.parameters.get(row)))
+        {
+            if parameter.var.dims() != entry.shape {
+                let (expected, got) = (format!("{:?}", parameter.var.dims()), format!("{:?}", entry.shape));
+                return Err(reader.mismatch(&parameter.name, "shape", &expected, &got));
+            }
+            if entry.rule != AdamW::NAME {
+                return Err(reader.mismatch(&parameter.name, "update rule", AdamW::NAME, &entry.rule));
+            }
+        }
+        Ok(order)
+    }
+
+    fn match_names(&self, reader: &Reader<'_>, header: &Header) -> Result<Vec<usize>> {
+        let ours: BTreeSet<&str> = self.parameters.iter().map(|p| p.name.as_str()).collect();
+        let rows: HashMap<&str, usize> =
+            header.parameters.iter().enumerate().map(|(i, entry)| (entry.name.as_str(), i)).collect();
+        let theirs: BTreeSet<&str> = rows.keys().copied().collect();
+        if ours != theirs {
+            let names = |a: &BTreeSet<&str>, b: &BTreeSet<&str>| {
+                a.difference(b).map(|&name| name.to_owned()).collect::<Vec<_>>()
+            };
+            return Err(Error::StateNames {
+                origin: reader.origin.to_owned(),
+                missing: names(&ours, &theirs),
+                unexpected: names(&theirs, &ours),
+            });
+        }
+        Ok(self.parameters.iter().filter_map(|p| rows.get(p.name.as_str()).copied()).collect())
+    }
+
+    /// Parameters without names: by the values they had when the state was saved.
+    fn match_values(
+        &self,
+        reader: &Reader<'_>,
+        header: &Header,
+        tensors: &SafeTensors<'_>,
+    ) -> Result<Vec<usize>> {
+        let (count, saved) = (self.parameters.len(), header.parameters.len());
+        if count != saved {
+            return Err(reader.mismatch(
+                HEADER,
+                "number of parameters",
+                &count.to_string(),
+                &saved.to_string(),
+            ));
+        }
+        let by_position: Vec<usize> = (0..count).collect();
+        let ours = self
+            .parameters
+            .iter()
+            .map(|parameter| parameter::fingerprint(&parameter.var).map(Bits))
+            .collect::<Result<Vec<_>>>()?;
+        if ours.iter().zip(&header.parameters).all(|(&ours, entry)| entry.fingerprint == Some(ours)) {
+            return Ok(by_position);
+        }
+        let mut rows: HashMap<u64, Vec<usize>> = HashMap::new();
+        for (i, entry) in header.parameters.iter().enumerate() {
+            if let Some(bits) = entry.fingerprint {
+                rows.entry(bits.0).or_default().push(i);
+            }
+        }
+        let mut left = rows.clone();
+        let order: Vec<usize> =
+            ours.iter().filter_map(|bits| left.get_mut(&bits.0).and_then(Vec::pop)).collect();
+        if order.len() == count {
+            for rows in rows.values() {
+                // Parameters of equal values are told apart by nothing, which matters where their states differ.
+                if rows.windows(2).any(|pair| !reader.same_state(tensors, header, pair)) {
+                    return Err(reader.format(
+                        HEADER,
+                        "parameters without names have equal values but not equal states, and the order has changed: \
+                         use Velvet::from_varmap or Velvet::named",
+                    ));
+                }
+            }
+            return Ok(order);
+        }
+        (self.warn)(&format!(
+            "{}: the parameters' values are not those of the saved run, so its state is taken by position: \
+             restore the parameters before the optimizer, or use names",
+            reader.origin
+        ));
+        Ok(by_position)
+    }
+}
+
+/// Where a state comes from, for messages, and how its parts are read.
+struct Reader<'a> {
+    origin: &'a str,
+}
+
+impl Reader<'_> {
+    fn format(&self, key: &str, problem: impl std::fmt::Display) -> Error {
+        Error::StateFormat {
+            origin: self.origin.to_owned(),
+            key: key.to_owned(),
+            problem: problem.to_string(),
+        }
+    }
+
+    fn mismatch(&self, key: &str, what: &'static str, expected: &str, got: &str) -> Error {
+        Error::StateMismatch {
+            origin: self.origin.to_owned(),
+            key: key.to_owned(),
+            what,
+            expected: expected.to_owned(),
+            got: got.to_owned(),
+        }
+    }
+
+    fn open<'b>(&self, bytes: &'b [u8]) -> Result<(Header, SafeTensors<'b>)> {
+        let broken = |error: safetensors::SafeTensorError| {
+            self.format(HEADER, format_args!("not a whole safetensors file ({error})"))
+        };
+        let tensors = SafeTensors::deserialize(bytes).map_err(broken)?;
+        let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(broken)?;
+        let text =
+            metadata.metadata().as_ref().and_then(|metadata| metadata.get(HEADER_KEY)).ok_or_else(|| {
+                self.format(HEADER, "not an optimizer state: the metadata has no `velvet-optim`")
+            })?;
+        // The version first: a later format may have another header.
+        let value: serde_json::Value =
+            serde_json::from_str(text).map_err(|error| self.format(HEADER, error))?;
+        match value.get("format").and_then(serde_json::Value::as_u64) {
+            Some(FORMAT) => {}
+            Some(other) => {
+                return Err(self.mismatch(HEADER, "format", &FORMAT.to_string(), &other.to_string()));
+            }
+            None => return Err(self.format(HEADER, "no format version")),
+        }
+        let header = serde_json::from_value(value).map_err(|error| self.format(HEADER, error))?;
+        Ok((header, tensors))
+    }
+
+    fn finite(&self, key: &str, bits: Bits) -> Result<f64> {
+        let value = f64::from(bits);
+        if value.is_finite() && value >= 0.0 {
+            Ok(value)
+        } else {
+            Err(self.format(key, format_args!("expected a finite number >= 0, got {value}")))
+        }
+    }
+
+    fn bytes<'b>(
+        &self,
+        tensors: &SafeTensors<'b>,
+        key: &str,
+        shape: &[usize],
+        dtype: Dtype,
+    ) -> Result<&'b [u8]> {
+        let view = tensors.tensor(key).map_err(|_| self.format(key, "the tensor is missing"))?;
+        if view.dtype() != dtype {
+            let (expected, got) = (format!("{dtype:?}"), format!("{:?}", view.dtype()));
+            return Err(self.mismatch(key, "type", &expected, &got));
+        }
+        if view.shape() != shape {
+            let (expected, got) = (format!("{shape:?}"), format!("{:?}", view.shape()));
+            return Err(self.mismatch(key, "shape", &expected, &got));
+        }
+        Ok(view.data())
+    }
+
+    /// Whether two rows of the header have the same state, bit for bit.
+    fn same_state(&self, tensors: &SafeTensors<'_>, header: &Header, rows: &[usize]) -> bool {
+        let state = |row: usize| {
+            let entry = header.parameters.get(row)?;
+            let slot = |name: &&str| Some(tensors.tensor(&format!("{}.{name}", entry.name)).ok()?.data());
+            let slots = AdamW::SLOTS.iter().map(slot).collect::<Option<Vec<_>>>()?;
+            let products = self.products(tensors, header.parameters.len()).ok()?.get(row)?.map(f64::to_bits);
+            Some((slots, products))
+        };
+        rows.iter().map(|&row| state(row)).collect::<Vec<_>>().windows(2).all(|pair| pair[0] == pair[1])
+    }
+
+    /// The products of betas, one row a parameter of the header.
+    fn products(&self, tensors: &SafeTensors<'_>, count: usize) -> Result<Vec<[f64; 2]>> {
+        let bytes = self.bytes(tensors, PRODUCTS_KEY, &[count, 2], Dtype::F64)?;
+        let values: Vec<f64> = bytes.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect();
+        let rows = values.as_chunks().0.to_vec();
+        // 1 before the first update, less than 1 after it; anything else divides by zero or worse.
+        if rows.len() == count && values.iter().all(|x| (0.0..=1.0).contains(x)) {
+            Ok(rows)
+        } else {
+            Err(self.format(PRODUCTS_KEY, "expected numbers in [0, 1]"))
+        }
+    }
+
+    fn slots(&self, tensors: &SafeTensors<'_>, entry: &Entry, dtype: DType, like: &Slots) -> Result<Slots> {
+        let dtype = if dtype == DType::F64 { Dtype::F64 } else { Dtype::F32 };
+        let slots = AdamW::SLOTS
+            .iter()
+            .map(|slot| self.bytes(tensors, &format!("{}.{slot}", entry.name), &entry.shape, dtype))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(like.like_from_bytes(&slots, &entry.shape)?)
+    }
+}

@@ -1,0 +1,202 @@
+//! Writing the state.
+
+use super::header::{self, Entry, Header, Last};
+use super::{FORMAT, HEADER_KEY, PRODUCTS_KEY};
+use crate::backend::{self, Slots};
+use crate::error::{Error, Result};
+use crate::parameter::{self, Naming};
+use crate::rule::AdamW;
+use crate::velvet::Velvet;
+use candle_core::DType;
+use safetensors::{Dtype, View};
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::path::Path;
+
+impl Velvet {
+    /// Writes the state to a safetensors file: moments, products of betas, counters, averages of the loss and the
+    /// base learning rate, but neither the parameters nor the rest of the configuration.
+    ///
+    /// The file is written under a temporary name in the same folder, synced and renamed: a crash or a full disk
+    /// leaves an older file as it was. Equal states give equal bytes.
+    ///
+    /// # Errors
+    /// The folder does not exist or cannot be written; the message names the file.
+    ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use velvet_optim::{Optimizer, Velvet, VelvetConfig};
+    /// let folder = tempfile::tempdir()?;
+    /// let x = Var::new(&[1f32, 2.0], &Device::Cpu)?;
+    /// let mut opt = Velvet::named(vec![("x".to_owned(), x.clone())], VelvetConfig::default())?;
+    /// opt.backward_step(&x.sqr()?.sum_all()?)?;
+    /// opt.save(folder.path().join("optimizer.safetensors"))?;
+    ///
+    /// let mut resumed = Velvet::named(vec![("x".to_owned(), x)], VelvetConfig::default())?;
+    /// resumed.load(folder.path().join("optimizer.safetensors"))?;
+    /// assert_eq!(resumed.stats(), opt.stats());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let io = |source| Error::Io { path: path.to_owned(), source };
+        let folder = match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let file = tempfile::Builder::new().prefix(".velvet-").tempfile_in(folder).map_err(io)?;
+        let file = file.into_temp_path();
+        let failure = RefCell::new(None);
+        safetensors::serialize_to_file(self.entries(&failure), Some(self.metadata()?), &file)
+            .map_err(|error| io(into_io(error)))?;
+        if let Some(error) = failure.take() {
+            return Err(Error::Candle(error));
+        }
+        let written = std::fs::OpenOptions::new().write(true).open(&file).map_err(io)?;
+        written.sync_all().map_err(io)?;
+        drop(written);
+        file.persist(path).map_err(|error| io(error.error))
+    }
+
+    /// The state as the bytes that [`Velvet::save`] writes.
+    ///
+    /// # Errors
+    /// A tensor cannot be read from its device.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let failure = RefCell::new(None);
+        let bytes =
+            safetensors::serialize(self.entries(&failure), Some(self.metadata()?)).map_err(|error| {
+                Error::StateFormat {
+                    origin: "state bytes".to_owned(),
+                    key: "header".to_owned(),
+                    problem: error.to_string(),
+                }
+            })?;
+        match failure.take() {
+            Some(error) => Err(Error::Candle(error)),
+            None => Ok(bytes),
+        }
+    }
+
+    fn entries<'a>(&'a self, failure: &'a Failure) -> Vec<(String, Array<'a>)> {
+        let mut entries = Vec::with_capacity(self.parameters.len() * AdamW::SLOTS.len() + 1);
+        for parameter in &self.parameters {
+            let dtype = match backend::state_dtype(parameter.var.dtype()) {
+                DType::F64 => Dtype::F64,
+                _ => Dtype::F32,
+            };
+            for (slot, name) in AdamW::SLOTS.iter().enumerate() {
+                let source = Source::Slot(&parameter.slots, slot);
+                let shape = parameter.var.dims().to_vec();
+                entries.push((format!("{}.{name}", parameter.name), Array { dtype, shape, source, failure }));
+            }
+        }
+        let products: Vec<u8> = self
+            .parameters
+            .iter()
+            .flat_map(|parameter| parameter.beta_products)
+            .flat_map(f64::to_le_bytes)
+            .collect();
+        let shape = vec![self.parameters.len(), 2];
+        let source = Source::Bytes(products);
+        entries.push((PRODUCTS_KEY.to_owned(), Array { dtype: Dtype::F64, shape, source, failure }));
+        entries
+    }
+
+    fn metadata(&self) -> Result<HashMap<String, String>> {
+        let parameters = self
+            .parameters
+            .iter()
+            .map(|parameter| {
+                Ok(Entry {
+                    name: parameter.name.clone(),
+                    shape: parameter.var.dims().to_vec(),
+                    dtype: parameter.var.dtype().as_str().to_owned(),
+                    rule: AdamW::NAME.to_owned(),
+                    fingerprint: match self.naming {
+                        Naming::Named => None,
+                        Naming::Positional => Some(header::Bits(parameter::fingerprint(&parameter.var)?)),
+                    },
+                })
+            })
+            .collect::<Result<_>>()?;
+        let header = Header {
+            format: FORMAT,
+            step: self.stats.step,
+            skipped: self.stats.skipped,
+            ignored_losses: self.stats.ignored_losses,
+            lr: self.config.lr.into(),
+            entropy_lr: self.warm_up.average().map(Into::into),
+            perplexity_momentum: self.momentum.average().map(Into::into),
+            last: Last {
+                grad_norm: self.stats.grad_norm.map(Into::into),
+                clip_scale: self.stats.clip_scale.into(),
+                lr: self.stats.lr.into(),
+                beta1: self.stats.beta1.into(),
+            },
+            naming: match self.naming {
+                Naming::Named => header::Naming::Named,
+                Naming::Positional => header::Naming::Positional,
+            },
+            parameters,
+        };
+        let text = serde_json::to_string(&header).map_err(|error| Error::StateFormat {
+            origin: "state".to_owned(),
+            key: "header".to_owned(),
+            problem: error.to_string(),
+        })?;
+        // One key, because a HashMap of several would give equal states different bytes.
+        Ok(HashMap::from([(HEADER_KEY.to_owned(), text)]))
+    }
+}
+
+type Failure = RefCell<Option<candle_core::Error>>;
+
+enum Source<'a> {
+    Slot(&'a Slots, usize),
+    Bytes(Vec<u8>),
+}
+
+/// An array as safetensors wants to see it. Data is fetched when it is written, so that one array at a time is
+/// copied from a device; the trait has no way to report a failure, which is kept aside.
+struct Array<'a> {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    source: Source<'a>,
+    failure: &'a Failure,
+}
+
+impl View for Array<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        match &self.source {
+            Source::Bytes(bytes) => Cow::Borrowed(bytes),
+            Source::Slot(slots, slot) => slots.bytes(*slot).unwrap_or_else(|error| {
+                *self.failure.borrow_mut() = Some(error);
+                Cow::Borrowed(&[])
+            }),
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        match &self.source {
+            Source::Bytes(bytes) => bytes.len(),
+            Source::Slot(slots, _) => slots.slot_bytes(),
+        }
+    }
+}
+
+fn into_io(error: safetensors::SafeTensorError) -> std::io::Error {
+    match error {
+        safetensors::SafeTensorError::IoError(error) => error,
+        other => std::io::Error::other(other.to_string()),
+    }
+}

@@ -1,0 +1,230 @@
+//! [`VelvetConfig`]: what an optimizer is made from.
+
+use crate::adaptive::{EntropyLr, PerplexityMomentum};
+use crate::error::{Error, Result};
+use crate::options::{BackendChoice, GradClip, MissingGradients, NonFinite, WeightDecayOn};
+use serde::{Deserialize, Serialize};
+
+/// The hyper-parameters of [`Velvet`](crate::Velvet).
+///
+/// The defaults are those of `torch.optim.AdamW`, with which the update then agrees: no clipping, decay on every
+/// parameter, nothing adaptive. [`VelvetConfig::language_model`] is the preset for training a language model.
+///
+/// ```
+/// use velvet_optim::{GradClip, VelvetConfig};
+/// let config = VelvetConfig { lr: 3e-4, clip: GradClip::GlobalNorm(1.0), ..Default::default() };
+/// assert_eq!(config.beta2, 0.999);
+/// config.validate()?;
+/// # Ok::<(), velvet_optim::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VelvetConfig {
+    /// The base learning rate, finite and at least 0 (default 1e-3). A schedule changes it through
+    /// [`set_learning_rate`](candle_nn::Optimizer::set_learning_rate); [`EntropyLr`] scales it.
+    pub lr: f64,
+    /// Decay of the average of gradients, in [0, 1) (default 0.9). [`PerplexityMomentum`] takes its place once a
+    /// loss was observed.
+    pub beta1: f64,
+    /// Decay of the average of squared gradients, in [0, 1) (default 0.999).
+    pub beta2: f64,
+    /// Added to the root of the second moment, at least 1.2e-38, the smallest normal f32 (default 1e-8).
+    pub eps: f64,
+    /// Decoupled weight decay, finite and at least 0 (default 0.01): a step first scales a parameter by
+    /// `1 - lr * weight_decay`.
+    pub weight_decay: f64,
+    /// Which parameters decay (default: all).
+    pub decay_on: WeightDecayOn,
+    /// Gradient clipping (default: off).
+    pub clip: GradClip,
+    /// The entropy-adaptive learning rate (default: off).
+    pub entropy_lr: EntropyLr,
+    /// The perplexity-guided momentum (default: off).
+    pub perplexity_momentum: PerplexityMomentum,
+    /// What to do about parameters without a gradient (default: report each once).
+    pub missing_gradients: MissingGradients,
+    /// What to do about NaN or infinity in a gradient (default: an error before anything is written).
+    pub non_finite: NonFinite,
+    /// Which implementation updates parameters on the CPU (default: the fused one).
+    pub backend: BackendChoice,
+}
+
+impl Default for VelvetConfig {
+    fn default() -> Self {
+        Self {
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.01,
+            decay_on: WeightDecayOn::All,
+            clip: GradClip::Off,
+            entropy_lr: EntropyLr::Off,
+            perplexity_momentum: PerplexityMomentum::Off,
+            missing_gradients: MissingGradients::Report,
+            non_finite: NonFinite::Error,
+            backend: BackendChoice::Auto,
+        }
+    }
+}
+
+impl VelvetConfig {
+    /// Sets the base learning rate.
+    #[must_use]
+    pub fn with_lr(mut self, lr: f64) -> Self {
+        self.lr = lr;
+        self
+    }
+
+    /// Sets both decay rates.
+    #[must_use]
+    pub fn with_betas(mut self, beta1: f64, beta2: f64) -> Self {
+        (self.beta1, self.beta2) = (beta1, beta2);
+        self
+    }
+
+    /// Sets the term added to the root of the second moment.
+    #[must_use]
+    pub fn with_eps(mut self, eps: f64) -> Self {
+        self.eps = eps;
+        self
+    }
+
+    /// Sets the decoupled weight decay and the parameters it acts on.
+    #[must_use]
+    pub fn with_weight_decay(mut self, weight_decay: f64, on: WeightDecayOn) -> Self {
+        (self.weight_decay, self.decay_on) = (weight_decay, on);
+        self
+    }
+
+    /// Sets gradient clipping.
+    #[must_use]
+    pub fn with_clip(mut self, clip: GradClip) -> Self {
+        self.clip = clip;
+        self
+    }
+
+    /// Sets the entropy-adaptive learning rate.
+    #[must_use]
+    pub fn with_entropy_lr(mut self, entropy_lr: EntropyLr) -> Self {
+        self.entropy_lr = entropy_lr;
+        self
+    }
+
+    /// Sets the perplexity-guided momentum.
+    #[must_use]
+    pub fn with_perplexity_momentum(mut self, perplexity_momentum: PerplexityMomentum) -> Self {
+        self.perplexity_momentum = perplexity_momentum;
+        self
+    }
+
+    /// Sets what happens to parameters without a gradient.
+    #[must_use]
+    pub fn with_missing_gradients(mut self, missing_gradients: MissingGradients) -> Self {
+        self.missing_gradients = missing_gradients;
+        self
+    }
+
+    /// Sets what happens when a gradient holds NaN or infinity.
+    #[must_use]
+    pub fn with_non_finite(mut self, non_finite: NonFinite) -> Self {
+        self.non_finite = non_finite;
+        self
+    }
+
+    /// Sets the implementation used on the CPU.
+    #[must_use]
+    pub fn with_backend(mut self, backend: BackendChoice) -> Self {
+        self.backend = backend;
+        self
+    }
+
+    /// Checks every field against its range.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the first field that is out of range.
+    pub fn validate(&self) -> Result<()> {
+        const MIN_EPS: f64 = f32::MIN_POSITIVE as f64;
+        at_least_zero("lr", self.lr)?;
+        unit("beta1", self.beta1)?;
+        unit("beta2", self.beta2)?;
+        // Below this an f32 step divides 0 by 0 wherever no gradient was seen yet.
+        check("eps", self.eps, "a finite number >= 1.2e-38", self.eps.is_finite() && self.eps >= MIN_EPS)?;
+        at_least_zero("weight_decay", self.weight_decay)?;
+        if let GradClip::GlobalNorm(max) = self.clip {
+            positive("clip.GlobalNorm", max)?;
+        }
+        self.entropy_lr.validate()?;
+        self.perplexity_momentum.validate()
+    }
+}
+
+fn check(field: &'static str, got: f64, expected: &'static str, good: bool) -> Result<()> {
+    if good { Ok(()) } else { Err(Error::Config { field, expected, got }) }
+}
+
+pub(crate) fn unit(field: &'static str, got: f64) -> Result<()> {
+    check(field, got, "a number in [0, 1)", (0.0..1.0).contains(&got))
+}
+
+pub(crate) fn fraction(field: &'static str, got: f64) -> Result<()> {
+    check(field, got, "a number in [0, 1]", (0.0..=1.0).contains(&got))
+}
+
+pub(crate) fn positive(field: &'static str, got: f64) -> Result<()> {
+    check(field, got, "a finite number > 0", got.is_finite() && got > 0.0)
+}
+
+pub(crate) fn at_least_zero(field: &'static str, got: f64) -> Result<()> {
+    check(field, got, "a finite number >= 0", got.is_finite() && got >= 0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_those_of_torch_adamw() {
+        let c = VelvetConfig::default();
+        assert_eq!((c.lr, c.beta1, c.beta2, c.eps, c.weight_decay), (1e-3, 0.9, 0.999, 1e-8, 0.01));
+        assert_eq!(c.clip, GradClip::Off);
+        assert_eq!(c.entropy_lr, EntropyLr::Off);
+        assert_eq!(c.perplexity_momentum, PerplexityMomentum::Off);
+        c.validate().unwrap();
+    }
+
+    #[test]
+    fn each_field_out_of_range_is_named() {
+        let base = VelvetConfig::default;
+        let bad = [
+            ("lr", base().with_lr(f64::NAN)),
+            ("lr", base().with_lr(-1.0)),
+            ("beta1", base().with_betas(1.0, 0.9)),
+            ("beta2", base().with_betas(0.9, -0.1)),
+            ("eps", base().with_eps(0.0)),
+            ("eps", base().with_eps(1e-46)),
+            ("weight_decay", base().with_weight_decay(f64::INFINITY, WeightDecayOn::All)),
+            ("clip.GlobalNorm", base().with_clip(GradClip::GlobalNorm(0.0))),
+            ("entropy_lr.initial_loss", base().with_entropy_lr(EntropyLr::warm_up(0))),
+            (
+                "perplexity_momentum.initial_loss",
+                base().with_perplexity_momentum(PerplexityMomentum::progress(1)),
+            ),
+        ];
+        for (expected, config) in bad {
+            match config.validate() {
+                Err(Error::Config { field, .. }) => assert_eq!(field, expected),
+                other => panic!("{expected}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn serde_round_trips_and_rejects_unknown_fields() {
+        let config = VelvetConfig::language_model(32064);
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<VelvetConfig>(&text).unwrap(), config);
+        assert_eq!(serde_json::from_str::<VelvetConfig>("{}").unwrap(), VelvetConfig::default());
+        assert!(serde_json::from_str::<VelvetConfig>(r#"{"learning_rate": 1}"#).is_err());
+    }
+}

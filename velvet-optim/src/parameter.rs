@@ -1,0 +1,155 @@
+//! The parameters an optimizer updates: their names, state and identity.
+
+use crate::backend::{self, Slots};
+use crate::error::{Error, Result};
+use crate::options::BackendChoice;
+use crate::rule::AdamW;
+use candle_core::{CpuStorage, Device, Storage, Tensor, Var};
+use half::slice::HalfFloatSliceExt;
+use std::collections::{HashMap, HashSet};
+
+/// How the parameters of an optimizer are called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Naming {
+    /// By names that were given; parameters are in their order.
+    Named,
+    /// By position: `param.00000` and so on.
+    Positional,
+}
+
+/// One parameter and everything that belongs to it.
+pub(crate) struct Parameter {
+    pub(crate) name: String,
+    pub(crate) var: Var,
+    pub(crate) slots: Slots,
+    /// The products of the betas applied to this parameter so far.
+    pub(crate) beta_products: [f64; 2],
+    /// A missing gradient was reported already.
+    pub(crate) reported: bool,
+}
+
+impl Parameter {
+    /// The name, with the shape where the name is only a position.
+    pub(crate) fn describe(&self, naming: Naming) -> String {
+        match naming {
+            Naming::Named => self.name.clone(),
+            Naming::Positional => format!("{} (shape {:?})", self.name, self.var.dims()),
+        }
+    }
+
+    /// The gradient as back ends need it: checked, contiguous, and in storage of its own.
+    pub(crate) fn prepare(&self, grad: &Tensor, storages: &HashSet<usize>) -> Result<Tensor> {
+        let error = |what, expected: String, got: String| {
+            Err(Error::Gradient { name: self.name.clone(), what, expected, got })
+        };
+        if grad.dims() != self.var.dims() {
+            return error("shape", format!("{:?}", self.var.dims()), format!("{:?}", grad.dims()));
+        }
+        if !grad.device().same_device(self.var.device()) {
+            let location = |t: &Tensor| format!("{:?}", t.device().location());
+            return error("device", location(&self.var), location(grad));
+        }
+        if !backend::supports(grad.dtype()) {
+            return error("dtype", "f32, f64, bf16 or f16".to_owned(), grad.dtype().as_str().to_owned());
+        }
+        let grad = grad.contiguous()?;
+        // A gradient may be a parameter's own storage (a hand-made GradStore): reading it while it is lent for
+        // writing would wait for ever.
+        if storages.contains(&backend::storage_address(&grad)) { Ok(grad.copy()?) } else { Ok(grad) }
+    }
+}
+
+/// Names variables, leaves out those that cannot be trained (integers), and gives each its empty state.
+pub(crate) fn collect(
+    vars: Vec<(String, Var)>,
+    naming: Naming,
+    backend: BackendChoice,
+) -> Result<Vec<Parameter>> {
+    let mut vars: Vec<_> = vars.into_iter().filter(|(_, var)| var.dtype().is_float()).collect();
+    match naming {
+        Naming::Named => vars.sort_by(|a, b| a.0.cmp(&b.0)),
+        Naming::Positional => {
+            for (i, (name, _)) in vars.iter_mut().enumerate() {
+                *name = format!("param.{i:05}");
+            }
+        }
+    }
+    if let Some(pair) = vars.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        return Err(Error::DuplicateName { name: pair[0].0.clone() });
+    }
+    let mut by_storage: HashMap<usize, String> = HashMap::new();
+    vars.into_iter()
+        .map(|(name, var)| {
+            if let Some(first) = by_storage.insert(backend::storage_address(&var), name.clone()) {
+                return Err(Error::DuplicateVariable { first, second: name });
+            }
+            if !backend::supports(var.dtype()) {
+                return Err(Error::UnsupportedDType { name, dtype: var.dtype().as_str().to_owned() });
+            }
+            let slots = backend::zero_slots(&var, AdamW::SLOTS.len(), backend)?;
+            Ok(Parameter { name, var, slots, beta_products: [1.0; 2], reported: false })
+        })
+        .collect()
+}
+
+/// 64 bits that depend on a tensor's shape, element type and every bit of its values.
+pub(crate) fn fingerprint(tensor: &Tensor) -> Result<u64> {
+    let host = tensor.to_device(&Device::Cpu)?.contiguous()?;
+    let mut hash = Mixer(host.dtype().size_in_bytes() as u64);
+    for &dim in host.dims() {
+        hash.add(dim as u64);
+    }
+    let (storage, layout) = host.storage_and_layout();
+    let Some((start, end)) = layout.contiguous_offsets() else { return Ok(hash.0) };
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(x)) => hash.add_all(x.get(start..end), |x| u64::from(x.to_bits())),
+        Storage::Cpu(CpuStorage::F64(x)) => hash.add_all(x.get(start..end), |x| x.to_bits()),
+        Storage::Cpu(CpuStorage::BF16(x)) => {
+            hash.add_all(x.get(start..end).map(HalfFloatSliceExt::reinterpret_cast), |&x| u64::from(x));
+        }
+        Storage::Cpu(CpuStorage::F16(x)) => {
+            hash.add_all(x.get(start..end).map(HalfFloatSliceExt::reinterpret_cast), |&x| u64::from(x));
+        }
+        _ => {}
+    }
+    Ok(hash.0)
+}
+
+/// A hash to tell weights apart, not to withstand an attacker.
+struct Mixer(u64);
+
+impl Mixer {
+    fn add(&mut self, word: u64) {
+        let mut x = self.0.rotate_left(23) ^ word;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        self.0 = (x ^ (x >> 31)).wrapping_add(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn add_all<T>(&mut self, values: Option<&[T]>, bits: impl Fn(&T) -> u64) {
+        for value in values.unwrap_or_default() {
+            self.add(bits(value));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::DType;
+
+    #[test]
+    fn fingerprints_see_shape_type_and_every_bit() {
+        let t = Tensor::new(&[[1f32, 2.0, 3.0], [4.0, 5.0, 6.0]], &Device::Cpu).unwrap();
+        let base = fingerprint(&t).unwrap();
+        assert_eq!(base, fingerprint(&t.copy().unwrap()).unwrap());
+        assert_eq!(base, fingerprint(&t.t().unwrap().contiguous().unwrap().t().unwrap()).unwrap());
+        let other_bit = f32::from_bits(6f32.to_bits() + 1);
+        let changed = Tensor::new(&[[1f32, 2.0, 3.0], [4.0, 5.0, other_bit]], &Device::Cpu).unwrap();
+        for other in [t.reshape((3, 2)).unwrap(), t.to_dtype(DType::F64).unwrap(), changed] {
+            assert_ne!(base, fingerprint(&other).unwrap());
+        }
+        let half = t.to_dtype(DType::BF16).unwrap();
+        assert_ne!(fingerprint(&half).unwrap(), fingerprint(&half.neg().unwrap()).unwrap());
+    }
+}

@@ -1,0 +1,291 @@
+//! The state file: nothing is lost, nothing damaged is taken.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops there")]
+
+mod common;
+
+use candle_core::{DType, Device, Tensor, Var};
+use common::{all_bits, config, named, record_warnings, store, tensor, train, var};
+use proptest::prelude::*;
+use std::path::Path;
+use velvet_optim::{BackendChoice, Error, GradClip, NonFinite, Optimizer, Velvet, VelvetConfig};
+
+const SHAPES: [&[usize]; 5] = [&[7, 13], &[1], &[0], &[], &[65_539]];
+
+fn copy(vars: &[(String, Var)]) -> Vec<(String, Var)> {
+    vars.iter()
+        .map(|(name, var)| (name.clone(), Var::from_tensor(&var.copy().unwrap().detach()).unwrap()))
+        .collect()
+}
+
+fn adaptive() -> VelvetConfig {
+    VelvetConfig::language_model(8192).with_clip(GradClip::GlobalNorm(1.0))
+}
+
+#[test]
+fn twenty_steps_saved_loaded_and_twenty_more_equal_forty() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("optimizer.safetensors");
+    for backend in [BackendChoice::Auto, BackendChoice::Plain] {
+        for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
+            let config = adaptive().with_backend(backend);
+            let whole = named(&SHAPES, dtype);
+            let mut opt = Velvet::named(whole.clone(), config.clone()).unwrap();
+            train(&mut opt, &whole, 1, 40);
+
+            let first = named(&SHAPES, dtype);
+            let mut saved = Velvet::named(first.clone(), config.clone()).unwrap();
+            train(&mut saved, &first, 1, 20);
+            saved.set_learning_rate(saved.learning_rate());
+            saved.save(&path).unwrap();
+            let second = copy(&first);
+            let mut resumed = Velvet::named(second.clone(), config.with_lr(123.0)).unwrap();
+            resumed.load(&path).unwrap();
+            assert_eq!(resumed.stats(), saved.stats());
+            assert_eq!(all_bits(&resumed), all_bits(&saved));
+            train(&mut resumed, &second, 21, 20);
+            assert_eq!(resumed.stats(), opt.stats());
+            assert!(all_bits(&resumed) == all_bits(&opt), "{backend:?} {dtype:?}");
+        }
+    }
+}
+
+#[test]
+fn a_state_moves_between_back_ends_and_parameter_types() {
+    let vars = named(&SHAPES, DType::F32);
+    let mut opt = Velvet::named(vars.clone(), adaptive()).unwrap();
+    train(&mut opt, &vars, 1, 3);
+    let bytes = opt.to_bytes().unwrap();
+    let plain = adaptive().with_backend(BackendChoice::Plain);
+    let mut other = Velvet::named(named(&SHAPES, DType::BF16), plain).unwrap();
+    other.load_bytes(&bytes).unwrap();
+    for (name, tensor) in opt.state().unwrap() {
+        assert_eq!(common::bits(&other.state().unwrap()[&name]), common::bits(&tensor));
+    }
+}
+
+#[test]
+fn equal_states_give_equal_bytes() {
+    let make = || {
+        let vars = named(&SHAPES, DType::F32);
+        let mut opt = Velvet::named(vars.clone(), adaptive()).unwrap();
+        train(&mut opt, &vars, 1, 2);
+        opt.to_bytes().unwrap()
+    };
+    assert_eq!(make(), make());
+}
+
+#[test]
+fn a_file_has_the_bytes_of_to_bytes_and_replaces_the_old_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state");
+    std::fs::write(&path, "an older file").unwrap();
+    let opt = Velvet::named(named(&SHAPES, DType::F32), config()).unwrap();
+    opt.save(&path).unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), opt.to_bytes().unwrap());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn parameters_with_missing_gradients_resume_with_their_own_correction() {
+    let run = |resume: bool| {
+        let mut vars = named(&[&[3], &[4]], DType::F32);
+        let mut opt = Velvet::named(vars.clone(), config()).unwrap();
+        record_warnings(&mut opt);
+        for step in 0..6 {
+            if resume && step == 3 {
+                let bytes = opt.to_bytes().unwrap();
+                vars = copy(&vars);
+                opt = Velvet::named(vars.clone(), config()).unwrap();
+                opt.load_bytes(&bytes).unwrap();
+                record_warnings(&mut opt);
+            }
+            let grads = vars.iter().take(if step % 2 == 0 { 1 } else { 2 });
+            opt.try_step(&store(grads.map(|(_, v)| (v, tensor(step, v.dims(), DType::F32))))).unwrap();
+        }
+        all_bits(&opt)
+    };
+    assert_eq!(run(true), run(false));
+}
+
+#[test]
+fn unnamed_parameters_in_another_order_get_their_own_state_back() {
+    let vars: Vec<Var> = (1..7).map(|i| var(i, &[3, 4], DType::F32)).collect();
+    let grads = |vars: &[&Var], step: u64| {
+        store(
+            vars.iter()
+                .zip(0..)
+                .map(|(v, i)| (*v, tensor(step * 10 + i, &[3, 4], DType::F32)))
+                .collect::<Vec<_>>(),
+        )
+    };
+    let in_order: Vec<&Var> = vars.iter().collect();
+    let mut opt = Velvet::new(vars.clone(), config()).unwrap();
+    opt.try_step(&grads(&in_order, 1)).unwrap();
+    let bytes = opt.to_bytes().unwrap();
+
+    let again: Vec<Var> =
+        vars.iter().map(|v| Var::from_tensor(&v.copy().unwrap().detach()).unwrap()).collect();
+    let shuffled: Vec<Var> = [4, 2, 0, 5, 1, 3].iter().map(|&i| again[i].clone()).collect();
+    let mut resumed = Velvet::new(shuffled, config()).unwrap();
+    let warnings = record_warnings(&mut resumed);
+    resumed.load_bytes(&bytes).unwrap();
+    assert!(warnings.lock().unwrap().is_empty());
+    opt.try_step(&grads(&in_order, 2)).unwrap();
+    resumed.try_step(&grads(&again.iter().collect::<Vec<_>>(), 2)).unwrap();
+    for (a, b) in vars.iter().zip(&again) {
+        assert_eq!(common::bits(a), common::bits(b));
+    }
+}
+
+#[test]
+fn unnamed_parameters_with_other_values_go_by_position_with_a_warning() {
+    let vars = vec![var(1, &[3], DType::F32), var(2, &[3], DType::F32)];
+    let mut opt = Velvet::new(vars.clone(), config()).unwrap();
+    opt.try_step(&store(vars.iter().map(|v| (v, v.ones_like().unwrap())))).unwrap();
+    let mut other = Velvet::new(vec![var(8, &[3], DType::F32), var(9, &[3], DType::F32)], config()).unwrap();
+    let warnings = record_warnings(&mut other);
+    other.load_bytes(&opt.to_bytes().unwrap()).unwrap();
+    assert!(warnings.lock().unwrap()[0].contains("by position"));
+    let (ours, theirs) = (other.state().unwrap(), opt.state().unwrap());
+    for (name, tensor) in &theirs {
+        assert_eq!(common::bits(&ours[name]), common::bits(tensor));
+    }
+    let mut wrong = Velvet::new(vec![var(8, &[3], DType::F32), var(9, &[4], DType::F32)], config()).unwrap();
+    record_warnings(&mut wrong);
+    let error = wrong.load_bytes(&opt.to_bytes().unwrap()).unwrap_err().to_string();
+    assert_eq!(error, "state bytes: `param.00001`: expected shape [4], got [3]");
+}
+
+#[test]
+fn unnamed_parameters_of_equal_values_are_refused_only_where_it_matters() {
+    let ones = || Var::ones(3, DType::F32, &Device::Cpu).unwrap();
+    let other = || var(1, &[3], DType::F32);
+    // Equal values and equal (empty) states: any assignment is right.
+    let fresh = Velvet::new(vec![ones(), ones(), other()], config()).unwrap().to_bytes().unwrap();
+    let mut reordered = Velvet::new(vec![other(), ones(), ones()], config()).unwrap();
+    reordered.load_bytes(&fresh).unwrap();
+    // Equal values after steps on unequal gradients: the states differ.
+    let vars = vec![ones(), ones(), other()];
+    let mut opt = Velvet::new(vars.clone(), config().with_lr(0.0)).unwrap();
+    opt.try_step(&store(vars.iter().zip(0..).map(|(v, i)| (v, tensor(i, &[3], DType::F32))))).unwrap();
+    let bytes = opt.to_bytes().unwrap();
+    let before = all_bits(&reordered);
+    let error = reordered.load_bytes(&bytes).unwrap_err().to_string();
+    assert!(error.contains("from_varmap"), "{error}");
+    assert_eq!(all_bits(&reordered), before);
+    // In the same order there is no question.
+    Velvet::new(vec![ones(), ones(), other()], config()).unwrap().load_bytes(&bytes).unwrap();
+}
+
+/// Loads `bytes`, expects an error, and that nothing changed.
+fn refused(opt: &mut Velvet, bytes: &[u8]) -> String {
+    let (before, stats, lr) = (all_bits(opt), *opt.stats(), opt.learning_rate());
+    let error = opt.load_bytes(bytes).unwrap_err().to_string();
+    assert_eq!((all_bits(opt), *opt.stats(), opt.learning_rate()), (before, stats, lr));
+    error
+}
+
+#[test]
+fn other_parameters_are_refused_by_name() {
+    let bytes = Velvet::named(named(&[&[3], &[4]], DType::F32), config()).unwrap().to_bytes().unwrap();
+    let rename = |names: [&str; 2], shapes: [&[usize]; 2], dtype| {
+        let vars = names.iter().zip(shapes).map(|(n, s)| ((*n).to_owned(), var(1, s, dtype))).collect();
+        Velvet::named(vars, config()).unwrap()
+    };
+    let error = refused(&mut rename(["w0", "x"], [&[3], &[4]], DType::F32), &bytes);
+    assert_eq!(error, "state bytes: the state lacks x, and has w1 that the optimizer lacks");
+    let error = refused(&mut rename(["w0", "w1"], [&[3], &[2, 2]], DType::F32), &bytes);
+    assert_eq!(error, "state bytes: `w1`: expected shape [2, 2], got [4]");
+    let error = refused(&mut rename(["w0", "w1"], [&[3], &[4]], DType::F64), &bytes);
+    assert_eq!(error, "state bytes: `w0.exp_avg`: expected type F64, got F32");
+    let mut unnamed =
+        Velvet::new(vec![var(1, &[3], DType::F32), var(2, &[4], DType::F32)], config()).unwrap();
+    let error = refused(&mut unnamed, &bytes);
+    assert_eq!(error, "state bytes: `header`: expected parameters by position, got with names");
+    let error = refused(&mut rename(["w0", "w1"], [&[3], &[4]], DType::F32), &unnamed.to_bytes().unwrap());
+    assert_eq!(error, "state bytes: `header`: expected parameters with names, got by position");
+    let error = refused(&mut Velvet::new(vec![], config()).unwrap(), &unnamed.to_bytes().unwrap());
+    assert_eq!(error, "state bytes: `header`: expected number of parameters 0, got 2");
+}
+
+#[test]
+fn files_that_are_not_a_state_name_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut opt = Velvet::named(named(&[&[3]], DType::F32), config()).unwrap();
+    let mut error_of = |name: &str, bytes: Option<&[u8]>| {
+        let path = folder.path().join(name);
+        if let Some(bytes) = bytes {
+            std::fs::write(&path, bytes).unwrap();
+        }
+        let error = opt.load(&path).unwrap_err().to_string();
+        assert!(error.starts_with(&*path.display().to_string()), "{error}");
+        error
+    };
+    error_of("absent", None);
+    for (name, bytes) in [("empty", &b""[..]), ("text", b"hello, this is a letter and no tensor")] {
+        assert!(error_of(name, Some(bytes)).contains("not a whole safetensors file"));
+    }
+    let whole = Velvet::named(named(&[&[3]], DType::F32), config()).unwrap().to_bytes().unwrap();
+    assert!(error_of("cut", Some(&whole[..whole.len() - 1])).contains("not a whole safetensors file"));
+    let foreign = Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap();
+    let path = folder.path().join("foreign");
+    candle_core::safetensors::save(&[("w", foreign)].into(), &path).unwrap();
+    assert!(error_of("foreign", None).contains("no `velvet-optim`"));
+    // Same length, so that the rest of the file stays whole.
+    let text = String::from_utf8_lossy(&whole).into_owned();
+    assert!(text.contains(r#"\"format\":1,"#));
+    let at = text.find(r#"\"format\":1,"#).unwrap() + r#"\"format\":"#.len();
+    let mut newer = whole.clone();
+    newer[at] = b'2';
+    assert!(error_of("newer", Some(&newer)).contains("`header`: expected format 1, got 2"));
+}
+
+#[test]
+fn saving_into_a_folder_that_is_not_there_names_the_file() {
+    let opt = Velvet::named(named(&[&[3]], DType::F32), config()).unwrap();
+    let path = Path::new("no-such-folder").join("state");
+    match opt.save(&path) {
+        Err(Error::Io { path: named, .. }) => assert_eq!(named, path),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn skips_and_ignored_losses_are_kept() {
+    let vars = named(&[&[3]], DType::F32);
+    let mut opt = Velvet::named(vars.clone(), config().with_non_finite(NonFinite::Skip)).unwrap();
+    opt.observe_value(f64::NAN);
+    opt.try_step(&store([(&vars[0].1, Tensor::new(&[f32::NAN; 3], &Device::Cpu).unwrap())])).unwrap();
+    let mut other = Velvet::named(copy(&vars), config()).unwrap();
+    other.load_bytes(&opt.to_bytes().unwrap()).unwrap();
+    assert_eq!((other.stats().skipped, other.stats().ignored_losses), (1, 1));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+    #[test]
+    fn damaged_bytes_never_panic_and_never_half_load(
+        cut in prop::option::of(0usize..4000),
+        flips in prop::collection::vec((0usize..4000, 1u8..=255), 0..4),
+    ) {
+        let vars = named(&[&[3, 5], &[4]], DType::F32);
+        let mut opt = Velvet::named(vars.clone(), adaptive()).unwrap();
+        train(&mut opt, &vars, 1, 1);
+        let mut bytes = opt.to_bytes().unwrap();
+        let whole = bytes.clone();
+        for (at, mask) in flips {
+            let len = bytes.len();
+            bytes[at % len] ^= mask;
+        }
+        if let Some(cut) = cut {
+            bytes.truncate(cut % bytes.len());
+        }
+        let mut target = Velvet::named(copy(&vars), config()).unwrap();
+        let before = (all_bits(&target), *target.stats());
+        if target.load_bytes(&bytes).is_err() {
+            prop_assert!(bytes != whole);
+            prop_assert_eq!((all_bits(&target), *target.stats()), before);
+        }
+    }
+}

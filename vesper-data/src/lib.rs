@@ -1,0 +1,20 @@
+#![doc = include_str!("../README.md")]
+
+pub mod batch;
+pub mod cache;
+pub mod corpus;
+mod error;
+pub mod source;
+pub mod tokenizer;
+pub mod tokens;
+
+pub use batch::{Batch, BatchSampler, EvalBatches, SamplerConfig, SamplerState};
+pub use cache::{CacheKey, CacheStatus, TokenCache};
+pub use error::{DataError, Result};
+pub use source::{Document, Documents};
+pub use tokenizer::{Encoded, TextTokenizer};
+pub use tokens::Tokens;
+
+/// The version of candle whose [`Tensor`](candle_core::Tensor) and [`Device`](candle_core::Device) this
+/// crate's interface uses.
+pub use candle_core;

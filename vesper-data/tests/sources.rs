@@ -1,0 +1,202 @@
+//! Reading documents from files and folders.
+// The helpers of tests may panic as the tests themselves do.
+#![allow(clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+
+use vesper_data::source::content_digest;
+use vesper_data::{DataError, Document, Documents, Result};
+
+fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, bytes) in files {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, bytes).unwrap();
+    }
+    folder
+}
+
+fn read(path: impl AsRef<Path>) -> Result<Vec<Document>> {
+    Documents::open(&[path.as_ref().to_path_buf()])?.collect()
+}
+
+/// The documents of one file with these bytes, and the lines on which they start.
+fn read_file(name: &str, bytes: &[u8]) -> Result<Vec<(String, u64)>> {
+    let folder = folder(&[(name, bytes)]);
+    let documents = read(folder.path().join(name))?;
+    Ok(documents.into_iter().map(|document| (document.text, document.line)).collect())
+}
+
+fn texts(documents: &[Document]) -> Vec<&str> {
+    documents.iter().map(|document| document.text.as_str()).collect()
+}
+
+/// The message of the error that reading a file with these bytes ends in, with the folder cut off.
+fn message(name: &str, bytes: &[u8]) -> String {
+    let folder = folder(&[(name, bytes)]);
+    let error = read(folder.path().join(name)).unwrap_err().to_string();
+    assert!(!error.contains('\n'), "{error}");
+    error.split(name).nth(1).unwrap_or_else(|| panic!("{name} is not named: {error}")).to_owned()
+}
+
+#[test]
+fn a_text_file_is_one_document_as_it_is() {
+    let text = "\n  One.\n\nTwo. \n\n";
+    assert_eq!(read_file("a.txt", text.as_bytes()).unwrap(), [(text.to_owned(), 1)]);
+}
+
+#[test]
+fn a_separator_splits_a_text_and_takes_the_line_breaks_around_it() {
+    let text = b"<|endoftext|>\nOne.\n\nStill one.\n<|endoftext|>\n\n Two.<|endoftext|>Three.<|endoftext|> \n<|endoftext|>";
+    let expected = [("One.\n\nStill one.", 2), (" Two.", 7), ("Three.", 7)];
+    assert_eq!(read_file("a.txt", text).unwrap(), expected.map(|(text, line)| (text.to_owned(), line)));
+}
+
+#[test]
+fn many_documents_on_one_line_are_all_found() {
+    let text = "word<|endoftext|>".repeat(20_000);
+    assert_eq!(read_file("a.txt", text.as_bytes()).unwrap().len(), 20_000);
+}
+
+#[test]
+fn windows_line_breaks_and_a_byte_order_mark_make_no_difference_in_text() {
+    let windows = b"\xEF\xBB\xBFOne.\r\nTwo.\r\n<|endoftext|>\r\nThree\rfour.";
+    let expected = [("One.\nTwo.".to_owned(), 1), ("Three\rfour.".to_owned(), 4)];
+    assert_eq!(read_file("a.txt", windows).unwrap(), expected);
+}
+
+#[test]
+fn jsonl_takes_the_field_text_as_it_is_and_ignores_the_rest() {
+    let lines = "\u{FEFF}{\"text\": \"One\\r\\n \u{1F98A}\", \"text2\": 5}\n\n  \r\n{\"id\": 1, \"text\": \"Two\"}\r\n{\"text\": \" \"}\n{\"text\":\"Three\"}";
+    let expected = [("One\r\n \u{1F98A}", 1), ("Two", 4), ("Three", 6)];
+    assert_eq!(
+        read_file("a.jsonl", lines.as_bytes()).unwrap(),
+        expected.map(|(text, line)| (text.to_owned(), line))
+    );
+}
+
+#[test]
+fn jsonl_errors_name_the_line_and_what_is_wrong() {
+    let good = "{\"text\": \"a\"}\n\n";
+    for (line, expected) in [
+        ("{\"text\": \"a\"", ", line 3: invalid JSON at column 12: EOF while parsing an object"),
+        (
+            "{\"content\": \"a\", \"b\": 1}",
+            ", line 3: the field \"text\" is missing (the fields are: \"b\", \"content\")",
+        ),
+        ("{}", ", line 3: the field \"text\" is missing (it has no fields)"),
+        ("{\"text\": 5}", ", line 3: \"text\" is a number, expected a string"),
+        ("{\"text\": null}", ", line 3: \"text\" is null, expected a string"),
+        ("[1]", ", line 3: expected an object like {\"text\": \"...\"}, got an array"),
+        ("\"text\"", ", line 3: expected an object like {\"text\": \"...\"}, got a string"),
+    ] {
+        assert_eq!(message("a.jsonl", format!("{good}{line}").as_bytes()), expected);
+    }
+}
+
+#[test]
+fn invalid_utf8_is_named_by_line_and_byte() {
+    assert_eq!(message("a.txt", b"ab\ncd\xFFe\n"), ", line 2: invalid UTF-8 at byte 5 of the file");
+    assert_eq!(message("a.txt", b"\xEF\xBB\xBFab\xC3"), ", line 1: invalid UTF-8 at byte 5 of the file");
+    assert_eq!(message("a.jsonl", b"{\"text\": \"\xE9\"}"), ", line 1: invalid UTF-8 at byte 10 of the file");
+    assert!(
+        message("a.txt", b"\xFF\xFEa\0b\0")
+            .ends_with("byte 0 of the file (it looks like UTF-16: save it as UTF-8)")
+    );
+    assert!(message("a.bin", b"ab\0\x80").ends_with("byte 3 of the file (it looks like a binary file)"));
+}
+
+#[test]
+fn documents_before_an_error_are_given_and_none_after_it() {
+    let folder = folder(&[("a.jsonl", b"{\"text\": \"a\"}\nnonsense\n{\"text\": \"b\"}")]);
+    let mut documents = Documents::open(&[folder.path().to_path_buf()]).unwrap();
+    assert_eq!(documents.next().unwrap().unwrap().text, "a");
+    assert!(matches!(documents.next(), Some(Err(DataError::Jsonl { line: 2, .. }))));
+    assert!(documents.next().is_none());
+}
+
+#[test]
+fn a_folder_is_read_in_the_order_of_names_and_only_what_is_text() {
+    let folder = folder(&[
+        ("b.txt", b"2"),
+        ("a/z.md", b"1"),
+        ("c/x/deep.jsonl", b"{\"text\": \"4\"}"),
+        ("c/w.TEXT", b"3"),
+        ("d.txt", b""),
+        ("photo.jpg", b"\xFF"),
+        ("notes", b"no extension"),
+        (".hidden/a.txt", b"hidden"),
+        (".a.txt", b"hidden"),
+    ]);
+    let documents = read(folder.path()).unwrap();
+    assert_eq!(texts(&documents), ["1", "2", "3", "4"]);
+    assert_eq!(&*documents[0].path, folder.path().join("a").join("z.md"));
+}
+
+#[test]
+fn several_sources_are_read_in_the_order_in_which_they_are_named() {
+    let folder = folder(&[("a.txt", b"a"), ("b/c.txt", b"c")]);
+    let paths = [folder.path().join("b"), folder.path().join("a.txt"), folder.path().join("b/c.txt")];
+    let documents: Vec<Document> = Documents::open(&paths).unwrap().collect::<Result<_>>().unwrap();
+    assert_eq!(texts(&documents), ["c", "a", "c"]);
+}
+
+#[test]
+fn a_named_file_of_unknown_kind_is_read_as_text() {
+    assert_eq!(read_file("corpus.data", b"hello").unwrap(), [("hello".to_owned(), 1)]);
+    assert_eq!(read_file("corpus", b"hello").unwrap(), [("hello".to_owned(), 1)]);
+}
+
+#[test]
+fn what_holds_no_text_is_an_error_that_says_so() {
+    assert!(matches!(Documents::open(&[]), Err(DataError::NoSources)));
+    assert!(matches!(read("no/such/file.txt"), Err(DataError::Missing { .. })));
+    assert_eq!(read("no/such/file.txt").unwrap_err().to_string(), "no/such/file.txt does not exist");
+    assert_eq!(message("a.txt", b""), " holds no text");
+    assert_eq!(message("a.txt", b" \n<|endoftext|>\n"), " holds no text");
+    assert_eq!(message("a.txt", b"\xEF\xBB\xBF"), " holds no text");
+    assert_eq!(message("a.jsonl", b"\n{\"text\": \"\"}\n"), " holds no text");
+
+    let pictures = folder(&[("a.jpg", b"x")]);
+    let error = read(pictures.path()).unwrap_err().to_string();
+    assert!(
+        error.ends_with("holds no readable file: expected at least one .txt, .text, .md or .jsonl"),
+        "{error}"
+    );
+    let blank = folder(&[("a.txt", b" "), ("b.txt", b"")]);
+    assert!(matches!(read(blank.path()), Err(DataError::NoText { .. })));
+}
+
+#[test]
+fn a_blank_file_after_a_good_one_is_still_reported_if_it_was_named() {
+    let folder = folder(&[("a.txt", b"a"), ("b.txt", b"\n")]);
+    let paths = [folder.path().join("a.txt"), folder.path().join("b.txt")];
+    let result: Result<Vec<Document>> = Documents::open(&paths).unwrap().collect();
+    assert!(matches!(result, Err(DataError::NoText { path }) if path.ends_with("b.txt")));
+    assert_eq!(texts(&read(folder.path()).unwrap()), ["a"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_link_that_goes_in_a_circle_is_followed_once() {
+    let folder = folder(&[("a/b.txt", b"b")]);
+    std::os::unix::fs::symlink(folder.path(), folder.path().join("a/up")).unwrap();
+    std::os::unix::fs::symlink(folder.path().join("gone"), folder.path().join("a/gone.txt")).unwrap();
+    assert_eq!(texts(&read(folder.path()).unwrap()), ["b"]);
+}
+
+#[test]
+fn the_digest_follows_the_bytes_and_their_order_and_not_the_names() {
+    let digest = |files: &[(&str, &[u8])]| {
+        let folder = folder(files);
+        content_digest(&[PathBuf::from(folder.path())]).unwrap()
+    };
+    let first = digest(&[("a.txt", b"one"), ("b.txt", b"two")]);
+    assert_eq!(first, digest(&[("x.md", b"one"), ("y.txt", b"two"), ("z.jpg", b"no text")]));
+    assert_ne!(first, digest(&[("a.txt", b"two"), ("b.txt", b"one")]));
+    assert_ne!(first, digest(&[("a.txt", b"onet"), ("b.txt", b"wo")]));
+    assert_ne!(first, digest(&[("a.txt", b"one"), ("b.txt", b"twO")]));
+    assert_ne!(first, digest(&[("a.txt", b"one"), ("b.jsonl", b"two")]));
+    assert_ne!(first, digest(&[("a.txt", b"one")]));
+}

@@ -1,0 +1,40 @@
+//! The tokenizer that belongs to a model.
+
+use std::path::Path;
+
+use tokenizers::Tokenizer;
+
+use super::{TOKENIZER, invalid, read_text};
+use crate::{ModelError, Result, VesperConfig};
+
+/// Reads `tokenizer.json` and checks that the model has a row for each of its entries.
+///
+/// # Errors
+/// [`ModelError::Io`] or [`ModelError::InvalidFile`] when the file cannot be read;
+/// [`ModelError::TokenizerTooLarge`] as in [`check_tokenizer`].
+pub fn read_tokenizer(dir: impl AsRef<Path>, config: &VesperConfig) -> Result<Tokenizer> {
+    let path = dir.as_ref().join(TOKENIZER);
+    let tokenizer = parse(&path, &read_text(&path)?)?;
+    check_tokenizer(&tokenizer, config)?;
+    Ok(tokenizer)
+}
+
+/// Checks that the model has a row for every id of the tokenizer.
+///
+/// The embedding may have more rows than the tokenizer has entries: it is padded. Rows over the tokenizer's size
+/// are not to be generated, see [`Sampler::with_vocab_limit`](crate::generate::Sampler::with_vocab_limit).
+///
+/// # Errors
+/// [`ModelError::TokenizerTooLarge`] when the highest id is `vocab_size` or more.
+pub fn check_tokenizer(tokenizer: &Tokenizer, config: &VesperConfig) -> Result<()> {
+    // Ids may have gaps: the number of entries says nothing about the highest.
+    let size = tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+    if size > config.vocab_size {
+        return Err(ModelError::TokenizerTooLarge { tokenizer: size, model: config.vocab_size });
+    }
+    Ok(())
+}
+
+pub(super) fn parse(path: &Path, json: &str) -> Result<Tokenizer> {
+    json.parse().map_err(|error: tokenizers::Error| invalid(path, error.to_string()))
+}

@@ -1,0 +1,15 @@
+#![doc = include_str!("../README.md")]
+#![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+
+pub mod config;
+mod error;
+pub mod generate;
+pub mod hf;
+mod model;
+pub mod ops;
+
+pub use candle_core;
+pub use candle_nn;
+pub use config::{AdapterConfig, Projection, VesperConfig};
+pub use error::{ModelError, Result};
+pub use model::{Parameter, Session, VesperLM, initialize, trainable};

@@ -1,0 +1,100 @@
+//! One transformer block: attention and feed-forward, each behind a norm and a residual sum.
+
+use candle_core::{Result, Tensor};
+use candle_nn::VarBuilder;
+use era_act::Activation;
+
+use super::cache::LayerCache;
+use super::projection::Packed;
+use crate::ops::{Heads, Path, Rope, causal_attention, rms_norm};
+use crate::{Projection, VesperConfig};
+
+#[derive(Debug, Clone)]
+pub(super) struct Block {
+    norm_attention: Tensor,
+    qkv: Packed,
+    output: Packed,
+    norm_feed_forward: Tensor,
+    gate_up: Packed,
+    down: Packed,
+    activation: Activation,
+    heads: Heads,
+    eps: f64,
+}
+
+impl Block {
+    pub(super) fn new(config: &VesperConfig, vb: &VarBuilder<'_>) -> Result<Self> {
+        use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
+        let norm = |name: &str| -> Result<Tensor> {
+            let weight = vb.pp(name).get(config.hidden_size, "weight")?;
+            Ok(if config.adapter.is_some() { weight.detach() } else { weight })
+        };
+        Ok(Self {
+            norm_attention: norm("input_layernorm")?,
+            qkv: Packed::new(config, &[QProj, KProj, VProj], "self_attn.qkv_proj", vb)?,
+            output: Packed::new(config, &[OProj], "self_attn.o_proj", vb)?,
+            norm_feed_forward: norm("post_attention_layernorm")?,
+            gate_up: Packed::new(config, &[GateProj, UpProj], "mlp.gate_up_proj", vb)?,
+            down: Packed::new(config, &[DownProj], "mlp.down_proj", vb)?,
+            activation: config.hidden_act,
+            heads: Heads {
+                query: config.num_attention_heads,
+                kv: config.num_key_value_heads,
+                dim: config.head_dim,
+            },
+            eps: config.rms_norm_eps,
+        })
+    }
+
+    /// x: (batch, t, hidden) to the same shape
+    pub(super) fn forward(&self, x: &Tensor, rope: &Rope, path: Path) -> Result<Tensor> {
+        let n = self.norm(x, &self.norm_attention, path)?;
+        let qkv = self.qkv.forward(&n, path)?;
+        let attention = causal_attention(&qkv, self.heads, Some(rope), path)?;
+        let x = (x + self.output.forward(&attention, path)?)?;
+        self.feed_forward(&x, path)
+    }
+
+    /// As [`Block::forward`], for rows that follow what the cache holds; without a gradient.
+    pub(super) fn forward_cached(
+        &self,
+        x: &Tensor,
+        rope: &Rope,
+        cache: &mut LayerCache,
+        path: Path,
+    ) -> Result<Tensor> {
+        let n = self.norm(x, &self.norm_attention, path)?;
+        let qkv = self.qkv.forward(&n, path)?;
+        let attention = cache.attend(&qkv, self.heads, rope)?;
+        let x = (x + self.output.forward(&attention, path)?)?;
+        self.feed_forward(&x, path)
+    }
+
+    fn feed_forward(&self, x: &Tensor, path: Path) -> Result<Tensor> {
+        let n = self.norm(x, &self.norm_feed_forward, path)?;
+        let gate_up = self.gate_up.forward(&n, path)?; // (batch, t, 2 ffn)
+        let inner = match path {
+            Path::Fused => self.activation.gated(&gate_up)?,
+            Path::Reference => era_act::reference::gated(&self.activation, &gate_up)?,
+        };
+        x + self.down.forward(&inner, path)?
+    }
+
+    fn norm(&self, x: &Tensor, weight: &Tensor, path: Path) -> Result<Tensor> {
+        rms_norm(x, &weight.to_dtype(x.dtype())?, self.eps, path)
+    }
+
+    pub(super) fn detach(&self) -> Self {
+        Self {
+            norm_attention: self.norm_attention.detach(),
+            qkv: self.qkv.detach(),
+            output: self.output.detach(),
+            norm_feed_forward: self.norm_feed_forward.detach(),
+            gate_up: self.gate_up.detach(),
+            down: self.down.detach(),
+            activation: self.activation,
+            heads: self.heads,
+            eps: self.eps,
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! VesperLM: a pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and a gated feed-forward.
+
+mod block;
+mod cache;
+mod parameters;
+mod projection;
+mod session;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{VarBuilder, VarMap};
+
+use crate::ops::{CrossEntropy, Heads, LossAndEntropy, Path, Rope, embedding, linear, linear_cross_entropy, rms_norm};
+use crate::{ModelError, Result, VesperConfig, hf};
+use block::Block;
+
+pub(crate) use parameters::insert;
+pub use parameters::{Parameter, initialize, trainable};
+pub use session::Session;
+
+/// A decoder-only language model.
+///
+/// ```text
+/// h = E[ids]                                            (batch, t, hidden)
+/// h = h + O attention(rope(QKV norm(h)))                in each block
+/// h = h + D (act(G norm(h)) * U norm(h))
+/// logits = norm(h) E^T                                  (batch, t, vocab)
+/// ```
+///
+/// The parameters live in a `VarMap` (training) or in plain tensors (inference); the model only refers to them, so an
+/// optimizer's steps are seen at once. Activations have the dtype of [`VesperLM::with_compute_dtype`]; the loss and
+/// the norms are computed in f32.
+///
+/// # Examples
+/// ```
+/// use vesper_model::candle_core::{DType, Device, Tensor};
+/// use vesper_model::candle_nn::VarMap;
+/// use vesper_model::{VesperConfig, VesperLM};
+///
+/// let config = VesperConfig::preset("nano")?.with_vocab(100);
+/// let varmap = VarMap::new();
+/// let model = VesperLM::initialize(&config, &varmap, 42, DType::F32, &Device::Cpu)?;
+/// let ids = Tensor::new(&[[1u32, 2, 3]], &Device::Cpu)?;
+/// let targets = Tensor::new(&[[2u32, 3, 4]], &Device::Cpu)?;
+/// let loss = model.loss(&ids, &targets)?.loss;
+/// assert!((loss.to_scalar::<f32>()? - 128f32.ln()).abs() < 0.1); // nearly uniform at the start
+/// let grads = loss.backward()?;
+/// for var in varmap.all_vars() {
+///     assert!(grads.get(&var).is_some());
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct VesperLM {
+    config: VesperConfig,
+    embed: Tensor,
+    blocks: Vec<Block>,
+    norm: Tensor,
+    /// None where the embedding is tied.
+    head: Option<Tensor>,
+    rope: Rope,
+    compute: DType,
+    path: Path,
+}
+
+impl VesperLM {
+    /// Builds the model on variables or tensors of a `VarBuilder`, by the names of [`VesperConfig::parameters`].
+    ///
+    /// # Errors
+    /// [`ModelError::InvalidConfig`], or a tensor that is missing or has another shape.
+    pub fn new(config: &VesperConfig, vb: VarBuilder<'_>) -> Result<Self> {
+        config.validate()?;
+        let frozen = config.adapter.is_some();
+        let get = |name: &str, shape: &[usize]| -> Result<Tensor> {
+            let tensor = vb.get(shape, name)?;
+            Ok(if frozen { tensor.detach() } else { tensor })
+        };
+        let (v, d) = (config.vocab_size, config.hidden_size);
+        let blocks = (0..config.num_hidden_layers)
+            .map(|i| Block::new(config, &vb.pp(format!("model.layers.{i}"))))
+            .collect::<candle_core::Result<_>>()?;
+        Ok(Self {
+            embed: get("model.embed_tokens.weight", &[v, d])?,
+            blocks,
+            norm: get("model.norm.weight", &[d])?,
+            head: if config.tie_word_embeddings { None } else { Some(get("lm_head.weight", &[v, d])?) },
+            rope: Rope::new(config.head_dim, config.max_position_embeddings, config.rope_theta, vb.device())?,
+            compute: vb.dtype(),
+            path: Path::Fused,
+            config: config.clone(),
+        })
+    }
+
+    /// A new model in a `VarMap`, with values that depend on the seed alone.
+    ///
+    /// # Errors
+    /// As [`VesperLM::new`].
+    pub fn initialize(
+        config: &VesperConfig,
+        varmap: &VarMap,
+        seed: u64,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        initialize(config, varmap, seed, dtype, device)?;
+        Self::new(config, VarBuilder::from_varmap(varmap, dtype, device))
+    }
+
+    /// A model of a Hugging Face directory, for inference: VesperLM's own or a Llama.
+    ///
+    /// # Errors
+    /// What is wrong with which file: missing, truncated, another shape, an unsupported setting.
+    pub fn load(dir: impl AsRef<std::path::Path>, dtype: DType, device: &Device) -> Result<Self> {
+        let config = hf::read_config(dir.as_ref())?;
+        let weights = hf::read_weights(dir.as_ref(), &config, dtype, device)?;
+        Self::new(&config, VarBuilder::from_tensors(weights, dtype, device))
+    }
+
+    /// A model of a Hugging Face directory as variables of a `VarMap`, to train it further.
+    ///
+    /// `adapter` freezes it and adds new adapters, which start as `seed` says.
+    ///
+    /// # Errors
+    /// As [`VesperLM::load`].
+    pub fn load_into(
+        dir: impl AsRef<std::path::Path>,
+        adapter: Option<crate::AdapterConfig>,
+        varmap: &VarMap,
+        seed: u64,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let stored = hf::read_config(dir.as_ref())?;
+        let weights = hf::read_weights(dir.as_ref(), &stored, dtype, device)?;
+        let config = match adapter {
+            Some(adapter) => stored.with_adapter(adapter),
+            None => stored,
+        };
+        initialize(&config, varmap, seed, dtype, device)?;
+        for (name, value) in &weights {
+            insert(varmap, name, value, dtype)?;
+        }
+        Self::new(&config, VarBuilder::from_varmap(varmap, dtype, device))
+    }
+
+    /// Computes activations in `dtype` (bf16 usually) while the parameters keep theirs; the loss stays in f32.
+    pub fn with_compute_dtype(mut self, dtype: DType) -> Self {
+        self.compute = dtype;
+        self
+    }
+
+    /// Runs the fused operations (default) or their candle reference.
+    pub fn with_path(mut self, path: Path) -> Self {
+        self.path = path;
+        self
+    }
+
+    /// The architecture.
+    pub fn config(&self) -> &VesperConfig {
+        &self.config
+    }
+
+    /// The device that the parameters are on.
+    pub fn device(&self) -> &Device {
+        self.embed.device()
+    }
+
+    /// The same model without gradients: for evaluation, where it saves memory and time. It refers to the same
+    /// storage, so it sees later updates of the variables.
+    pub fn detach(&self) -> Self {
+        Self {
+            embed: self.embed.detach(),
+            blocks: self.blocks.iter().map(Block::detach).collect(),
+            norm: self.norm.detach(),
+            head: self.head.as_ref().map(Tensor::detach),
+            ..self.clone()
+        }
+    }
+
+    /// Logits of every position.
+    ///
+    /// ```text
+    /// ids: (batch, t), u32    result: (batch, t, vocab), f32 (f64 in an f64 model)
+    /// ```
+    ///
+    /// # Errors
+    /// [`ModelError::SequenceTooLong`], an id outside the vocabulary, or a device that is out of memory.
+    pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
+        let hidden = self.hidden(ids)?;
+        self.logits(&hidden)
+    }
+
+    /// Mean next-token loss and the mean entropy of the predictions, both in nats.
+    ///
+    /// ```text
+    /// ids, targets: (batch, t), u32    loss, entropy: scalars, f32
+    /// ```
+    ///
+    /// Targets of `u32::MAX` do not count. The logits are never all in memory ([`linear_cross_entropy`]).
+    ///
+    /// # Errors
+    /// As [`VesperLM::forward`].
+    pub fn loss(&self, ids: &Tensor, targets: &Tensor) -> Result<LossAndEntropy> {
+        let hidden = self.hidden(ids)?;
+        let (b, t, d) = hidden.dims3()?;
+        let weight = self.output_weight().to_dtype(hidden.dtype())?;
+        let hidden = hidden.reshape((b * t, d))?;
+        let targets = targets.flatten_all()?;
+        Ok(linear_cross_entropy(&hidden, &weight, &targets, CrossEntropy::default(), self.path)?)
+    }
+
+    /// A decoding session of up to `capacity` tokens with its own key-value cache; `capacity` is limited to the
+    /// model's `max_position_embeddings`.
+    ///
+    /// # Errors
+    /// A device that is out of memory.
+    pub fn session(&self, capacity: usize) -> Result<Session> {
+        Session::new(self, capacity)
+    }
+
+    /// ids (batch, t) to the normalised last hidden states (batch, t, hidden)
+    fn hidden(&self, ids: &Tensor) -> Result<Tensor> {
+        let (_, t) = ids.dims2()?;
+        if t > self.rope.positions() {
+            return Err(ModelError::SequenceTooLong { got: t, limit: self.rope.positions() });
+        }
+        let mut h = embedding(&self.embed, ids, self.path)?.to_dtype(self.compute)?;
+        for block in &self.blocks {
+            h = block.forward(&h, &self.rope, self.path)?;
+        }
+        self.last_norm(&h)
+    }
+
+    fn last_norm(&self, h: &Tensor) -> Result<Tensor> {
+        Ok(rms_norm(h, &self.norm.to_dtype(h.dtype())?, self.config.rms_norm_eps, self.path)?)
+    }
+
+    fn output_weight(&self) -> &Tensor {
+        self.head.as_ref().unwrap_or(&self.embed)
+    }
+
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let logits = linear(hidden, &self.output_weight().to_dtype(hidden.dtype())?, self.path)?;
+        Ok(if logits.dtype() == DType::F64 { logits } else { logits.to_dtype(DType::F32)? })
+    }
+
+    fn heads(&self) -> Heads {
+        Heads {
+            query: self.config.num_attention_heads,
+            kv: self.config.num_key_value_heads,
+            dim: self.config.head_dim,
+        }
+    }
+}

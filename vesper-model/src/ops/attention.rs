@@ -1,0 +1,366 @@
+//! Causal self-attention over a packed projection, with rotary positions and grouped queries.
+
+use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::matrix::{Into, Matrix, Threads, product};
+use super::real::{self, Real};
+use super::{Path, Rope, rope};
+
+/// Query rows handled at once: the scores in memory are `BLOCK x t` a thread, never `t x t`.
+const BLOCK: usize = 64;
+
+/// How a packed projection is split into heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub query: usize,
+    /// Key and value heads, a divisor of `query`.
+    pub kv: usize,
+    /// Size of one head.
+    pub dim: usize,
+}
+
+impl Heads {
+    /// Width of the packed projection: `(query + 2 kv) * dim`.
+    pub fn packed(self) -> usize {
+        (self.query + 2 * self.kv) * self.dim
+    }
+}
+
+/// Causal self-attention.
+///
+/// ```text
+/// qkv: (batch, t, (query + 2 kv) * dim), rows [q heads | k heads | v heads]
+/// result: (batch, t, query * dim)
+/// o[h, i] = sum over j <= i of softmax_j(rope(q[h, i]) . rope(k[g, j]) / sqrt(dim)) v[g, j],   g = h * kv / query
+/// ```
+///
+/// The rotary embedding is applied inside when `positions` is given. The fused path keeps a block of rows of scores a
+/// thread, computes the scores again in the backward, and saves nothing but `qkv`; the backward gives the packed
+/// gradient in one tensor. Computed in f32 for f32, bf16 and f16, in f64 for f64.
+///
+/// # Errors
+/// Shapes that do not fit the heads, or more rows than `positions` has.
+///
+/// # Examples
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use vesper_model::ops::{Heads, Path, causal_attention};
+/// let heads = Heads { query: 4, kv: 2, dim: 8 };
+/// let qkv = Tensor::ones((1, 3, heads.packed()), DType::F32, &Device::Cpu)?;
+/// let out = causal_attention(&qkv, heads, None, Path::Fused)?;
+/// assert_eq!(out.dims(), [1, 3, 32]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # References
+/// Vaswani et al., arXiv 1706.03762; Ainslie et al. (grouped queries), arXiv 2305.13245; Dao et al. (blocked softmax
+/// and recomputation), arXiv 2205.14135.
+pub fn causal_attention(qkv: &Tensor, heads: Heads, positions: Option<&Rope>, path: Path) -> Result<Tensor> {
+    let (_, t, width) = qkv.dims3()?;
+    if heads.kv == 0 || heads.dim == 0 || !heads.query.is_multiple_of(heads.kv) || width != heads.packed() {
+        bail!("causal_attention: qkv of shape {:?} does not fit {heads:?}", qkv.shape());
+    }
+    if let Some(rope) = positions
+        && (rope.head_dim != heads.dim || t > rope.positions)
+    {
+        bail!(
+            "causal_attention: {t} rows of head size {}, but the rotary table has {} of head size {}",
+            heads.dim,
+            rope.positions,
+            rope.head_dim
+        );
+    }
+    if path.fuses(qkv) {
+        return qkv.contiguous()?.apply_op1(CausalAttention { heads, rope: positions.cloned() });
+    }
+    reference(qkv, heads, positions)
+}
+
+fn reference(qkv: &Tensor, heads: Heads, positions: Option<&Rope>) -> Result<Tensor> {
+    let (b, t, _) = qkv.dims3()?;
+    let Heads { query, kv, dim } = heads;
+    if b * t == 0 {
+        return qkv.narrow(D::Minus1, 0, query * dim); // candle's maximum refuses empty tensors
+    }
+    let split = |start: usize, n: usize| -> Result<Tensor> {
+        // (b, t, n dim) -> (b, n, t, dim)
+        qkv.narrow(D::Minus1, start * dim, n * dim)?.reshape((b, t, n, dim))?.transpose(1, 2)?.contiguous()
+    };
+    let (q, k, v) = (split(0, query)?, split(query, kv)?, split(query + kv, kv)?);
+    let (q, k) = match positions {
+        Some(table) => (rope(&q, table, 0)?, rope(&k, table, 0)?),
+        None => (q, k),
+    };
+    // Each key and value head serves query / kv consecutive query heads.
+    let share = |x: Tensor| -> Result<Tensor> {
+        let group = query / kv;
+        x.unsqueeze(2)?.expand((b, kv, group, t, dim))?.reshape((b, query, t, dim))
+    };
+    let (k, v) = (share(k)?, share(v)?);
+    let compute = if qkv.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let scores = (q.contiguous()?.matmul(&k.t()?.contiguous()?)?.to_dtype(compute)? / (dim as f64).sqrt())?;
+    let mask: Vec<f32> =
+        (0..t * t).map(|k| if k % t > k / t { f32::NEG_INFINITY } else { 0.0 }).collect();
+    let mask = Tensor::from_vec(mask, (t, t), qkv.device())?.to_dtype(compute)?;
+    let scores = scores.broadcast_add(&mask)?;
+    let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
+    let out = weights.to_dtype(qkv.dtype())?.matmul(&v.contiguous()?)?;
+    out.transpose(1, 2)?.reshape((b, t, query * dim))
+}
+
+struct CausalAttention {
+    heads: Heads,
+    rope: Option<Rope>,
+}
+
+/// Sizes of one call.
+#[derive(Clone, Copy)]
+struct Shapes {
+    t: usize,
+    heads: Heads,
+}
+
+impl Shapes {
+    fn group(self) -> usize {
+        self.heads.query / self.heads.kv
+    }
+}
+
+/// Rotates rows of (t, dim) in place, forwards or backwards.
+#[inline(always)]
+fn rotate<T: Real>(rows: &mut [T], dim: usize, rope: &Rope, sign: T) {
+    let half = dim / 2;
+    let (cos, sin) = &*rope.table;
+    for (position, row) in rows.chunks_exact_mut(dim).enumerate() {
+        let (a, b) = row.split_at_mut(half);
+        let cos = &cos[position * half..][..half];
+        let sin = &sin[position * half..][..half];
+        for i in 0..half {
+            let (c, s) = (T::of(f64::from(cos[i])), T::of(f64::from(sin[i])) * sign);
+            let (x, y) = (a[i], b[i]);
+            a[i] = x * c - y * s;
+            b[i] = y * c + x * s;
+        }
+    }
+}
+
+/// Copies one head out of the packed rows, rotated.
+fn head<T: Real>(packed: &[T], width: usize, start: usize, dim: usize, rope: Option<&Rope>) -> Vec<T> {
+    let mut rows = Vec::with_capacity(packed.len() / width.max(1) * dim);
+    for row in packed.chunks_exact(width) {
+        rows.extend_from_slice(&row[start..start + dim]);
+    }
+    if let Some(rope) = rope {
+        real::simd(
+            #[inline(always)]
+            || rotate(&mut rows, dim, rope, T::ONE),
+        );
+    }
+    rows
+}
+
+/// Scores of the query rows `first ..` turned into softmax weights: row r sees keys 0 ..= first + r.
+fn softmax_rows<T: Real>(scores: &mut [T], keys: usize, first: usize, scale: T) {
+    real::simd(
+        #[inline(always)]
+        || {
+            for (r, row) in scores.chunks_exact_mut(keys).enumerate() {
+                let (seen, future) = row.split_at_mut(first + r + 1);
+                let top = real::max(seen) * scale;
+                for x in seen.iter_mut() {
+                    *x = (*x * scale - top).exp();
+                }
+                let inverse = T::ONE / real::sum(seen);
+                for x in seen.iter_mut() {
+                    *x *= inverse;
+                }
+                future.fill(T::ZERO);
+            }
+        },
+    );
+}
+
+impl CausalAttention {
+    fn scale<T: Real>(&self) -> T {
+        T::of(1.0 / (self.heads.dim as f64).sqrt())
+    }
+
+    /// Output of one key/value head's group of query heads over one sequence: (group, t, dim).
+    fn forward_group<T: Real>(&self, packed: &[T], kv: usize, shapes: Shapes) -> Result<Vec<T>> {
+        let Shapes { t, heads: Heads { query, kv: kv_heads, dim } } = shapes;
+        let (group, width) = (shapes.group(), shapes.heads.packed());
+        let k = head(packed, width, (query + kv) * dim, dim, self.rope.as_ref());
+        let k = Matrix::new(&k, t, dim, dim)?;
+        let v = &packed[(query + kv_heads + kv) * dim..];
+        let mut out = vec![T::ZERO; group * t * dim];
+        let mut scores = vec![T::ZERO; BLOCK.min(t) * t];
+        for (g, out) in out.chunks_exact_mut(t * dim).enumerate() {
+            let q = head(packed, width, (kv * group + g) * dim, dim, self.rope.as_ref());
+            for first in (0..t).step_by(BLOCK) {
+                let rows = BLOCK.min(t - first);
+                let keys = first + rows;
+                let scores = &mut scores[..rows * keys];
+                let block = Matrix::new(&q[first * dim..], rows, dim, dim)?;
+                product(scores, keys, Into::Overwrite, block, k.first_rows(keys).t(), Threads::One)?;
+                softmax_rows(scores, keys, first, self.scale());
+                let weights = Matrix::new(scores, rows, keys, keys)?;
+                let v = Matrix::new(v, keys, dim, width)?;
+                product(&mut out[first * dim..], dim, Into::Overwrite, weights, v, Threads::One)?;
+            }
+        }
+        Ok(out)
+    }
+
+    /// Gradients of one group over one sequence: q (group, t, dim), k and v (t, dim).
+    fn backward_group<T: Real>(
+        &self,
+        packed: &[T],
+        dout: &[T],
+        kv: usize,
+        shapes: Shapes,
+    ) -> Result<(Vec<T>, Vec<T>, Vec<T>)> {
+        let Shapes { t, heads: Heads { query, kv: kv_heads, dim } } = shapes;
+        let (group, width) = (shapes.group(), shapes.heads.packed());
+        let k = head(packed, width, (query + kv) * dim, dim, self.rope.as_ref());
+        let k = Matrix::new(&k, t, dim, dim)?;
+        let v = &packed[(query + kv_heads + kv) * dim..];
+        let mut dq = vec![T::ZERO; group * t * dim];
+        let (mut dk, mut dv) = (vec![T::ZERO; t * dim], vec![T::ZERO; t * dim]);
+        let mut weights = vec![T::ZERO; BLOCK.min(t) * t];
+        let mut dscores = vec![T::ZERO; BLOCK.min(t) * t];
+        for (g, dq) in dq.chunks_exact_mut(t * dim).enumerate() {
+            let h = kv * group + g;
+            let q = head(packed, width, h * dim, dim, self.rope.as_ref());
+            for first in (0..t).step_by(BLOCK) {
+                let rows = BLOCK.min(t - first);
+                let keys = first + rows;
+                let (p, ds) = (&mut weights[..rows * keys], &mut dscores[..rows * keys]);
+                let q = Matrix::new(&q[first * dim..], rows, dim, dim)?;
+                let k = k.first_rows(keys);
+                let v = Matrix::new(v, keys, dim, width)?;
+                let dout = Matrix::new(&dout[first * query * dim + h * dim..], rows, dim, query * dim)?;
+                product(p, keys, Into::Overwrite, q, k.t(), Threads::One)?;
+                softmax_rows(p, keys, first, self.scale());
+                product(ds, keys, Into::Overwrite, dout, v.t(), Threads::One)?;
+                let scale = self.scale::<T>();
+                real::simd(
+                    #[inline(always)]
+                    || {
+                        for (p, ds) in p.chunks_exact(keys).zip(ds.chunks_exact_mut(keys)) {
+                            // dS = P (dP - sum(P dP)) / sqrt(dim)
+                            let dot = real::fold(keys, |j| p[j] * ds[j]);
+                            for (ds, &p) in ds.iter_mut().zip(p) {
+                                *ds = p * (*ds - dot) * scale;
+                            }
+                        }
+                    },
+                );
+                let (p, ds) = (Matrix::new(p, rows, keys, keys)?, Matrix::new(ds, rows, keys, keys)?);
+                product(&mut dq[first * dim..], dim, Into::Overwrite, ds, k, Threads::One)?;
+                product(&mut dk, dim, Into::Add, ds.t(), q, Threads::One)?;
+                product(&mut dv, dim, Into::Add, p.t(), dout, Threads::One)?;
+            }
+            if let Some(rope) = &self.rope {
+                rotate(dq, dim, rope, -T::ONE);
+            }
+        }
+        if let Some(rope) = &self.rope {
+            rotate(&mut dk, dim, rope, -T::ONE);
+        }
+        Ok((dq, dk, dv))
+    }
+
+    fn forward<T: Real>(&self, qkv: &[T], b: usize, t: usize) -> Result<Vec<T>> {
+        let shapes = Shapes { t, heads: self.heads };
+        let Heads { query, kv, dim } = self.heads;
+        let mut out = vec![T::ZERO; b * t * query * dim];
+        if out.is_empty() {
+            return Ok(out);
+        }
+        let width = self.heads.packed();
+        let groups: Vec<Vec<T>> = (0..b * kv)
+            .into_par_iter()
+            .map(|task| {
+                let packed = &qkv[task / kv * t * width..][..t * width];
+                self.forward_group(packed, task % kv, shapes)
+            })
+            .collect::<Result<_>>()?;
+        // (b, kv, group, t, dim) -> (b, t, query dim)
+        out.par_chunks_mut(t * query * dim).zip(groups.par_chunks(kv)).for_each(|(out, groups)| {
+            for (i, row) in out.chunks_exact_mut(query * dim).enumerate() {
+                for (h, head) in row.chunks_exact_mut(dim).enumerate() {
+                    let (kv, g) = (h / shapes.group(), h % shapes.group());
+                    head.copy_from_slice(&groups[kv][(g * t + i) * dim..][..dim]);
+                }
+            }
+        });
+        Ok(out)
+    }
+
+    fn backward<T: Real>(&self, qkv: &[T], dout: &[T], b: usize, t: usize) -> Result<Vec<T>> {
+        let shapes = Shapes { t, heads: self.heads };
+        let Heads { query, kv, dim } = self.heads;
+        let width = self.heads.packed();
+        let mut dqkv = vec![T::ZERO; b * t * width];
+        if dqkv.is_empty() {
+            return Ok(dqkv);
+        }
+        let groups: Vec<(Vec<T>, Vec<T>, Vec<T>)> = (0..b * kv)
+            .into_par_iter()
+            .map(|task| {
+                let packed = &qkv[task / kv * t * width..][..t * width];
+                let dout = &dout[task / kv * t * query * dim..][..t * query * dim];
+                self.backward_group(packed, dout, task % kv, shapes)
+            })
+            .collect::<Result<_>>()?;
+        dqkv.par_chunks_mut(t * width).zip(groups.par_chunks(kv)).for_each(|(dqkv, groups)| {
+            for (i, row) in dqkv.chunks_exact_mut(width).enumerate() {
+                for (h, head) in row.chunks_exact_mut(dim).enumerate() {
+                    let source = if h < query {
+                        &groups[h / shapes.group()].0[(h % shapes.group() * t + i) * dim..]
+                    } else if h < query + kv {
+                        &groups[h - query].1[i * dim..]
+                    } else {
+                        &groups[h - query - kv].2[i * dim..]
+                    };
+                    head.copy_from_slice(&source[..dim]);
+                }
+            }
+        });
+        Ok(dqkv)
+    }
+
+    fn backward_tensor<T: Real>(&self, qkv: &Tensor, dout: &Tensor) -> Result<Tensor> {
+        let (b, t, _) = qkv.dims3()?;
+        let dqkv = real::with_values::<T, _>(qkv, |qkv| {
+            real::with_values::<T, _>(dout, |dout| self.backward(qkv, dout, b, t))
+        })?;
+        real::tensor(dqkv, qkv.shape(), qkv.dtype())
+    }
+}
+
+impl CustomOp1 for CausalAttention {
+    fn name(&self) -> &'static str {
+        "vesper-causal-attention"
+    }
+
+    fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        let (b, t, _) = layout.shape().dims3()?;
+        let out = match qkv.dtype() {
+            DType::F64 => f64::store(self.forward(&f64::read(qkv, layout)?, b, t)?, DType::F64)?,
+            dtype => f32::store(self.forward(&f32::read(qkv, layout)?, b, t)?, dtype)?,
+        };
+        Ok((out, (b, t, self.heads.query * self.heads.dim).into()))
+    }
+
+    fn bwd(&self, qkv: &Tensor, _out: &Tensor, dout: &Tensor) -> Result<Option<Tensor>> {
+        let dout = dout.contiguous()?;
+        Ok(Some(match qkv.dtype() {
+            DType::F64 => self.backward_tensor::<f64>(qkv, &dout)?,
+            _ => self.backward_tensor::<f32>(qkv, &dout)?,
+        }))
+    }
+}

@@ -1,0 +1,136 @@
+//! The embedding look-up, with a backward that adds in f32 and in a fixed order.
+
+use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::Path;
+use super::real::{self, Real};
+
+/// Rows of a table.
+///
+/// ```text
+/// table: (vocab, d)    ids: any shape, u32    result: (ids.., d)
+/// result[i] = table[ids[i]]        dtable[v] = sum of dresult[i] over ids[i] = v
+/// ```
+///
+/// The backward adds in f32 (f64 for f64) whatever the dtype, and in the order of the ids, so that it gives the same
+/// bits at any number of threads. Saves the ids.
+///
+/// # Errors
+/// An id outside the table, ids that are not u32, u8 or i64, or a table that is not a floating-point matrix.
+///
+/// # Examples
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use vesper_model::ops::{Path, embedding};
+/// let table = Var::new(&[[1f32, 2.], [3., 4.]], &Device::Cpu)?;
+/// let ids = Tensor::new(&[1u32, 1, 0], &Device::Cpu)?;
+/// let rows = embedding(table.as_tensor(), &ids, Path::Fused)?;
+/// assert_eq!(rows.to_vec2::<f32>()?, [[3., 4.], [3., 4.], [1., 2.]]);
+/// let grads = rows.sum_all()?.backward()?;
+/// assert_eq!(grads.get(&table).unwrap().to_vec2::<f32>()?, [[1., 1.], [2., 2.]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn embedding(table: &Tensor, ids: &Tensor, path: Path) -> Result<Tensor> {
+    let (_, d) = table.dims2()?;
+    let mut shape = ids.dims().to_vec();
+    shape.push(d);
+    let (table, ids) = (table.contiguous()?, ids.flatten_all()?);
+    let rows = if path.fuses(&table) {
+        table.apply_op2(&ids.contiguous()?, Gather)?
+    } else {
+        table.index_select(&ids, 0)?
+    };
+    rows.reshape(shape)
+}
+
+struct Gather;
+
+impl CustomOp2 for Gather {
+    fn name(&self) -> &'static str {
+        "vesper-embedding"
+    }
+
+    fn cpu_fwd(
+        &self,
+        table: &CpuStorage,
+        lt: &Layout,
+        ids: &CpuStorage,
+        li: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (vocab, d) = lt.shape().dims2()?;
+        let ids = real::ids(ids, li)?;
+        if let Some(id) = ids.iter().find(|&&id| id >= vocab) {
+            bail!("token id {id} is outside an embedding of {vocab} rows");
+        }
+        fn gather<T: Copy>(data: &[T], start: usize, d: usize, ids: &[usize]) -> Vec<T> {
+            let mut rows = Vec::with_capacity(ids.len() * d);
+            for id in ids {
+                rows.extend_from_slice(&data[start + id * d..start + (id + 1) * d]);
+            }
+            rows
+        }
+        let start = lt.start_offset();
+        let rows = match table {
+            CpuStorage::F32(data) => CpuStorage::F32(gather(data, start, d, &ids)),
+            CpuStorage::F64(data) => CpuStorage::F64(gather(data, start, d, &ids)),
+            CpuStorage::BF16(data) => CpuStorage::BF16(gather(data, start, d, &ids)),
+            CpuStorage::F16(data) => CpuStorage::F16(gather(data, start, d, &ids)),
+            _ => bail!("an embedding table must be floating point"),
+        };
+        Ok((rows, (ids.len(), d).into()))
+    }
+
+    fn bwd(
+        &self,
+        table: &Tensor,
+        ids: &Tensor,
+        _rows: &Tensor,
+        drows: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        if !table.track_op() {
+            return Ok((None, None));
+        }
+        let drows = drows.contiguous()?;
+        let dtable = match table.dtype() {
+            DType::F64 => scatter::<f64>(table, ids, &drows)?,
+            _ => scatter::<f32>(table, ids, &drows)?,
+        };
+        Ok((Some(dtable), None))
+    }
+}
+
+fn scatter<T: Real>(table: &Tensor, ids: &Tensor, drows: &Tensor) -> Result<Tensor> {
+    let (vocab, d) = table.dims2()?;
+    let ids = ids.to_dtype(DType::U32)?.to_vec1::<u32>()?;
+    // The positions of each id, in order (a counting sort): every row of the result has one writer.
+    let mut first = vec![0usize; vocab + 1];
+    for &id in &ids {
+        first[id as usize + 1] += 1;
+    }
+    for v in 0..vocab {
+        first[v + 1] += first[v];
+    }
+    let mut next = first.clone();
+    let mut order = vec![0usize; ids.len()];
+    for (position, &id) in ids.iter().enumerate() {
+        order[next[id as usize]] = position;
+        next[id as usize] += 1;
+    }
+    let dtable = real::with_values::<T, _>(drows, |drows| {
+        let mut dtable = vec![T::ZERO; vocab * d];
+        if d > 0 {
+            dtable.par_chunks_mut(d).enumerate().with_min_len(64).for_each(|(v, row)| {
+                for &position in &order[first[v]..first[v + 1]] {
+                    let source = &drows[position * d..(position + 1) * d];
+                    for (sum, &value) in row.iter_mut().zip(source) {
+                        *sum += value;
+                    }
+                }
+            });
+        }
+        Ok(dtable)
+    })?;
+    debug_assert_eq!(drows.dim(D::Minus1)?, d);
+    real::tensor(dtable, (vocab, d), table.dtype())
+}

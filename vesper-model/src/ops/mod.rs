@@ -1,0 +1,55 @@
+//! Differentiable operations that a transformer trains with, for any candle model.
+//!
+//! Several of candle's fused operations cut the gradient without a word (`softmax_last_dim`, `rms_norm`, `layer_norm`,
+//! `rope`, ...). Every operation here has an exact backward. Each has two paths:
+//!
+//! - **fused**: one pass on the CPU, parallel and vectorised, with a hand-written backward;
+//! - **reference**: a composition of candle ops, which is the specification, runs on every device, and is what the
+//!   fused path is tested against.
+//!
+//! [`Path`] chooses; `Path::Fused` takes the reference where a fused kernel does not exist (today: off the CPU).
+//!
+//! | operation | replaces | saves for the backward |
+//! |---|---|---|
+//! | [`linear`] | `x.matmul(&w.t()?)` | its inputs |
+//! | [`rms_norm`] | `candle_nn::ops::rms_norm` | its inputs |
+//! | [`causal_attention`] | narrow, rope, matmul, softmax, matmul | the packed projection |
+//! | [`linear_cross_entropy`] | matmul and `candle_nn::loss::cross_entropy` | the two gradients |
+//! | [`embedding`] | `candle_nn::Embedding` | the ids |
+
+mod attention;
+mod cross_entropy;
+mod embedding;
+mod linear;
+mod matrix;
+mod real;
+mod rms_norm;
+mod rope;
+
+pub use attention::{Heads, causal_attention};
+pub use cross_entropy::{CrossEntropy, LossAndEntropy, linear_cross_entropy};
+pub use embedding::embedding;
+pub use linear::linear;
+pub use rms_norm::rms_norm;
+pub use rope::{Rope, rope};
+
+use candle_core::{DType, Device, Tensor};
+
+/// Which implementation an operation runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Path {
+    /// The fused kernel where there is one for the device and dtype, otherwise the reference.
+    #[default]
+    Fused,
+    /// The composition of candle ops.
+    Reference,
+}
+
+impl Path {
+    /// The one place that looks at a device: whether the fused CPU kernel runs on `x`.
+    fn fuses(self, x: &Tensor) -> bool {
+        self == Self::Fused
+            && matches!(x.device(), Device::Cpu)
+            && matches!(x.dtype(), DType::F32 | DType::F64 | DType::BF16 | DType::F16)
+    }
+}

@@ -1,0 +1,185 @@
+//! Root-mean-square normalisation.
+
+use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::Path;
+use super::real::{self, Real};
+
+/// Rows handled by one task; the gradient of the weight is summed a task at a time, in order.
+const ROWS: usize = 64;
+
+/// RMSNorm with a gradient.
+///
+/// ```text
+/// x: (.., d)    w: (d)    r = 1 / sqrt(mean(x^2) + eps)    y = x r w
+/// dx = r (w dy - x r^2 mean(x w dy))    dw = sum over rows of x r dy
+/// ```
+///
+/// Computed in f32 for f32, bf16 and f16, in f64 for f64. Saves its inputs; r is computed again in the backward.
+/// (`candle_nn::ops::rms_norm` and `RmsNorm::forward` have no gradient.)
+///
+/// # Errors
+/// A weight whose length is not the last dimension of `x`, or two different dtypes.
+///
+/// # Examples
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use vesper_model::ops::{Path, rms_norm};
+/// let x = Tensor::new(&[[3f32, 4.]], &Device::Cpu)?;
+/// let w = Tensor::new(&[1f32, 2.], &Device::Cpu)?;
+/// let y = rms_norm(&x, &w, 0.0, Path::Fused)?.to_vec2::<f32>()?;
+/// let r = 1.0 / 12.5f32.sqrt();
+/// assert!((y[0][0] - 3.0 * r).abs() < 1e-6 && (y[0][1] - 8.0 * r).abs() < 1e-6);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # References
+/// Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
+pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64, path: Path) -> Result<Tensor> {
+    if w.rank() != 1 || w.dim(0)? != x.dim(D::Minus1)? {
+        bail!("rms_norm: a weight of shape {:?} for x of shape {:?}", w.shape(), x.shape());
+    }
+    if w.dtype() != x.dtype() {
+        bail!("rms_norm: x is {:?} and the weight {:?}", x.dtype(), w.dtype());
+    }
+    if path.fuses(x) {
+        return x.contiguous()?.apply_op2(&w.contiguous()?, RmsNorm { eps });
+    }
+    let dtype = x.dtype();
+    let compute = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let (x, w) = (x.to_dtype(compute)?, w.to_dtype(compute)?);
+    let mean = (x.sqr()?.sum_keepdim(D::Minus1)? / x.dim(D::Minus1)?.max(1) as f64)?;
+    x.broadcast_div(&(mean + eps)?.sqrt()?)?.broadcast_mul(&w)?.to_dtype(dtype)
+}
+
+struct RmsNorm {
+    eps: f64,
+}
+
+impl RmsNorm {
+    fn forward<T: Real>(&self, x: &[T], w: &[T]) -> Vec<T> {
+        let d = w.len();
+        let mut y = vec![T::ZERO; x.len()];
+        if d == 0 {
+            return y;
+        }
+        let (eps, n) = (T::of(self.eps), T::of(d as f64));
+        y.par_chunks_mut(ROWS * d).zip(x.par_chunks(ROWS * d)).for_each(|(y, x)| {
+            real::simd(
+                #[inline(always)]
+                || {
+                    for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                        let r = T::ONE / (real::fold(d, |i| x[i] * x[i]) / n + eps).sqrt();
+                        for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
+                            *y = x * r * w;
+                        }
+                    }
+                },
+            );
+        });
+        y
+    }
+
+    /// Gradients of x and w.
+    fn backward<T: Real>(&self, x: &[T], w: &[T], dy: &[T]) -> (Vec<T>, Vec<T>) {
+        let d = w.len();
+        let mut dx = vec![T::ZERO; x.len()];
+        let mut dw = vec![T::ZERO; d];
+        if d == 0 {
+            return (dx, dw);
+        }
+        let (eps, n) = (T::of(self.eps), T::of(d as f64));
+        let partial: Vec<Vec<T>> = dx
+            .par_chunks_mut(ROWS * d)
+            .zip(x.par_chunks(ROWS * d))
+            .zip(dy.par_chunks(ROWS * d))
+            .map(|((dx, x), dy)| {
+                let mut dw = vec![T::ZERO; d];
+                real::simd(
+                    #[inline(always)]
+                    || {
+                        let rows = dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d));
+                        for ((dx, x), dy) in rows {
+                            let r = T::ONE / (real::fold(d, |i| x[i] * x[i]) / n + eps).sqrt();
+                            let dot = real::fold(d, |i| x[i] * w[i] * dy[i]) / n * r * r;
+                            for i in 0..d {
+                                dx[i] = r * (w[i] * dy[i] - x[i] * dot);
+                                dw[i] += x[i] * r * dy[i];
+                            }
+                        }
+                    },
+                );
+                dw
+            })
+            .collect();
+        for part in partial {
+            for (sum, value) in dw.iter_mut().zip(part) {
+                *sum += value;
+            }
+        }
+        (dx, dw)
+    }
+
+    fn forward_storage<T: Real>(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+        dtype: DType,
+    ) -> Result<(CpuStorage, Shape)> {
+        let y = self.forward::<T>(&T::read(x, lx)?, &T::read(w, lw)?);
+        Ok((T::store(y, dtype)?, lx.shape().clone()))
+    }
+
+    fn backward_tensors<T: Real>(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (dx, dw) = real::with_values::<T, _>(x, |xs| {
+            real::with_values::<T, _>(w, |ws| {
+                real::with_values::<T, _>(dy, |dys| Ok(self.backward::<T>(xs, ws, dys)))
+            })
+        })?;
+        let dx = x.track_op().then(|| real::tensor(dx, x.shape(), x.dtype())).transpose()?;
+        let dw = w.track_op().then(|| real::tensor(dw, w.shape(), w.dtype())).transpose()?;
+        Ok((dx, dw))
+    }
+}
+
+impl CustomOp2 for RmsNorm {
+    fn name(&self) -> &'static str {
+        "vesper-rms-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        match x.dtype() {
+            DType::F64 => self.forward_storage::<f64>(x, lx, w, lw, DType::F64),
+            dtype => self.forward_storage::<f32>(x, lx, w, lw, dtype),
+        }
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        match x.dtype() {
+            DType::F64 => self.backward_tensors::<f64>(x, w, &dy),
+            _ => self.backward_tensors::<f32>(x, w, &dy),
+        }
+    }
+}

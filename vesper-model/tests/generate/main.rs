@@ -1,0 +1,8 @@
+//! Sampling, streaming and the generation loop.
+
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+mod config;
+mod generator;
+mod sampler;
+mod stream;

@@ -1,0 +1,134 @@
+use candle_core::{DType, Device, Tensor, Var};
+use vesper_model::ops::{CrossEntropy, Path, linear_cross_entropy};
+
+use crate::common::{error, finite_differences, parity, path, random, same_bits_on_any_number_of_threads, value_and_gradients};
+
+fn targets(n: usize, vocab: u32) -> Tensor {
+    let ids: Vec<u32> = (0..n as u32).map(|i| i.wrapping_mul(2_654_435_761) % vocab).collect();
+    Tensor::from_vec(ids, n, &Device::Cpu).unwrap()
+}
+
+#[test]
+fn equals_its_reference_at_odd_shapes() {
+    for (n, vocab, d) in [(1, 1, 1), (17, 5, 3), (70, 131, 8), (200, 33, 16)] {
+        let targets = targets(n, vocab as u32);
+        let inputs = [(random(1, &[n, d]) * 3.0).unwrap(), (random(2, &[vocab, d]) * 3.0).unwrap()];
+        parity("cross-entropy", &inputs, |x, fused| {
+            Ok(linear_cross_entropy(&x[0], &x[1], &targets, CrossEntropy::default(), path(fused))?.loss)
+        });
+        let entropy = |fused| {
+            let out = linear_cross_entropy(&inputs[0], &inputs[1], &targets, CrossEntropy::default(), path(fused));
+            out.unwrap().entropy
+        };
+        assert!(error(&entropy(true), &entropy(false)) < 1e-10);
+    }
+}
+
+#[test]
+fn a_large_vocabulary_runs_in_several_blocks() {
+    // 4 Mi logits a block: 150 rows of 32005 make two.
+    let targets = targets(150, 32_005);
+    let inputs = [random(1, &[150, 4]), random(2, &[32_005, 4])];
+    let run = |fused| {
+        value_and_gradients(&inputs, DType::F32, |x| {
+            Ok(linear_cross_entropy(&x[0], &x[1], &targets, CrossEntropy::default(), path(fused))?.loss)
+        })
+    };
+    let ((loss, gradients), (expected, expected_gradients)) = (run(true), run(false));
+    assert!(error(&loss, &expected) < 1e-5);
+    for (a, b) in gradients.iter().zip(&expected_gradients) {
+        assert!(error(a, b) < 1e-5);
+    }
+}
+
+#[test]
+fn gradient_equals_finite_differences() {
+    let targets = targets(6, 9);
+    let inputs = [random(1, &[6, 4]), random(2, &[9, 4])];
+    finite_differences("cross-entropy", &inputs, |x| {
+        Ok(linear_cross_entropy(&x[0], &x[1], &targets, CrossEntropy::default(), Path::Fused)?.loss)
+    });
+}
+
+#[test]
+fn ignored_rows_count_neither_in_the_loss_nor_in_the_gradient() {
+    let settings = CrossEntropy { ignore_index: 3 };
+    let targets = Tensor::new(&[1u32, 3, 0, 3, 2], &Device::Cpu).unwrap();
+    let inputs = [random(1, &[5, 4]), random(2, &[6, 4])];
+    parity("ignore", &inputs, |x, fused| {
+        Ok(linear_cross_entropy(&x[0], &x[1], &targets, settings, path(fused))?.loss)
+    });
+    let (_, gradients) = value_and_gradients(&inputs, DType::F64, |x| {
+        Ok(linear_cross_entropy(&x[0], &x[1], &targets, settings, Path::Fused)?.loss)
+    });
+    let rows = gradients[0].abs().unwrap().sum(1).unwrap().to_vec1::<f64>().unwrap();
+    assert!(rows[1] == 0.0 && rows[3] == 0.0 && rows[0] > 0.0);
+
+    let all = Tensor::new(&[3u32, 3], &Device::Cpu).unwrap();
+    for fused in [true, false] {
+        let hidden = Var::from_tensor(&random(1, &[2, 4])).unwrap();
+        let loss =
+            linear_cross_entropy(hidden.as_tensor(), &inputs[1], &all, settings, path(fused)).unwrap().loss;
+        assert_eq!(loss.to_scalar::<f64>().unwrap(), 0.0);
+        let gradient = loss.backward().unwrap().get(&hidden).unwrap().abs().unwrap().sum_all().unwrap();
+        assert_eq!(gradient.to_scalar::<f64>().unwrap(), 0.0);
+    }
+}
+
+#[test]
+fn no_rows_at_all_give_zero() {
+    let targets = Tensor::zeros(0, DType::U32, &Device::Cpu).unwrap();
+    for fused in [true, false] {
+        let (hidden, weight) = (random(1, &[0, 4]), random(2, &[6, 4]));
+        let out = linear_cross_entropy(&hidden, &weight, &targets, CrossEntropy::default(), path(fused)).unwrap();
+        assert_eq!(out.loss.to_scalar::<f64>().unwrap(), 0.0);
+    }
+}
+
+#[test]
+fn a_scaled_loss_scales_its_gradients() {
+    let targets = targets(3, 5);
+    let hidden = Var::from_tensor(&random(1, &[3, 4])).unwrap();
+    let weight = random(2, &[5, 4]);
+    let gradient = |factor: f64| {
+        let out = linear_cross_entropy(hidden.as_tensor(), &weight, &targets, CrossEntropy::default(), Path::Fused);
+        let grads = (out.unwrap().loss * factor).unwrap().backward().unwrap();
+        (grads.get(&hidden).unwrap() / factor).unwrap()
+    };
+    assert!(error(&gradient(4.0), &gradient(1.0)) < 1e-14);
+}
+
+#[test]
+fn extreme_logits_stay_finite() {
+    let hidden = Tensor::new(&[[1e4f32], [-1e4]], &Device::Cpu).unwrap();
+    let weight = Tensor::new(&[[1f32], [-1.], [0.]], &Device::Cpu).unwrap();
+    let targets = Tensor::new(&[0u32, 0], &Device::Cpu).unwrap();
+    let hidden = Var::from_tensor(&hidden).unwrap();
+    let out = linear_cross_entropy(hidden.as_tensor(), &weight, &targets, CrossEntropy::default(), Path::Fused).unwrap();
+    assert_eq!(out.loss.to_scalar::<f32>().unwrap(), 1e4); // (0 + 20 000) / 2
+    assert_eq!(out.entropy.to_scalar::<f32>().unwrap(), 0.0);
+    let grads = out.loss.backward().unwrap();
+    let gradient = grads.get(&hidden).unwrap().to_vec2::<f32>().unwrap();
+    assert_eq!(gradient, [[0.0], [-1.0]]);
+}
+
+#[test]
+fn a_target_outside_the_vocabulary_is_refused() {
+    let targets = Tensor::new(&[0u32, 5], &Device::Cpu).unwrap();
+    let out = linear_cross_entropy(&random(1, &[2, 4]), &random(2, &[5, 4]), &targets, CrossEntropy::default(), Path::Fused);
+    let message = out.unwrap_err().to_string();
+    assert!(message.contains("target 5 of row 1") && message.contains("vocabulary of 5"), "{message}");
+}
+
+#[test]
+fn bits_do_not_depend_on_threads() {
+    same_bits_on_any_number_of_threads(|| {
+        let targets = targets(300, 70);
+        let (y, mut gradients) =
+            value_and_gradients(&[random(1, &[300, 24]), random(2, &[70, 24])], DType::F32, |x| {
+                Ok(linear_cross_entropy(&x[0], &x[1], &targets, CrossEntropy::default(), Path::Fused)?.loss)
+            });
+        gradients.push(y);
+        gradients
+    });
+}

@@ -1,0 +1,44 @@
+use candle_core::{DType, Var};
+use vesper_model::ops::{Path, linear};
+
+use crate::common::{finite_differences, parity, path, random};
+
+#[test]
+fn equals_its_reference_at_odd_shapes() {
+    for (shape, out) in [(&[1, 1][..], 1), (&[3, 17], 5), (&[2, 5, 33], 65), (&[0, 8], 3), (&[7, 4], 0)] {
+        let inputs = [random(1, shape), random(2, &[out, shape[shape.len() - 1]])];
+        parity("linear", &inputs, |x, fused| linear(&x[0], &x[1], path(fused)));
+    }
+}
+
+#[test]
+fn strided_inputs_are_read_rightly() {
+    let inputs = [random(1, &[6, 5]), random(2, &[6, 9])];
+    parity("linear strided", &inputs, |x, fused| linear(&x[0].t()?, &x[1].t()?, path(fused)));
+    parity("linear narrow", &inputs, |x, fused| {
+        linear(&x[0].narrow(0, 2, 3)?, &x[1].narrow(0, 1, 2)?.narrow(1, 3, 5)?, path(fused))
+    });
+}
+
+#[test]
+fn gradient_equals_finite_differences() {
+    let inputs = [random(1, &[2, 3, 4]), random(2, &[5, 4])];
+    finite_differences("linear", &inputs, |x| linear(&x[0], &x[1], Path::Fused));
+}
+
+#[test]
+fn a_frozen_weight_gets_no_gradient() {
+    let x = Var::from_tensor(&random(1, &[3, 4])).unwrap();
+    let w = Var::from_tensor(&random(2, &[5, 4])).unwrap();
+    let y = linear(x.as_tensor(), &w.as_tensor().detach(), Path::Fused).unwrap();
+    let grads = y.sum_all().unwrap().backward().unwrap();
+    assert!(grads.get(&x).is_some() && grads.get(&w).is_none());
+}
+
+#[test]
+fn wrong_shapes_and_dtypes_are_refused() {
+    let (x, w) = (random(1, &[3, 4]), random(2, &[5, 3]));
+    assert!(linear(&x, &w, Path::Fused).is_err());
+    let w = random(2, &[5, 4]).to_dtype(DType::F32).unwrap();
+    assert!(linear(&x, &w, Path::Fused).is_err());
+}
