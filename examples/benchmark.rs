@@ -9,15 +9,16 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Var};
 use candle_nn::{AdamW, Optimizer as _, ParamsAdamW, VarMap};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use velvet_optim::{Velvet, VelvetConfig};
-use vesper_data::{BatchSampler, EvalBatches, SamplerConfig};
+use vesper_data::{BatchSampler, SamplerConfig};
 use vesper_examples::chart::{self, Line};
 use vesper_examples::data::Data;
+use vesper_examples::evaluate::held_out_loss;
 use vesper_examples::schedule::Schedule;
 use vesper_examples::settings::{Flags as TrainFlags, Settings};
 use vesper_examples::{device, files, runs, say};
@@ -64,6 +65,9 @@ struct Flags {
 const BETAS: (f64, f64) = (0.9, 0.95);
 const WEIGHT_DECAY: f64 = 0.1;
 const CLIP: f64 = 1.0;
+
+/// Held-out tokens that each run ends on.
+const EVAL_TOKENS: usize = 32_768;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -139,7 +143,7 @@ fn benchmark(flags: &Flags) -> Result<ExitCode> {
     }
     let out = flags.out.clone().unwrap_or_else(|| runs::new_folder("benchmark"));
     let preset = VesperConfig::preset(&flags.size)?;
-    let data = Data::prepare(&settings, preset.vocab_size, None, &out.join("cache"))?;
+    let data = Data::prepare(&settings, &preset, None, &out.join("cache"))?;
     let mut config = preset.with_vocab(data.tokenizer.vocab_size());
     config.max_position_embeddings = config.max_position_embeddings.max(flags.seq);
     say!(
@@ -200,8 +204,7 @@ fn run(
     let model = VesperLM::initialize(config, &varmap, seed, DType::F32, device)?;
     let named = trainable(config, &varmap)?;
     let vars: Vec<Var> = named.iter().map(|(_, var)| var.clone()).collect();
-    let sampler =
-        SamplerConfig::default().with_batch(settings.batch).with_seq(settings.seq).with_seed(seed);
+    let sampler = SamplerConfig::default().with_batch(settings.batch).with_seq(settings.seq).with_seed(seed);
     let mut batches = BatchSampler::new(data.train.clone(), sampler)?;
 
     let mut adamw = None;
@@ -255,7 +258,8 @@ fn run(
             break;
         }
     }
-    let eval_loss = evaluate(&model.detach(), data, settings, device)?;
+    let eval_loss =
+        held_out_loss(&model.detach(), &data.eval, settings, device, settings.eval_tokens(EVAL_TOKENS))?;
     Ok(Outcome { optimizer: arm, lr, seed, eval_loss, optimizer_seconds, seconds, curve })
 }
 
@@ -276,20 +280,6 @@ fn clip(grads: &mut GradStore, vars: &[Var]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn evaluate(model: &VesperLM, data: &Data, settings: &Settings, device: &Device) -> Result<f64> {
-    let windows = (32_768 / settings.seq).max(1);
-    let batches = EvalBatches::new(data.eval.clone(), settings.batch, settings.seq, device)?.limit(windows);
-    let (mut sum, mut count) = (0.0, 0.0);
-    for batch in batches {
-        let batch = batch?;
-        let n = batch.inputs.elem_count() as f64;
-        let loss: Tensor = model.loss(&batch.inputs, &batch.targets)?.loss;
-        sum += f64::from(loss.to_scalar::<f32>()?) * n;
-        count += n;
-    }
-    Ok(sum / count)
 }
 
 /// Mean and sample standard deviation.

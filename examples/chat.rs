@@ -14,7 +14,7 @@ use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use tokenizers::Tokenizer;
 use vesper_examples::interrupt::Interrupt;
-use vesper_examples::{device, runs, say};
+use vesper_examples::{device, note, printable, runs, say};
 use vesper_model::generate::{GenerationConfig, Generator, StopReason};
 use vesper_model::{VesperLM, hf};
 
@@ -29,16 +29,16 @@ struct Flags {
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
     /// 0 always takes the likeliest token; 1 draws from the model's distribution [default: the model's]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     temperature: Option<f64>,
     /// Draw from the K likeliest tokens only; 0: from all
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
     /// Draw from the likeliest tokens that reach probability P together; 1: from all
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f64>,
     /// Over 1: tokens that were already used become less likely
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     repetition_penalty: Option<f64>,
     /// The most tokens of an answer
     #[arg(long, value_name = "N")]
@@ -63,7 +63,10 @@ fn main() -> ExitCode {
 fn chat(flags: &Flags) -> Result<ExitCode> {
     let folder = runs::model_folder(flags.model.as_deref())?;
     if !folder.is_dir() {
-        bail!("{}: no such folder; train a model with `cargo run --release --example train`", folder.display());
+        bail!(
+            "{}: no such folder; train a model with `cargo run --release --example train`",
+            folder.display()
+        );
     }
     let device = device::open(&flags.device)?;
     let config = hf::read_config(&folder)?;
@@ -85,7 +88,7 @@ fn chat(flags: &Flags) -> Result<ExitCode> {
         Some(prompt) => {
             chat.answer(prompt, &settings)?;
         }
-        None => chat.converse(&folder, settings)?,
+        None => chat.converse(settings)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -103,7 +106,7 @@ impl Flags {
         set(&mut settings.repetition_penalty, self.repetition_penalty);
         set(&mut settings.max_new_tokens, self.max_tokens);
         set(&mut settings.seed, self.seed);
-        if self.temperature.is_some() {
+        if self.temperature.is_some() || self.top_k.is_some() || self.top_p.is_some() {
             settings.do_sample = true; // a temperature of 0 is greedy all the same
         }
     }
@@ -129,7 +132,7 @@ impl Chat {
         if ids.len() >= limit {
             bail!("the prompt has {} tokens, but the model reads at most {}", ids.len(), limit - 1);
         }
-        let mut session = self.model.session(ids.len() + settings.max_new_tokens)?;
+        let mut session = self.model.session(ids.len().saturating_add(settings.max_new_tokens))?;
         let mut generator = Generator::new(&mut session, &ids, settings)?
             .with_vocab_limit(self.tokenizer.get_vocab_size(true))
             .with_interrupt(|| self.interrupt.is_set());
@@ -137,7 +140,7 @@ impl Chat {
         let mut shown = write!(out, "{prompt}").and_then(|()| out.flush());
         let mut first = prompt.is_empty();
         for piece in generator.pieces(&self.tokenizer)? {
-            let piece = piece?;
+            let piece = printable(&piece?);
             let piece = if first { piece.trim_start() } else { &piece };
             first = first && piece.is_empty();
             shown = shown.and_then(|()| write!(out, "{piece}")).and_then(|()| out.flush());
@@ -147,16 +150,16 @@ impl Chat {
         }
         let _ = writeln!(out);
         match generator.stop_reason() {
-            Some(StopReason::ContextFull) => eprintln!("(stopped: the model reads at most {limit} tokens)"),
-            Some(StopReason::Interrupted) => eprintln!("(stopped)"),
+            Some(StopReason::ContextFull) => note!("(stopped: the model reads at most {limit} tokens)"),
+            Some(StopReason::Interrupted) => note!("(stopped)"),
             _ => {}
         }
         Ok(())
     }
 
-    fn converse(&self, folder: &Path, mut settings: GenerationConfig) -> Result<()> {
+    fn converse(&self, mut settings: GenerationConfig) -> Result<()> {
         let mut editor = DefaultEditor::new().context("cannot open the line editor")?;
-        let history = folder.join("chat_history.txt");
+        let history = Path::new(runs::FOLDER).join("chat_history.txt");
         let _ = editor.load_history(&history); // there is none the first time
         say!("{HELP}");
         loop {
@@ -187,7 +190,8 @@ impl Chat {
                 Err(error) => return Err(error).context("the line editor failed"),
             }
         }
-        let _ = editor.save_history(&history); // a folder that is read-only costs the history alone
+        // A folder that is missing or read-only costs the history alone.
+        let _ = editor.save_history(&history);
         Ok(())
     }
 }
@@ -207,6 +211,7 @@ fn set(command: &str, settings: &mut GenerationConfig) -> Result<String> {
         "seed" => new.seed = value.parse().with_context(wrong)?,
         _ => return Ok(HELP.into()),
     }
+    new.do_sample |= matches!(name, "temperature" | "top-k" | "top-p");
     new.validate()?;
     *settings = new;
     Ok(format!("{name} is {value}"))

@@ -63,7 +63,10 @@ impl Model {
     }
 }
 
-fn optimizer(name: &str, vars: Vec<Var>) -> Result<Box<dyn FnMut(&GradStore) -> Result<()>>> {
+/// One optimizer's step, whichever optimizer it is.
+type Step = Box<dyn FnMut(&GradStore) -> Result<()>>;
+
+fn optimizer(name: &str, vars: Vec<Var>) -> Result<Step> {
     let base = VelvetConfig::default();
     let config = match name {
         "candle AdamW" => {
@@ -249,7 +252,10 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     }
     let parameters = shapes.iter().map(|shape| shape.iter().product::<usize>()).sum();
     let Some(record) = record(&medians, parameters, triad_elements) else { return Ok(()) };
-    println!("\n{parameters} parameters, {} threads, triad {:.1} GB/s", record.threads, record.triad_gb_per_s);
+    println!(
+        "\n{parameters} parameters, {} threads, triad {:.1} GB/s",
+        record.threads, record.triad_gb_per_s
+    );
     for row in &record.rows {
         let share = row.share_of_triad.map_or_else(String::new, |share| format!(", {share:.2} of triad"));
         println!(

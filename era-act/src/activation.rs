@@ -105,6 +105,40 @@ impl Activation {
         self.visit(Fused(gate_up))
     }
 
+    /// The gradient of [`gated`](Self::gated) on its own, for the backward pass of a larger fused operation.
+    ///
+    /// gate_up: (..., 2 F), dy: (..., F), the gradient of the result; returns the packed gradient, (..., 2 F). Nothing
+    /// is tracked.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`gated`](Self::gated), and a shape of dy that does not fit.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use era_act::Activation;
+    ///
+    /// let gate_up = Tensor::new(&[[2f32, 3.0]], &Device::Cpu)?; // gate 2, up 3
+    /// let dy = Tensor::new(&[[1f32]], &Device::Cpu)?;
+    /// let gradient = Activation::Relu.gated_backward(&gate_up, &dy)?;
+    /// assert_eq!(gradient.to_vec2::<f32>()?, [[3.0, 2.0]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn gated_backward(&self, gate_up: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        struct Backward<'a>(&'a Tensor, &'a Tensor);
+        impl Visitor for Backward<'_> {
+            type Output = Result<Tensor>;
+
+            fn visit<P: Pointwise>(self, function: P) -> Result<Tensor> {
+                op::gated_backward(function, self.0, self.1)
+            }
+        }
+        self.validate()?;
+        self.visit(Backward(gate_up, dy))
+    }
+
     pub(crate) fn visit<V: Visitor>(&self, visitor: V) -> V::Output {
         match self {
             Self::Era(era) => era.visit(visitor),

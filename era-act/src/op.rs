@@ -27,6 +27,22 @@ pub(crate) fn gated<P: Pointwise>(f: P, gate_up: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// The packed gradient of [`gated`] for an output gradient `dy`, outside of any graph.
+pub(crate) fn gated_backward<P: Pointwise>(f: P, gate_up: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    check_dtype(gate_up)?;
+    gated_width(gate_up.shape())?;
+    let (gate_up, dy) = (gate_up.detach(), dy.detach());
+    if let Device::Cpu = gate_up.device() {
+        return gate_up.apply_op2_no_bwd(&dy, &GatedBackward(f));
+    }
+    let leaf = candle_core::Var::from_tensor(&gate_up)?;
+    let weighted = (reference::composed_gated(f, leaf.as_tensor())? * dy)?.sum_all()?;
+    match weighted.backward()?.remove(leaf.as_tensor()) {
+        Some(gradient) => Ok(gradient),
+        None => gate_up.zeros_like(),
+    }
+}
+
 fn check_dtype(x: &Tensor) -> Result<()> {
     match x.dtype() {
         DType::F32 | DType::F64 | DType::BF16 | DType::F16 => Ok(()),

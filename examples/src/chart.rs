@@ -87,10 +87,15 @@ pub fn loss_lines(records: &[Record], unigram_entropy: f64, floor: Option<f64>) 
         })
         .collect();
     let evaluated = records.iter().filter_map(|r| r.eval_loss.map(|loss| (r.step as f64, loss)));
-    let (first, last) = (xs().next().unwrap_or(0.0), xs().last().unwrap_or(1.0));
-    let flat = |name: &str, y: f64| Line { name: name.into(), points: vec![(first, y), (last, y)], faint: false };
+    let (first, last) = (xs().next().unwrap_or(0.0), xs().next_back().unwrap_or(1.0));
+    let flat =
+        |name: &str, y: f64| Line { name: name.into(), points: vec![(first, y), (last, y)], faint: false };
     let mut lines = vec![
-        Line { name: "loss".into(), points: records.iter().map(|r| (r.step as f64, r.loss)).collect(), faint: true },
+        Line {
+            name: "loss".into(),
+            points: records.iter().map(|r| (r.step as f64, r.loss)).collect(),
+            faint: true,
+        },
         Line { name: "loss, moving average".into(), points: smooth, faint: false },
         Line { name: "held-out loss".into(), points: evaluated.collect(), faint: false },
         flat("unigram entropy", unigram_entropy),

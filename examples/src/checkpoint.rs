@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use velvet_optim::Velvet;
 use vesper_data::{SamplerState, TextTokenizer};
 
+use crate::data::Data;
 use crate::files;
 use crate::settings::Settings;
 
@@ -33,10 +34,25 @@ pub struct State {
     pub settings: Settings,
     /// The batch to go on with.
     pub sampler: SamplerState,
+    /// What the data was, see [`Data::digest`].
+    pub data: Option<String>,
     /// Tokens trained on.
     pub tokens: u64,
     /// Seconds spent on training steps, over all parts of the run.
     pub seconds: f64,
+}
+
+impl State {
+    /// Checks that the run goes on with the data that it began with.
+    ///
+    /// # Errors
+    /// Names the data that changed.
+    pub fn check_data(&self, data: &Data) -> Result<()> {
+        if self.data != data.digest {
+            bail!("--resume: {} changed since the run began, so the run cannot go on", data.name);
+        }
+        Ok(())
+    }
 }
 
 /// The version that this program writes and reads.
@@ -84,7 +100,13 @@ impl Checkpoint {
     ///
     /// # Errors
     /// A full disk or a folder that cannot be written: names the file, and the checkpoint before stays.
-    pub fn save(&self, state: &State, varmap: &VarMap, optimizer: &Velvet, tokenizer: &TextTokenizer) -> Result<()> {
+    pub fn save(
+        &self,
+        state: &State,
+        varmap: &VarMap,
+        optimizer: &Velvet,
+        tokenizer: &TextTokenizer,
+    ) -> Result<()> {
         files::create_dir(&self.dir)?;
         let written = self.write(state, varmap, optimizer, tokenizer);
         // After a success this removes the old files, after a failure the new ones.
@@ -92,7 +114,13 @@ impl Checkpoint {
         written
     }
 
-    fn write(&self, state: &State, varmap: &VarMap, optimizer: &Velvet, tokenizer: &TextTokenizer) -> Result<()> {
+    fn write(
+        &self,
+        state: &State,
+        varmap: &VarMap,
+        optimizer: &Velvet,
+        tokenizer: &TextTokenizer,
+    ) -> Result<()> {
         if !self.tokenizer().is_file() {
             tokenizer.save(self.tokenizer())?;
         }
@@ -113,13 +141,26 @@ impl Checkpoint {
     fn remove_unnamed(&self) {
         let Ok(state) = self.state() else { return };
         let keep: BTreeSet<PathBuf> =
-            [self.dir.join(STATE), self.tokenizer(), self.model(state.step), self.optimizer(state.step)].into();
+            [self.dir.join(STATE), self.tokenizer(), self.model(state.step), self.optimizer(state.step)]
+                .into();
         for entry in std::fs::read_dir(&self.dir).into_iter().flatten().flatten() {
             let path = entry.path();
             if path.extension().is_some_and(|e| e == "safetensors") && !keep.contains(&path) {
                 // A file that cannot be removed costs space, nothing else.
                 let _ = std::fs::remove_file(path);
             }
+        }
+    }
+
+    /// What there is to go on with when a run goes wrong, for people.
+    pub fn advice(&self) -> String {
+        match self.state() {
+            Ok(state) => format!(
+                "its last checkpoint, of step {}, is kept in {}; try a lower --lr in a new run",
+                state.step,
+                self.dir.display()
+            ),
+            Err(_) => "it has no checkpoint yet; try a lower --lr".into(),
         }
     }
 
@@ -147,7 +188,8 @@ impl Checkpoint {
             .with_context(|| format!("{} is damaged or cut short", path.display()))?;
         let data = varmap.data().lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         for (name, var) in data.iter() {
-            let tensor = tensors.get(name).with_context(|| format!("{}: no tensor {name}", path.display()))?;
+            let tensor =
+                tensors.get(name).with_context(|| format!("{}: no tensor {name}", path.display()))?;
             if tensor.dims() != var.dims() || tensor.dtype() != var.dtype() {
                 bail!(
                     "{}: {name} is {:?} {:?}, expected {:?} {:?}",

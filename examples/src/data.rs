@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use vesper_data::corpus::{Split, StoryCorpus};
 use vesper_data::{DataError, Documents, TextTokenizer, TokenCache, Tokens};
+use vesper_model::{VesperConfig, hf};
 
 use crate::settings::Settings;
 
@@ -23,6 +24,8 @@ pub struct Data {
     pub unigram_entropy: f64,
     /// The information content of the held-out part, in nats a token, where it is known: no model can be better.
     pub floor: Option<f64>,
+    /// SHA-256 of the sources, in hexadecimal: a run that goes on must find the same. None: the embedded stories.
+    pub digest: Option<String>,
 }
 
 /// The share of one's own text that is held out.
@@ -30,25 +33,36 @@ const EVAL_SHARE: f64 = 0.05;
 
 /// The embedded stories: vocabulary, text to train its tokenizer on, held-out stories, and at most this many bytes
 /// to train on (a longer run sees them again).
-const STORY_VOCAB: usize = 1024;
+const STORY_VOCAB: usize = 2560;
 const STORY_TOKENIZER_BYTES: usize = 1 << 20;
 const STORY_EVAL: usize = 1000;
 const STORY_TRAIN_BYTES: usize = 64 << 20;
 
 impl Data {
-    /// Prepares the data of a run. `tokenizer` is that of a run that goes on; `cache` the folder of token caches.
+    /// Prepares the data of a run with a model like `preset`. `tokenizer` is that of a run that goes on; `cache` the
+    /// folder of token caches.
     ///
     /// # Errors
     /// Names the file and line that cannot be used, or the flag that does not fit the data.
-    pub fn prepare(settings: &Settings, default_vocab: usize, tokenizer: Option<&Path>, cache: &Path) -> Result<Self> {
+    pub fn prepare(
+        settings: &Settings,
+        preset: &VesperConfig,
+        tokenizer: Option<&Path>,
+        cache: &Path,
+    ) -> Result<Self> {
         let tokenizer = match tokenizer.or(settings.tokenizer.as_deref()) {
             Some(file) => Some(TextTokenizer::from_file(file)?),
             None => None,
         };
+        if let (Some(tokenizer), Some(entries)) = (&tokenizer, settings.vocab_size) {
+            // Before the text is tokenised, which may take long.
+            hf::check_tokenizer(tokenizer.inner(), &preset.clone().with_vocab(entries))
+                .with_context(|| format!("--vocab-size {entries}"))?;
+        }
         let data = if settings.data.is_empty() {
             Self::stories(settings, tokenizer)?
         } else {
-            Self::files(settings, default_vocab, tokenizer, cache)?
+            Self::files(settings, preset.vocab_size, tokenizer, cache)?
         };
         let (seq, train, eval) = (settings.seq, data.train.len(), data.eval.len());
         if train <= seq || eval <= seq {
@@ -63,13 +77,12 @@ impl Data {
 
     fn stories(settings: &Settings, tokenizer: Option<TextTokenizer>) -> Result<Self> {
         let corpus = StoryCorpus::new(settings.seed);
-        let tokenizer = match tokenizer {
-            Some(tokenizer) => tokenizer,
-            None => {
-                let stories = corpus.take_bytes(STORY_TOKENIZER_BYTES);
-                let texts = stories.iter().map(|story| Ok::<_, DataError>(story.text.as_str()));
-                TextTokenizer::train_bpe(texts, settings.vocab_size.unwrap_or(STORY_VOCAB))?
-            }
+        let tokenizer = if let Some(tokenizer) = tokenizer {
+            tokenizer
+        } else {
+            let stories = corpus.take_bytes(STORY_TOKENIZER_BYTES);
+            let texts = stories.iter().map(|story| Ok::<_, DataError>(story.text.as_str()));
+            TextTokenizer::train_bpe(texts, settings.vocab_size.unwrap_or(STORY_VOCAB))?
         };
         let encode = |stories: &[vesper_data::corpus::Story]| -> Result<Tokens> {
             let texts = stories.iter().map(|story| Ok::<_, DataError>(story.text.clone()));
@@ -89,6 +102,7 @@ impl Data {
             tokenizer,
             train,
             eval,
+            digest: None,
         })
     }
 
@@ -99,12 +113,11 @@ impl Data {
         cache: &Path,
     ) -> Result<Self> {
         let sources = &settings.data;
-        let tokenizer = match tokenizer {
-            Some(tokenizer) => tokenizer,
-            None => {
-                let texts = Documents::open(sources)?.map(|d| d.map(|d| d.text));
-                TextTokenizer::train_bpe(texts, settings.vocab_size.unwrap_or(default_vocab))?
-            }
+        let tokenizer = if let Some(tokenizer) = tokenizer {
+            tokenizer
+        } else {
+            let texts = Documents::open(sources)?.map(|d| d.map(|d| d.text));
+            TextTokenizer::train_bpe(texts, settings.vocab_size.unwrap_or(default_vocab))?
         };
         crate::files::create_dir(cache)?;
         let (cache, status) = TokenCache::open_or_build(cache, sources, &tokenizer)?;
@@ -112,12 +125,21 @@ impl Data {
         crate::say!("Tokens of {name}: cache {status}, {}", cache.path().display());
         if cache.unknown_tokens() > 0 {
             let share = 100.0 * cache.unknown_tokens() as f64 / cache.len().max(1) as f64;
-            eprintln!("warning: the tokenizer does not know {share:.2} % of the tokens in {name}");
+            crate::note!("warning: the tokenizer does not know {share:.2} % of the tokens in {name}");
         }
+        let digest = cache.key().content.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
         let tokens = cache.tokens();
         // A little text still needs a held-out window or two.
         let share = EVAL_SHARE.max(2.0 * (settings.seq + 1) as f64 / tokens.len().max(1) as f64).min(0.5);
         let (train, eval) = tokens.split(share).with_context(|| name.clone())?;
-        Ok(Self { unigram_entropy: train.unigram_entropy(), floor: None, name, tokenizer, train, eval })
+        Ok(Self {
+            unigram_entropy: train.unigram_entropy(),
+            floor: None,
+            digest: Some(digest),
+            name,
+            tokenizer,
+            train,
+            eval,
+        })
     }
 }

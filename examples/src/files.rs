@@ -23,7 +23,7 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 pub fn replace(path: &Path, fill: impl FnOnce(&mut NamedTempFile) -> std::io::Result<()>) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let write = || -> std::io::Result<()> {
-        let mut file = NamedTempFile::new_in(folder)?;
+        let mut file = temporary(folder)?;
         fill(&mut file)?;
         file.flush()?;
         file.as_file().sync_all()?;
@@ -31,6 +31,16 @@ pub fn replace(path: &Path, fill: impl FnOnce(&mut NamedTempFile) -> std::io::Re
         Ok(())
     };
     write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// A temporary file with the permissions of any new file; `tempfile`'s own are for its owner alone.
+fn temporary(folder: &Path) -> std::io::Result<NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+    #[cfg(unix)]
+    builder.permissions(permissions); // less the umask
+    builder.tempfile_in(folder)
 }
 
 /// Writes a value as indented JSON.

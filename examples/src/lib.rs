@@ -5,6 +5,8 @@ pub mod chart;
 pub mod checkpoint;
 pub mod data;
 pub mod device;
+pub mod evaluate;
+pub mod export;
 pub mod files;
 pub mod interrupt;
 pub mod log;
@@ -12,6 +14,7 @@ pub mod progress;
 pub mod runs;
 pub mod schedule;
 pub mod settings;
+pub mod summary;
 
 use std::process::ExitCode;
 
@@ -22,6 +25,22 @@ macro_rules! say {
         use std::io::Write as _;
         let _ = writeln!(std::io::stdout(), $($arg)*);
     }};
+}
+
+/// Like `eprintln!`, but a closed pipe does not end the program.
+#[macro_export]
+macro_rules! note {
+    ($($arg:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($arg)*);
+    }};
+}
+
+/// What a model wrote, without the control characters that a terminal would obey.
+pub fn printable(text: &str) -> String {
+    let shown =
+        |c: char| if c.is_control() && !matches!(c, '\n' | '\t') { char::REPLACEMENT_CHARACTER } else { c };
+    text.chars().map(shown).collect()
 }
 
 /// What an example that failed exits with.
@@ -35,7 +54,7 @@ pub fn run(example: impl FnOnce() -> anyhow::Result<ExitCode>) -> ExitCode {
     match example() {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {}", one_line(&error));
+            note!("error: {}", one_line(&error));
             ExitCode::from(FAILED)
         }
     }
@@ -62,6 +81,11 @@ fn one_line(error: &anyhow::Error) -> String {
 #[cfg(test)]
 mod tests {
     use anyhow::Context;
+
+    #[test]
+    fn control_characters_are_not_printed() {
+        assert_eq!(super::printable("é\tb\n\u{1b}[2J\u{8}"), "é\tb\n\u{fffd}[2J\u{fffd}");
+    }
 
     #[test]
     fn errors_are_one_line_with_each_cause_once() {

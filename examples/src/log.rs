@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::files;
 
@@ -16,7 +16,8 @@ pub struct Record {
     pub step: u64,
     /// Mean loss of the batch, before the update.
     pub loss: f64,
-    /// `exp(loss)`.
+    /// `exp(loss)`; infinite, which JSON writes as null, for a loss over 709.
+    #[serde(deserialize_with = "infinite_where_null")]
     pub perplexity: f64,
     /// The learning rate that was applied.
     pub lr: f64,
@@ -29,6 +30,10 @@ pub struct Record {
     /// Loss on held-out text after the step, where it was evaluated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eval_loss: Option<f64>,
+}
+
+fn infinite_where_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::INFINITY))
 }
 
 /// The log of a run, open for appending.
@@ -48,7 +53,8 @@ impl Log {
     pub fn open(path: &Path, step: u64) -> Result<Self> {
         let mut records = Vec::new();
         if step > 0 && path.exists() {
-            let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+            let text =
+                std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
             for (i, line) in text.lines().enumerate() {
                 // The last line of a killed run may be cut short; it is of a step that is made again.
                 if records.len() as u64 == step {
@@ -84,6 +90,14 @@ impl Log {
         Ok(())
     }
 
+    /// Waits until the lines are on the disk: a checkpoint must not outlive the log of its steps.
+    ///
+    /// # Errors
+    /// A full disk: names the file.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_data().with_context(|| format!("cannot write {}", self.path.display()))
+    }
+
     /// All steps so far.
     pub fn records(&self) -> &[Record] {
         &self.records
@@ -98,7 +112,7 @@ mod tests {
         Record {
             step,
             loss: 1.0 / step as f64,
-            perplexity: 1.0,
+            perplexity: if step == 2 { f64::INFINITY } else { 1.0 },
             lr: 0.1,
             beta1: 0.9,
             grad_norm: Some(0.1 + 0.2),

@@ -1,49 +1,56 @@
 //! The progress bar of a training run.
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
 use crate::log::Record;
 
-/// A bar with loss, perplexity, learning rate, gradient norm, tokens a second and the time that remains.
+/// A bar with loss, perplexity, learning rate, gradient norm, tokens a second and the time that remains; it goes away
+/// when it is dropped. Where stderr is no terminal, only evaluations are printed.
 #[derive(Debug)]
-pub struct Progress(ProgressBar);
+pub struct Progress {
+    bar: ProgressBar,
+    /// Moving average.
+    tokens_per_second: Option<f64>,
+}
 
 impl Progress {
-    /// A bar of `steps`, of which `done` are behind. Where stderr is no terminal, only [`Progress::line`] prints.
+    /// A bar of `steps`, of which `done` are behind.
     pub fn new(steps: u64, done: u64) -> Self {
-        let bar = ProgressBar::new(steps).with_position(done);
-        let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}, {eta} left");
-        if let Ok(style) = style {
+        let bar = ProgressBar::new(steps).with_position(done).with_finish(ProgressFinish::AndClear);
+        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}, {eta} left") {
             bar.set_style(style);
         }
         bar.reset_eta();
-        Self(bar)
+        Self { bar, tokens_per_second: None }
     }
 
     /// Shows a step.
-    pub fn step(&self, record: &Record, tokens_per_second: f64) {
-        self.0.set_message(format!(
-            "loss {:.3} ppl {:.1} lr {:.1e} norm {} {:.0} tok/s",
+    pub fn step(&mut self, record: &Record) {
+        let speed = self
+            .tokens_per_second
+            .map_or(record.tokens_per_second, |average| 0.9 * average + 0.1 * record.tokens_per_second);
+        self.tokens_per_second = Some(speed);
+        self.bar.set_message(format!(
+            "loss {:.3} ppl {:.1} lr {:.1e} norm {} {speed:.0} tok/s",
             record.loss,
             record.perplexity,
             record.lr,
-            record.grad_norm.map_or("-".into(), |n| format!("{n:.2}")),
-            tokens_per_second
+            record.grad_norm.map_or("-".into(), |norm| format!("{norm:.2}")),
         ));
-        self.0.set_position(record.step);
-    }
-
-    /// Prints a line above the bar, or alone where there is no terminal.
-    pub fn line(&self, text: &str) {
-        if self.0.is_hidden() {
-            crate::say!("{text}");
-        } else {
-            self.0.println(text);
+        self.bar.set_position(record.step);
+        if let Some(eval_loss) = record.eval_loss {
+            self.line(&format!(
+                "step {}: loss {:.4}, held-out loss {eval_loss:.4}",
+                record.step, record.loss
+            ));
         }
     }
 
-    /// Takes the bar away.
-    pub fn finish(&self) {
-        self.0.finish_and_clear();
+    fn line(&self, text: &str) {
+        if self.bar.is_hidden() {
+            crate::say!("{text}");
+        } else {
+            self.bar.println(text);
+        }
     }
 }

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::checkpoint::{Checkpoint, State};
 use crate::files;
+use crate::settings::Flags;
 
 /// The folder of runs that were given no `--out`, in the folder that the program is started from.
 pub const FOLDER: &str = "runs";
@@ -25,14 +27,41 @@ fn pointer() -> PathBuf {
     Path::new(FOLDER).join("last")
 }
 
-/// Remembers a run as the last one.
+/// The folder of a run, and where the run stands if it goes on.
 ///
 /// # Errors
-/// A folder that cannot be written.
-pub fn remember(run: &Path) -> Result<()> {
-    let run = std::path::absolute(run).with_context(|| format!("{}", run.display()))?;
-    files::create_dir(Path::new(FOLDER))?;
-    files::write(&pointer(), run.to_string_lossy().as_bytes())
+/// Nothing to go on with, a checkpoint that is damaged, or a folder that holds a run already.
+pub fn open(flags: &Flags) -> Result<(PathBuf, Option<State>)> {
+    if flags.resume {
+        let Some(out) = flags.out.clone().or_else(last) else {
+            bail!("--resume: there is no run yet; name its folder with --out");
+        };
+        let checkpoint = Checkpoint::of(&out);
+        if !checkpoint.exists() {
+            bail!("--resume: there is no checkpoint in {}", checkpoint.dir().display());
+        }
+        return Ok((out, Some(checkpoint.state()?)));
+    }
+    let out = match &flags.out {
+        Some(out) => out.clone(),
+        None => new_folder(flags.size.as_deref().unwrap_or("nano")),
+    };
+    if Checkpoint::of(&out).exists() {
+        bail!("{} holds a run already: go on with --resume, or choose another --out", out.display());
+    }
+    Ok((out, None))
+}
+
+/// Remembers a run as the last one. Where that is not possible, `--out` and `--model` still find it.
+pub fn remember(run: &Path) {
+    let write = || {
+        let run = std::path::absolute(run).with_context(|| format!("{}", run.display()))?;
+        files::create_dir(Path::new(FOLDER))?;
+        files::write(&pointer(), run.to_string_lossy().as_bytes())
+    };
+    if let Err(error) = write() {
+        crate::note!("warning: this will not be remembered as the last run: {error:#}");
+    }
 }
 
 /// The last run, if there was one and its folder is still there.
@@ -64,6 +93,6 @@ pub fn model_folder(named: Option<&Path>) -> Result<PathBuf> {
             run.display()
         );
     }
-    crate::say!("Using the last trained model, {}.", model.display());
+    crate::note!("Using the last trained model, {}.", model.display());
     Ok(model)
 }

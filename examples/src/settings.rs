@@ -1,5 +1,6 @@
 //! The settings of a training run: what was asked for, completed by defaults, kept with the run.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
@@ -25,6 +26,21 @@ pub enum Dtype {
     F32,
     /// bfloat16.
     Bf16,
+}
+
+impl fmt::Display for Optimizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Velvet => "Velvet",
+            Self::Adamw => "AdamW",
+        })
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.candle().as_str())
+    }
 }
 
 impl Dtype {
@@ -53,17 +69,17 @@ pub struct Flags {
     /// Entries of the model's vocabulary [default: those of --tokenizer, or what suits the size and the data]
     #[arg(long, value_name = "N")]
     pub vocab_size: Option<usize>,
-    /// Optimizer steps
+    /// Optimizer steps [default: by the size]
     #[arg(long)]
     pub steps: Option<u64>,
-    /// Sequences a step
+    /// Sequences a step [default: by the size]
     #[arg(long)]
     pub batch: Option<usize>,
-    /// Tokens a sequence
+    /// Tokens a sequence [default: by the size]
     #[arg(long)]
     pub seq: Option<usize>,
-    /// Peak learning rate
-    #[arg(long)]
+    /// Peak learning rate [default: by the size]
+    #[arg(long, allow_negative_numbers = true)]
     pub lr: Option<f64>,
     /// Optimizer [default: velvet]
     #[arg(long)]
@@ -123,7 +139,7 @@ pub struct Settings {
 /// steps, batch, seq, lr of a size
 fn defaults(size: &str) -> (u64, usize, usize, f64) {
     match size {
-        "nano" => (1500, 8, 128, 4e-3),
+        "nano" => (1250, 8, 256, 4e-3),
         "tiny" => (2000, 16, 256, 2e-3),
         "small" => (4000, 32, 512, 1e-3),
         "medium" => (10_000, 32, 1024, 6e-4),
@@ -142,7 +158,7 @@ impl Flags {
         let steps = self.steps.unwrap_or(steps);
         let settings = Settings {
             size,
-            data: self.data.clone().unwrap_or_default(),
+            data: self.sources().unwrap_or_default(),
             tokenizer: self.tokenizer.clone(),
             vocab_size: self.vocab_size,
             steps,
@@ -159,13 +175,19 @@ impl Flags {
         Ok(settings)
     }
 
-    /// The settings of a run that goes on: the stored ones, with the steps, the device and the evaluation interval
+    /// The sources, as paths that still mean the same when the run goes on from another folder.
+    fn sources(&self) -> Option<Vec<PathBuf>> {
+        let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        self.data.as_ref().map(|paths| paths.iter().map(absolute).collect())
+    }
+
+    /// The settings of a run that goes on after step `done`: the stored ones, with the steps, the device and the evaluation interval
     /// changed where they are given. Everything else must be as it was, or the run would not be the same.
     ///
     /// # Errors
     /// A flag that contradicts the run.
-    pub fn resumed(&self, stored: Settings) -> Result<Settings> {
-        fn same<T: PartialEq + std::fmt::Debug>(flag: &str, given: Option<&T>, stored: &T) -> Result<()> {
+    pub fn resumed(&self, stored: Settings, done: u64) -> Result<Settings> {
+        fn same<T: PartialEq + fmt::Debug>(flag: &str, given: Option<&T>, stored: &T) -> Result<()> {
             match given {
                 Some(given) if given != stored => {
                     bail!("--resume: the run has {flag} {stored:?}, so it cannot go on with {given:?}")
@@ -174,7 +196,7 @@ impl Flags {
             }
         }
         same("--size", self.size.as_ref(), &stored.size)?;
-        same("--data", self.data.as_ref(), &stored.data)?;
+        same("--data", self.sources().as_ref(), &stored.data)?;
         same("--tokenizer", self.tokenizer.as_ref().map(|t| Some(t.clone())).as_ref(), &stored.tokenizer)?;
         same("--vocab-size", self.vocab_size.map(Some).as_ref(), &stored.vocab_size)?;
         same("--batch", self.batch.as_ref(), &stored.batch)?;
@@ -183,6 +205,10 @@ impl Flags {
         same("--optimizer", self.optimizer.as_ref(), &stored.optimizer)?;
         same("--seed", self.seed.as_ref(), &stored.seed)?;
         same("--dtype", self.dtype.as_ref(), &stored.dtype)?;
+        if stored.data.is_empty() {
+            // As many stories are drawn as the steps read.
+            same("--steps", self.steps.as_ref(), &stored.steps)?;
+        }
         let settings = Settings {
             steps: self.steps.unwrap_or(stored.steps),
             device: self.device.clone().unwrap_or_else(|| stored.device.clone()),
@@ -190,11 +216,26 @@ impl Flags {
             ..stored
         };
         settings.validate()?;
+        if settings.steps < done {
+            bail!("--resume: the run has made {done} steps, so it cannot end at --steps {}", settings.steps);
+        }
         Ok(settings)
     }
 }
 
 impl Settings {
+    /// Tokens that a step trains on.
+    pub fn tokens_per_step(&self) -> u64 {
+        self.batch.saturating_mul(self.seq) as u64
+    }
+
+    /// Held-out tokens to evaluate on: `most`, but fewer in a short run, which is not to be measured for longer than
+    /// it trains.
+    pub fn eval_tokens(&self, most: usize) -> usize {
+        let trained = self.steps.saturating_mul(self.tokens_per_step());
+        most.min(usize::try_from(trained / 4).unwrap_or(most).max(4096))
+    }
+
     fn validate(&self) -> Result<()> {
         for (flag, value) in [
             ("--steps", self.steps),
@@ -224,21 +265,28 @@ mod tests {
     #[test]
     fn flags_complete_to_settings() {
         let settings = flags(&["--data", "a", "b", "--steps", "7", "--dtype", "bf16"]).settings().unwrap();
-        assert_eq!(settings.data, [PathBuf::from("a"), PathBuf::from("b")]);
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(settings.data, [here.join("a"), here.join("b")]);
         assert_eq!((settings.steps, settings.eval_every, settings.dtype), (7, 1, Dtype::Bf16));
         assert_eq!(settings.size, "nano");
-        for wrong in [["--steps", "0"], ["--lr", "nan"], ["--seq", "0"]] {
+        for wrong in [["--steps", "0"], ["--lr", "nan"], ["--lr", "-1"], ["--seq", "0"]] {
             assert!(flags(&wrong).settings().is_err(), "{wrong:?}");
         }
     }
 
     #[test]
     fn a_resumed_run_keeps_its_settings() {
-        let stored = flags(&["--lr", "0.001", "--seed", "4"]).settings().unwrap();
-        assert_eq!(flags(&["--resume"]).resumed(stored.clone()).unwrap(), stored);
-        assert_eq!(flags(&["--lr", "0.001", "--steps", "9"]).resumed(stored.clone()).unwrap().steps, 9);
-        let message = flags(&["--lr", "0.002"]).resumed(stored.clone()).unwrap_err().to_string();
+        let stored = flags(&["--lr", "0.001", "--seed", "4", "--data", "a"]).settings().unwrap();
+        assert_eq!(flags(&["--resume"]).resumed(stored.clone(), 5).unwrap(), stored);
+        assert_eq!(flags(&["--lr", "0.001", "--steps", "9"]).resumed(stored.clone(), 5).unwrap().steps, 9);
+        let message = flags(&["--lr", "0.002"]).resumed(stored.clone(), 5).unwrap_err().to_string();
         assert!(message.contains("--lr 0.001"), "{message}");
-        assert!(flags(&["--tokenizer", "x"]).resumed(stored).is_err());
+        assert!(flags(&["--steps", "4"]).resumed(stored.clone(), 5).is_err());
+        assert!(flags(&["--tokenizer", "x"]).resumed(stored.clone(), 5).is_err());
+        assert_eq!(flags(&["--data", "./a"]).resumed(stored.clone(), 5).unwrap(), stored);
+
+        let stories = Settings { data: Vec::new(), ..stored };
+        let message = flags(&["--steps", "9"]).resumed(stories, 5).unwrap_err().to_string();
+        assert!(message.contains("--steps"), "{message}");
     }
 }

@@ -129,7 +129,7 @@ fn architectures() -> Vec<String> {
 
 /// name, layers, heads, hidden, feed-forward, vocabulary, positions
 const PRESETS: [(&str, usize, usize, usize, usize, usize, usize); 5] = [
-    ("nano", 4, 4, 160, 448, 1024, 512),
+    ("nano", 4, 4, 160, 448, 2560, 512),
     ("tiny", 6, 4, 256, 704, 8192, 1024),
     ("small", 6, 6, 384, 1024, 32_064, 2048),
     ("medium", 12, 12, 768, 2048, 32_064, 2048),
@@ -144,7 +144,7 @@ impl VesperConfig {
     ///
     /// | name | layers | heads | hidden | feed-forward | vocabulary | parameters |
     /// |---|---|---|---|---|---|---|
-    /// | nano | 4 | 4 | 160 | 448 | 1024 | 1.4 M |
+    /// | nano | 4 | 4 | 160 | 448 | 2560 | 1.7 M |
     /// | tiny | 6 | 4 | 256 | 704 | 8192 | 6.9 M |
     /// | small | 6 | 6 | 384 | 1024 | 32064 | 22.9 M |
     /// | medium | 12 | 12 | 768 | 2048 | 32064 | 109.6 M |

@@ -1,5 +1,7 @@
 //! The whole model: counts, gradients, causality, caches, dtypes, adapters.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarMap;
 use vesper_model::generate::NextLogits;
@@ -238,7 +240,8 @@ fn impossible_configurations_are_refused_by_field() {
     for (field, change) in changes {
         let mut config = small();
         change(&mut config);
-        let message = VesperLM::initialize(&config, &VarMap::new(), 0, DType::F32, &CPU).unwrap_err().to_string();
+        let message =
+            VesperLM::initialize(&config, &VarMap::new(), 0, DType::F32, &CPU).unwrap_err().to_string();
         assert!(message.contains(field), "{message}");
     }
 }

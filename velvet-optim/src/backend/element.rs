@@ -141,16 +141,40 @@ impl Stored for bf16 {
         None
     }
     fn load(p: &[Self], out: &mut [f32]) {
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || p.iter().zip(out).for_each(|(p, out)| *out = p.to_f32()),
-        );
+        pulp::Arch::new().dispatch(Widen(p.reinterpret_cast(), out));
     }
     fn store(from: &[f32], p: &mut [Self]) {
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || from.iter().zip(p).for_each(|(&from, p)| *p = Self::from_f32(from)),
-        );
+        pulp::Arch::new().dispatch(Round(from, p.reinterpret_cast_mut()));
+    }
+}
+
+/// bf16 is the upper half of an f32.
+struct Widen<'a>(&'a [u16], &'a mut [f32]);
+
+impl pulp::WithSimd for Widen<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) {
+        self.0.iter().zip(self.1).for_each(|(&x, out)| *out = f32::from_bits(u32::from(x) << 16));
+    }
+}
+
+/// To the nearest bf16, ties to even, without the branch of `bf16::from_f32`, so that vectors can do it.
+struct Round<'a>(&'a [f32], &'a mut [u16]);
+
+impl pulp::WithSimd for Round<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) {
+        self.0.iter().zip(self.1).for_each(|(&x, out)| {
+            let bits = x.to_bits();
+            let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+            // A NaN stays one: rounding could carry it into the exponent.
+            let nan = (bits >> 16) | 0x40;
+            *out = if x.is_nan() { nan } else { nearest } as u16;
+        });
     }
 }
 
@@ -168,6 +192,29 @@ impl Stored for f16 {
     fn store(from: &[f32], p: &mut [Self]) {
         if p.len() == from.len() {
             p.convert_from_f32_slice(from);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_is_rounded_as_half_rounds_it() {
+        // Every upper half with the lower halves around a tie.
+        for upper in 0..=u16::MAX {
+            let from: Vec<f32> = [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff]
+                .iter()
+                .map(|lower| f32::from_bits(u32::from(upper) << 16 | lower))
+                .collect();
+            let mut got = [bf16::ZERO; 6];
+            bf16::store(&from, &mut got);
+            let expected: Vec<u16> = from.iter().map(|&x| bf16::from_f32(x).to_bits()).collect();
+            assert_eq!(got.map(bf16::to_bits).as_slice(), expected);
+            let mut wide = [0f32; 6];
+            bf16::load(&got, &mut wide);
+            assert!(wide.iter().zip(got).all(|(wide, x)| wide.to_bits() == x.to_f32().to_bits()));
         }
     }
 }

@@ -205,27 +205,34 @@ fn sum_of_squares(g: Grad<'_>) -> f64 {
     }
 }
 
-/// A fixed number of running sums whatever the vector width, so that the bits do not depend on the processor.
 fn squares<F: Copy + Into<f64>>(values: &[F]) -> f64 {
-    const LANES: usize = 16;
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            let mut sums = [0f64; LANES];
-            let (blocks, tail) = values.as_chunks::<LANES>();
-            for block in blocks {
-                for (sum, &x) in sums.iter_mut().zip(block) {
-                    let x: f64 = x.into();
-                    *sum += x * x;
-                }
-            }
-            for (sum, &x) in sums.iter_mut().zip(tail) {
+    pulp::Arch::new().dispatch(Squares(values))
+}
+
+struct Squares<'a, F>(&'a [F]);
+
+impl<F: Copy + Into<f64>> pulp::WithSimd for Squares<'_, F> {
+    type Output = f64;
+
+    /// A fixed number of running sums whatever the vector width, so that the bits do not depend on the processor.
+    /// They are many because the compiler takes a long row of sums for vectors and a short one for scalars.
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) -> f64 {
+        const LANES: usize = 128;
+        let mut sums = [0f64; LANES];
+        let (blocks, tail) = self.0.as_chunks::<LANES>();
+        for block in blocks {
+            for (sum, &x) in sums.iter_mut().zip(block) {
                 let x: f64 = x.into();
                 *sum += x * x;
             }
-            sums.iter().sum()
-        },
-    )
+        }
+        for (sum, &x) in sums.iter_mut().zip(tail) {
+            let x: f64 = x.into();
+            *sum += x * x;
+        }
+        sums.iter().sum()
+    }
 }
 
 /// The elements of a contiguous gradient on the CPU.

@@ -79,19 +79,31 @@ impl AdamW {
     }
 }
 
+/// A run of elements, to be updated with whatever vectors the processor has.
+struct Run<'a, 'b, F> {
+    rule: &'a AdamW,
+    p: &'a mut [F],
+    g: &'a [F],
+    slots: &'a mut [&'b mut [F]],
+}
+
+// Not a closure: the compiler may leave a closure's call out of line, and with it out of the vector code.
+impl<F: Real> pulp::WithSimd for Run<'_, '_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) {
+        self.rule.update(self.p, self.g, self.slots);
+    }
+}
+
 impl Rule for AdamW {
     fn update_f32(&self, p: &mut [f32], g: &[f32], slots: &mut [&mut [f32]]) {
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || self.update(p, g, slots),
-        );
+        pulp::Arch::new().dispatch(Run { rule: self, p, g, slots });
     }
 
     fn update_f64(&self, p: &mut [f64], g: &[f64], slots: &mut [&mut [f64]]) {
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || self.update(p, g, slots),
-        );
+        pulp::Arch::new().dispatch(Run { rule: self, p, g, slots });
     }
 
     fn update_plain(&self, p: &Tensor, g: &Tensor, slots: &mut [Tensor]) -> Result<Tensor> {

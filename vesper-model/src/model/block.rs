@@ -6,7 +6,9 @@ use era_act::Activation;
 
 use super::cache::LayerCache;
 use super::projection::Packed;
-use crate::ops::{Heads, Path, Rope, causal_attention, rms_norm};
+use crate::ops::{
+    Heads, Path, Rope, causal_attention, gated_feed_forward, rms_norm, self_attention,
+};
 use crate::{Projection, VesperConfig};
 
 #[derive(Debug, Clone)]
@@ -49,10 +51,18 @@ impl Block {
     /// x: (batch, t, hidden) to the same shape
     pub(super) fn forward(&self, x: &Tensor, rope: &Rope, path: Path) -> Result<Tensor> {
         let n = self.norm(x, &self.norm_attention, path)?;
-        let qkv = self.qkv.forward(&n, path)?;
-        let attention = causal_attention(&qkv, self.heads, Some(rope), path)?;
-        let x = (x + self.output.forward(&attention, path)?)?;
-        self.feed_forward(&x, path)
+        let attention = match (self.qkv.plain(), self.output.plain()) {
+            (Some(qkv), Some(output)) => {
+                let (qkv, output) = (qkv.to_dtype(x.dtype())?, output.to_dtype(x.dtype())?);
+                self_attention(&n, &qkv, &output, self.heads, Some(rope), path)?
+            }
+            _ => {
+                let qkv = self.qkv.forward(&n, path)?;
+                let attention = causal_attention(&qkv, self.heads, Some(rope), path)?;
+                self.output.forward(&attention, path)?
+            }
+        };
+        self.feed_forward(&(x + attention)?, path)
     }
 
     /// As [`Block::forward`], for rows that follow what the cache holds; without a gradient.
@@ -72,12 +82,21 @@ impl Block {
 
     fn feed_forward(&self, x: &Tensor, path: Path) -> Result<Tensor> {
         let n = self.norm(x, &self.norm_feed_forward, path)?;
-        let gate_up = self.gate_up.forward(&n, path)?; // (batch, t, 2 ffn)
-        let inner = match path {
-            Path::Fused => self.activation.gated(&gate_up)?,
-            Path::Reference => era_act::reference::gated(&self.activation, &gate_up)?,
+        let out = match (self.gate_up.plain(), self.down.plain()) {
+            (Some(gate_up), Some(down)) => {
+                let (gate_up, down) = (gate_up.to_dtype(x.dtype())?, down.to_dtype(x.dtype())?);
+                gated_feed_forward(&n, &gate_up, &down, self.activation, path)?
+            }
+            _ => {
+                let gate_up = self.gate_up.forward(&n, path)?; // (batch, t, 2 ffn)
+                let inner = match path {
+                    Path::Fused => self.activation.gated(&gate_up)?,
+                    Path::Reference => era_act::reference::gated(&self.activation, &gate_up)?,
+                };
+                self.down.forward(&inner, path)?
+            }
         };
-        x + self.down.forward(&inner, path)?
+        x + out
     }
 
     fn norm(&self, x: &Tensor, weight: &Tensor, path: Path) -> Result<Tensor> {

@@ -45,10 +45,15 @@ impl Packed {
         Ok(Self { weight, parts, tracked: true })
     }
 
+    /// The matrix, where no part has an adapter: then a larger fused operation can take it.
+    pub(super) fn plain(&self) -> Option<&Tensor> {
+        self.parts.iter().all(|(_, adapter)| adapter.is_none()).then_some(&self.weight)
+    }
+
     /// x: (.., in) to (.., out)
     pub(super) fn forward(&self, x: &Tensor, path: Path) -> Result<Tensor> {
         let y = linear(x, &self.weight.to_dtype(x.dtype())?, path)?;
-        if self.parts.iter().all(|(_, adapter)| adapter.is_none()) {
+        if self.plain().is_some() {
             return Ok(y);
         }
         let mut dims = y.dims().to_vec();

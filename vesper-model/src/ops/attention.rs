@@ -59,21 +59,12 @@ impl Heads {
 /// and recomputation), arXiv 2205.14135.
 pub fn causal_attention(qkv: &Tensor, heads: Heads, positions: Option<&Rope>, path: Path) -> Result<Tensor> {
     let (_, t, width) = qkv.dims3()?;
-    if heads.kv == 0 || heads.dim == 0 || !heads.query.is_multiple_of(heads.kv) || width != heads.packed() {
+    if width != heads.packed() {
         bail!("causal_attention: qkv of shape {:?} does not fit {heads:?}", qkv.shape());
     }
-    if let Some(rope) = positions
-        && (rope.head_dim != heads.dim || t > rope.positions)
-    {
-        bail!(
-            "causal_attention: {t} rows of head size {}, but the rotary table has {} of head size {}",
-            heads.dim,
-            rope.positions,
-            rope.head_dim
-        );
-    }
+    let op = CausalAttention::new(heads, positions, t)?;
     if path.fuses(qkv) {
-        return qkv.contiguous()?.apply_op1(CausalAttention { heads, rope: positions.cloned() });
+        return qkv.contiguous()?.apply_op1(op);
     }
     reference(qkv, heads, positions)
 }
@@ -110,8 +101,8 @@ fn reference(qkv: &Tensor, heads: Heads, positions: Option<&Rope>) -> Result<Ten
     out.transpose(1, 2)?.reshape((b, t, query * dim))
 }
 
-struct CausalAttention {
-    heads: Heads,
+pub(super) struct CausalAttention {
+    pub(super) heads: Heads,
     rope: Option<Rope>,
 }
 
@@ -183,6 +174,24 @@ fn softmax_rows<T: Real>(scores: &mut [T], keys: usize, first: usize, scale: T) 
 }
 
 impl CausalAttention {
+    /// Checks that the heads make sense and that the rotary table has `t` rows for them.
+    pub(super) fn new(heads: Heads, positions: Option<&Rope>, t: usize) -> Result<Self> {
+        if heads.kv == 0 || heads.dim == 0 || !heads.query.is_multiple_of(heads.kv) {
+            bail!("causal_attention: impossible {heads:?}");
+        }
+        if let Some(rope) = positions
+            && (rope.head_dim != heads.dim || t > rope.positions)
+        {
+            bail!(
+                "causal_attention: {t} rows of head size {}, but the rotary table has {} of head size {}",
+                heads.dim,
+                rope.positions,
+                rope.head_dim
+            );
+        }
+        Ok(Self { heads, rope: positions.cloned() })
+    }
+
     fn scale<T: Real>(&self) -> T {
         T::of(1.0 / (self.heads.dim as f64).sqrt())
     }
@@ -272,7 +281,8 @@ impl CausalAttention {
         Ok((dq, dk, dv))
     }
 
-    fn forward<T: Real>(&self, qkv: &[T], b: usize, t: usize) -> Result<Vec<T>> {
+    /// qkv: (b, t, packed) to (b, t, query dim)
+    pub(super) fn forward<T: Real>(&self, qkv: &[T], b: usize, t: usize) -> Result<Vec<T>> {
         let shapes = Shapes { t, heads: self.heads };
         let Heads { query, kv, dim } = self.heads;
         let mut out = vec![T::ZERO; b * t * query * dim];
@@ -299,7 +309,8 @@ impl CausalAttention {
         Ok(out)
     }
 
-    fn backward<T: Real>(&self, qkv: &[T], dout: &[T], b: usize, t: usize) -> Result<Vec<T>> {
+    /// The packed gradient, (b, t, packed)
+    pub(super) fn backward<T: Real>(&self, qkv: &[T], dout: &[T], b: usize, t: usize) -> Result<Vec<T>> {
         let shapes = Shapes { t, heads: self.heads };
         let Heads { query, kv, dim } = self.heads;
         let width = self.heads.packed();

@@ -37,27 +37,42 @@ pub fn linear(x: &Tensor, w: &Tensor, path: Path) -> Result<Tensor> {
     if width != input {
         candle_core::bail!("linear: x {:?} does not end in the {input} columns of w {:?}", x.shape(), w.shape());
     }
-    let mut dims = x.dims().to_vec();
-    let rows: usize = dims[..dims.len() - 1].iter().product();
-    let x = x.reshape((rows, input))?;
-    if let Some(last) = dims.last_mut() {
-        *last = out;
+    match path {
+        // A matrix may have any strides; the rows of more dimensions must follow each other.
+        Path::Fused if x.rank() == 2 => x.apply_op2(w, Linear),
+        Path::Fused => x.contiguous()?.apply_op2(w, Linear),
+        Path::Reference => {
+            let (rows, mut dims) = flat(x.shape());
+            let y = x.reshape((rows, input))?.matmul(&w.t()?)?;
+            if let Some(last) = dims.last_mut() {
+                *last = out;
+            }
+            y.reshape(dims)
+        }
     }
-    let y = match path {
-        Path::Fused => x.apply_op2(w, Linear)?,
-        Path::Reference => x.matmul(&w.t()?)?,
-    };
-    y.reshape(dims)
+}
+
+/// The product of all dimensions but the last, and the dimensions.
+fn flat(shape: &Shape) -> (usize, Vec<usize>) {
+    let dims = shape.dims();
+    (dims[..dims.len().saturating_sub(1)].iter().product(), dims.to_vec())
 }
 
 struct Linear;
 
 impl Linear {
     fn run<S: BackendStorage>(x: &S, lx: &Layout, w: &S, lw: &Layout) -> Result<(S, Shape)> {
-        let (rows, input) = lx.shape().dims2()?;
-        let (out, _) = lw.shape().dims2()?;
-        let y = x.matmul(w, (1, rows, out, input), lx, &lw.transpose(0, 1)?)?;
-        Ok((y, (rows, out).into()))
+        let (out, input) = lw.shape().dims2()?;
+        let (rows, mut dims) = flat(lx.shape());
+        let matrix = match lx.shape().rank() {
+            2 => lx.clone(),
+            _ => Layout::contiguous_with_offset((rows, input), lx.start_offset()),
+        };
+        let y = x.matmul(w, (1, rows, out, input), &matrix, &lw.transpose(0, 1)?)?;
+        if let Some(last) = dims.last_mut() {
+            *last = out;
+        }
+        Ok((y, dims.into()))
     }
 }
 
@@ -103,8 +118,15 @@ impl CustomOp2 for Linear {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dx = x.track_op().then(|| dy.matmul(&w.detach())).transpose()?;
-        let dw = w.track_op().then(|| dy.t()?.matmul(&x.detach())).transpose()?;
+        let (out, input) = w.dims2()?;
+        let (rows, dims) = flat(x.shape());
+        let dy = dy.reshape((rows, out))?;
+        let dx = if x.track_op() { Some(dy.matmul(&w.detach())?.reshape(dims)?) } else { None };
+        let dw = if w.track_op() {
+            Some(dy.t()?.matmul(&x.detach().reshape((rows, input))?)?)
+        } else {
+            None
+        };
         Ok((dx, dw))
     }
 }

@@ -123,6 +123,30 @@ pub(super) enum Threads {
     All,
 }
 
+/// `a (rows, inner) * b^T`, b (columns, inner)
+pub(super) fn times_transposed<T: Real>(a: &[T], b: &[T], rows: usize, inner: usize, columns: usize) -> Result<Vec<T>> {
+    let mut c = vec![T::ZERO; rows * columns];
+    let (a, b) = (Matrix::new(a, rows, inner, inner)?, Matrix::new(b, columns, inner, inner)?);
+    product(&mut c, columns, Into::Overwrite, a, b.t(), Threads::All)?;
+    Ok(c)
+}
+
+/// `a (rows, inner) * b`, b (inner, columns)
+pub(super) fn times<T: Real>(a: &[T], b: &[T], rows: usize, inner: usize, columns: usize) -> Result<Vec<T>> {
+    let mut c = vec![T::ZERO; rows * columns];
+    let (a, b) = (Matrix::new(a, rows, inner, inner)?, Matrix::new(b, inner, columns, columns)?);
+    product(&mut c, columns, Into::Overwrite, a, b, Threads::All)?;
+    Ok(c)
+}
+
+/// `a^T b`, a (inner, rows), b (inner, columns)
+pub(super) fn transposed_times<T: Real>(a: &[T], b: &[T], rows: usize, inner: usize, columns: usize) -> Result<Vec<T>> {
+    let mut c = vec![T::ZERO; rows * columns];
+    let (a, b) = (Matrix::new(a, inner, rows, rows)?, Matrix::new(b, inner, columns, columns)?);
+    product(&mut c, columns, Into::Overwrite, a.t(), b, Threads::All)?;
+    Ok(c)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

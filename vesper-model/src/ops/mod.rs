@@ -14,24 +14,30 @@
 //! | [`linear`] | `x.matmul(&w.t()?)` | its inputs |
 //! | [`rms_norm`] | `candle_nn::ops::rms_norm` | its inputs |
 //! | [`causal_attention`] | narrow, rope, matmul, softmax, matmul | the packed projection |
+//! | [`self_attention`] | the above between its two projections | the packed projection and the output |
+//! | [`gated_feed_forward`] | two products, an activation, a product | the packed product |
 //! | [`linear_cross_entropy`] | matmul and `candle_nn::loss::cross_entropy` | the two gradients |
 //! | [`embedding`] | `candle_nn::Embedding` | the ids |
 
 mod attention;
 mod cross_entropy;
 mod embedding;
+mod feed_forward;
 mod linear;
 mod matrix;
 mod real;
 mod rms_norm;
 mod rope;
+mod self_attention;
 
 pub use attention::{Heads, causal_attention};
 pub use cross_entropy::{CrossEntropy, LossAndEntropy, linear_cross_entropy};
 pub use embedding::embedding;
+pub use feed_forward::gated_feed_forward;
 pub use linear::linear;
 pub use rms_norm::rms_norm;
 pub use rope::{Rope, rope};
+pub use self_attention::self_attention;
 
 use candle_core::{DType, Device, Tensor};
 

@@ -22,6 +22,8 @@ pub(super) trait Real:
     + std::ops::AddAssign
     + std::ops::MulAssign
 {
+    /// candle's name for the type itself.
+    const DTYPE: DType;
     const ZERO: Self;
     const ONE: Self;
     const NEG_INFINITY: Self;
@@ -47,6 +49,7 @@ fn range<'a, T>(data: &'a [T], layout: &Layout) -> Result<&'a [T]> {
 }
 
 impl Real for f32 {
+    const DTYPE: DType = DType::F32;
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
     const NEG_INFINITY: Self = Self::NEG_INFINITY;
@@ -118,6 +121,7 @@ impl Real for f32 {
 }
 
 impl Real for f64 {
+    const DTYPE: DType = DType::F64;
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
     const NEG_INFINITY: Self = Self::NEG_INFINITY;

@@ -1,7 +1,9 @@
 use candle_core::{DType, Device, Tensor};
 use vesper_model::ops::{Heads, Path, Rope, causal_attention};
 
-use crate::common::{finite_differences, parity, path, random, same_bits_on_any_number_of_threads, value_and_gradients};
+use crate::common::{
+    finite_differences, parity, path, random, same_bits_on_any_number_of_threads, value_and_gradients,
+};
 
 const fn heads(query: usize, kv: usize, dim: usize) -> Heads {
     Heads { query, kv, dim }
@@ -61,9 +63,8 @@ fn an_output_does_not_depend_on_later_tokens() {
 fn extreme_scores_stay_finite() {
     let heads = heads(1, 1, 2);
     let qkv = (random(1, &[1, 20, 6]) * 1e4).unwrap();
-    let (y, gradients) = value_and_gradients(&[qkv], DType::F32, |x| {
-        causal_attention(&x[0], heads, None, Path::Fused)
-    });
+    let (y, gradients) =
+        value_and_gradients(&[qkv], DType::F32, |x| causal_attention(&x[0], heads, None, Path::Fused));
     for tensor in [&y, &gradients[0]] {
         assert!(tensor.flatten_all().unwrap().to_vec1::<f64>().unwrap().iter().all(|v| v.is_finite()));
     }
@@ -107,7 +108,9 @@ fn rotation_keeps_relative_positions() {
     assert!((score(7, 3) - score(7, 4)).abs() > 1e-3);
     let plain = (&q * &k).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
     assert!((score(5, 5) - plain).abs() < 1e-5);
-    assert!(Tensor::zeros((1, 41, 8), DType::F64, &Device::Cpu)
-        .and_then(|x| vesper_model::ops::rope(&x, &rope, 0))
-        .is_err());
+    assert!(
+        Tensor::zeros((1, 41, 8), DType::F64, &Device::Cpu)
+            .and_then(|x| vesper_model::ops::rope(&x, &rope, 0))
+            .is_err()
+    );
 }

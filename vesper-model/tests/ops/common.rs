@@ -5,7 +5,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// Values in -1 .. 1 that depend on the seed alone.
-pub fn random(seed: u64, shape: &[usize]) -> Tensor {
+pub(crate) fn random(seed: u64, shape: &[usize]) -> Tensor {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let n: usize = shape.iter().product();
     let values: Vec<f64> = (0..n).map(|_| rng.random_range(-1.0..1.0)).collect();
@@ -13,7 +13,7 @@ pub fn random(seed: u64, shape: &[usize]) -> Tensor {
 }
 
 /// f(inputs) and the gradients of `sum(f(inputs) * fixed weights)` for each input.
-pub fn value_and_gradients(
+pub(crate) fn value_and_gradients(
     inputs: &[Tensor],
     dtype: DType,
     f: impl Fn(&[Tensor]) -> Result<Tensor>,
@@ -37,7 +37,7 @@ pub fn value_and_gradients(
 }
 
 /// `|a - b| / |b|` in the Euclidean norm (absolute where b is 0).
-pub fn error(a: &Tensor, b: &Tensor) -> f64 {
+pub(crate) fn error(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.dims(), b.dims());
     let norm = |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
     let (difference, size) = (norm(&(a - b).unwrap()), norm(b));
@@ -46,11 +46,9 @@ pub fn error(a: &Tensor, b: &Tensor) -> f64 {
 }
 
 /// Compares the fused path of `f` with its reference in f64, in every dtype; `f(inputs, fused)`.
-pub fn parity(name: &str, inputs: &[Tensor], f: impl Fn(&[Tensor], bool) -> Result<Tensor>) {
+pub(crate) fn parity(name: &str, inputs: &[Tensor], f: impl Fn(&[Tensor], bool) -> Result<Tensor>) {
     let (exact, exact_gradients) = value_and_gradients(inputs, DType::F64, |x| f(x, false));
-    for (dtype, limit) in
-        [(DType::F64, 1e-10), (DType::F32, 1e-5), (DType::BF16, 3e-2), (DType::F16, 5e-3)]
-    {
+    for (dtype, limit) in [(DType::F64, 1e-10), (DType::F32, 1e-5), (DType::BF16, 3e-2), (DType::F16, 5e-3)] {
         let (y, gradients) = value_and_gradients(inputs, dtype, |x| f(x, true));
         let off = error(&y, &exact);
         assert!(off < limit, "{name} {dtype:?}: forward off by {off:e}");
@@ -62,7 +60,7 @@ pub fn parity(name: &str, inputs: &[Tensor], f: impl Fn(&[Tensor], bool) -> Resu
 }
 
 /// Compares the fused gradients with central differences in f64, at up to 40 places an input.
-pub fn finite_differences(name: &str, inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+pub(crate) fn finite_differences(name: &str, inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     let (_, gradients) = value_and_gradients(inputs, DType::F64, &f);
     let step = 1e-5;
     for (i, gradient) in gradients.iter().enumerate() {
@@ -88,12 +86,12 @@ pub fn finite_differences(name: &str, inputs: &[Tensor], f: impl Fn(&[Tensor]) -
 }
 
 /// The path of a flag.
-pub fn path(fused: bool) -> vesper_model::ops::Path {
+pub(crate) fn path(fused: bool) -> vesper_model::ops::Path {
     if fused { vesper_model::ops::Path::Fused } else { vesper_model::ops::Path::Reference }
 }
 
 /// The same result, bit for bit, on one thread and on three.
-pub fn same_bits_on_any_number_of_threads(f: impl Fn() -> Vec<Tensor> + Send + Sync) {
+pub(crate) fn same_bits_on_any_number_of_threads(f: impl Fn() -> Vec<Tensor> + Send + Sync) {
     let run = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(&f);
     for (a, b) in run(1).iter().zip(run(3)) {
         let bits = |t: &Tensor| -> Vec<u64> {

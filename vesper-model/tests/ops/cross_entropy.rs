@@ -1,7 +1,9 @@
 use candle_core::{DType, Device, Tensor, Var};
 use vesper_model::ops::{CrossEntropy, Path, linear_cross_entropy};
 
-use crate::common::{error, finite_differences, parity, path, random, same_bits_on_any_number_of_threads, value_and_gradients};
+use crate::common::{
+    error, finite_differences, parity, path, random, same_bits_on_any_number_of_threads, value_and_gradients,
+};
 
 fn targets(n: usize, vocab: u32) -> Tensor {
     let ids: Vec<u32> = (0..n as u32).map(|i| i.wrapping_mul(2_654_435_761) % vocab).collect();
@@ -17,7 +19,8 @@ fn equals_its_reference_at_odd_shapes() {
             Ok(linear_cross_entropy(&x[0], &x[1], &targets, CrossEntropy::default(), path(fused))?.loss)
         });
         let entropy = |fused| {
-            let out = linear_cross_entropy(&inputs[0], &inputs[1], &targets, CrossEntropy::default(), path(fused));
+            let out =
+                linear_cross_entropy(&inputs[0], &inputs[1], &targets, CrossEntropy::default(), path(fused));
             out.unwrap().entropy
         };
         assert!(error(&entropy(true), &entropy(false)) < 1e-10);
@@ -80,7 +83,8 @@ fn no_rows_at_all_give_zero() {
     let targets = Tensor::zeros(0, DType::U32, &Device::Cpu).unwrap();
     for fused in [true, false] {
         let (hidden, weight) = (random(1, &[0, 4]), random(2, &[6, 4]));
-        let out = linear_cross_entropy(&hidden, &weight, &targets, CrossEntropy::default(), path(fused)).unwrap();
+        let out =
+            linear_cross_entropy(&hidden, &weight, &targets, CrossEntropy::default(), path(fused)).unwrap();
         assert_eq!(out.loss.to_scalar::<f64>().unwrap(), 0.0);
     }
 }
@@ -91,7 +95,8 @@ fn a_scaled_loss_scales_its_gradients() {
     let hidden = Var::from_tensor(&random(1, &[3, 4])).unwrap();
     let weight = random(2, &[5, 4]);
     let gradient = |factor: f64| {
-        let out = linear_cross_entropy(hidden.as_tensor(), &weight, &targets, CrossEntropy::default(), Path::Fused);
+        let out =
+            linear_cross_entropy(hidden.as_tensor(), &weight, &targets, CrossEntropy::default(), Path::Fused);
         let grads = (out.unwrap().loss * factor).unwrap().backward().unwrap();
         (grads.get(&hidden).unwrap() / factor).unwrap()
     };
@@ -104,7 +109,9 @@ fn extreme_logits_stay_finite() {
     let weight = Tensor::new(&[[1f32], [-1.], [0.]], &Device::Cpu).unwrap();
     let targets = Tensor::new(&[0u32, 0], &Device::Cpu).unwrap();
     let hidden = Var::from_tensor(&hidden).unwrap();
-    let out = linear_cross_entropy(hidden.as_tensor(), &weight, &targets, CrossEntropy::default(), Path::Fused).unwrap();
+    let out =
+        linear_cross_entropy(hidden.as_tensor(), &weight, &targets, CrossEntropy::default(), Path::Fused)
+            .unwrap();
     assert_eq!(out.loss.to_scalar::<f32>().unwrap(), 1e4); // (0 + 20 000) / 2
     assert_eq!(out.entropy.to_scalar::<f32>().unwrap(), 0.0);
     let grads = out.loss.backward().unwrap();
@@ -115,7 +122,13 @@ fn extreme_logits_stay_finite() {
 #[test]
 fn a_target_outside_the_vocabulary_is_refused() {
     let targets = Tensor::new(&[0u32, 5], &Device::Cpu).unwrap();
-    let out = linear_cross_entropy(&random(1, &[2, 4]), &random(2, &[5, 4]), &targets, CrossEntropy::default(), Path::Fused);
+    let out = linear_cross_entropy(
+        &random(1, &[2, 4]),
+        &random(2, &[5, 4]),
+        &targets,
+        CrossEntropy::default(),
+        Path::Fused,
+    );
     let message = out.unwrap_err().to_string();
     assert!(message.contains("target 5 of row 1") && message.contains("vocabulary of 5"), "{message}");
 }

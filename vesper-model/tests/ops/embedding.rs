@@ -1,7 +1,9 @@
 use candle_core::{DType, Device, Tensor};
 use vesper_model::ops::{Path, embedding};
 
-use crate::common::{finite_differences, parity, path, random, same_bits_on_any_number_of_threads, value_and_gradients};
+use crate::common::{
+    finite_differences, parity, path, random, same_bits_on_any_number_of_threads, value_and_gradients,
+};
 
 fn ids(n: usize, vocab: u32) -> Tensor {
     let ids: Vec<u32> = (0..n as u32).map(|i| i.wrapping_mul(2_654_435_761) % vocab).collect();

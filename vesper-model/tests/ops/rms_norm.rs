@@ -1,7 +1,9 @@
 use candle_core::{DType, Device, Tensor};
 use vesper_model::ops::{Path, rms_norm};
 
-use crate::common::{finite_differences, parity, path, random, same_bits_on_any_number_of_threads, value_and_gradients};
+use crate::common::{
+    finite_differences, parity, path, random, same_bits_on_any_number_of_threads, value_and_gradients,
+};
 
 #[test]
 fn equals_its_reference_at_odd_shapes() {
@@ -39,9 +41,8 @@ fn strided_inputs_are_read_rightly() {
 #[test]
 fn a_frozen_weight_gets_no_gradient() {
     let w = random(2, &[6]);
-    let (_, gradients) = value_and_gradients(&[random(1, &[4, 6])], DType::F64, |x| {
-        rms_norm(&x[0], &w, 1e-6, Path::Fused)
-    });
+    let (_, gradients) =
+        value_and_gradients(&[random(1, &[4, 6])], DType::F64, |x| rms_norm(&x[0], &w, 1e-6, Path::Fused));
     assert_eq!(gradients.len(), 1);
 }
 

@@ -72,7 +72,7 @@ pub(super) const RULES: &[Rule] = &[
     ("home_noun", &["house", "cottage", "cabin", "hut", "cave"]),
     // Places, things and colours: a few lists that every sentence draws on.
     ("where", &["{near} {a_size} {place}"]),
-    ("near", &["near", "behind", "in front of", "beside", "not far from"]),
+    ("near", &["near", "behind", "in front of", "beside", "not far from", "next to", "close to"]),
     (
         "a_size",
         &[
@@ -88,23 +88,38 @@ pub(super) const RULES: &[Rule] = &[
             "a dark",
             "a tiny",
             "a mossy",
+            "a tall",
+            "a lonely",
+            "a sunny",
+            "a silent",
+            "a broken",
+            "a crooked",
+            "a narrow",
+            "a wooden",
         ],
     ),
     (
         "size",
         &[
             "small", "old", "big", "white", "quiet", "strange", "green", "pretty", "grey", "dark", "tiny",
-            "mossy",
+            "mossy", "tall", "lonely", "sunny", "silent", "broken", "crooked", "narrow", "wooden",
         ],
     ),
     (
         "place",
         &[
             "mill", "bridge", "tree", "fountain", "garden", "gate", "wall", "tower", "well", "rock", "barn",
-            "pond", "hill", "cart",
+            "pond", "hill", "cart", "stable", "meadow", "stream", "bench", "statue", "hedge", "orchard",
+            "field", "shed", "path",
         ],
     ),
-    ("hue", &["red", "blue", "green", "yellow", "white", "golden", "pink", "black", "silver", "grey"]),
+    (
+        "hue",
+        &[
+            "red", "blue", "green", "yellow", "white", "golden", "pink", "black", "silver", "grey", "brown",
+            "purple", "beige",
+        ],
+    ),
     // The colour that the story is about, remembered.
     ("color", &["red", "blue", "green", "golden", "white", "yellow", "silver", "pink"]),
     ("thing", &["ball", "kite", "key", "drum", "bell", "book", "boat", "ring", "flute", "crown"]),
@@ -112,19 +127,30 @@ pub(super) const RULES: &[Rule] = &[
         "gear",
         &[
             "hat", "scarf", "bag", "coat", "umbrella", "basket", "lantern", "stick", "blanket", "box", "cup",
-            "pillow",
+            "pillow", "apron", "bucket", "ribbon", "jacket", "bottle", "candle",
         ],
     ),
     ("a_gear", &["{a_look} {hue} {gear}"]),
     (
         "food",
-        &["some bread", "two apples", "some cheese", "some honey", "some nuts", "three pears", "a cake"],
+        &[
+            "some bread",
+            "two apples",
+            "some cheese",
+            "some honey",
+            "some nuts",
+            "three pears",
+            "a cake",
+            "some soup",
+            "some jam",
+            "two carrots",
+        ],
     ),
     (
         "act",
         &[
             "sing", "dance", "read", "draw", "play", "run", "dream", "walk", "laugh", "sleep", "paint",
-            "rest", "talk", "think",
+            "rest", "talk", "think", "swim", "climb", "sew", "whistle", "fish", "knit",
         ],
     ),
     (
@@ -152,12 +178,24 @@ pub(super) const RULES: &[Rule] = &[
             "grey@The sky was dark, and {life}.",
         ],
     ),
-    ("life", &["{bells}", "a {hue} {animal} {slept} {where}"]),
+    ("life", &["4:{bells}", "8:a {hue} {animal} {slept} {where}"]),
     (
         "bells",
         &["everything was quiet", "the bells were singing", "nobody was there", "somebody was singing"],
     ),
-    ("slept", &["was sleeping", "was singing", "was waiting", "was dreaming"]),
+    (
+        "slept",
+        &[
+            "was sleeping",
+            "was singing",
+            "was waiting",
+            "was dreaming",
+            "was eating",
+            "was resting",
+            "was playing",
+            "was hiding",
+        ],
+    ),
     // The helper.
     (
         "helper",

@@ -1,0 +1,13 @@
+//! The examples as their users run them: real programs, small settings, what they write and how they fail.
+//!
+//! `cargo test` builds the examples first. Tests of real data need the folder that `VESPER_DATA` names.
+
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+mod benchmark;
+mod chat;
+mod program;
+mod resume;
+mod storage;
+mod train;
+mod wrong_inputs;

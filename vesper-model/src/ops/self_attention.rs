@@ -1,0 +1,179 @@
+//! Projection, causal attention and output projection in one operation.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
+
+use super::attention::CausalAttention;
+use super::matrix::{times, times_transposed, transposed_times};
+use super::real::{self, Real};
+use super::{Heads, Path, Rope, causal_attention, linear};
+
+/// Causal self-attention with its two projections.
+///
+/// ```text
+/// x: (batch, t, d)    qkv: ((query + 2 kv) dim, d)    out: (d_out, query dim)
+/// y = causal_attention(x qkv^T) out^T: (batch, t, d_out)
+/// ```
+///
+/// The same as [`linear`], [`causal_attention`], [`linear`] in one node of the graph: candle zeroes and adds a gradient
+/// for every edge between nodes. Saves `x`, the packed projection and the attention's output; the scores are computed
+/// again in the backward. Weights that are not tracked get no gradient.
+///
+/// # Errors
+/// Shapes or dtypes that do not fit, or more rows than `positions` has.
+///
+/// # Examples
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use vesper_model::ops::{Heads, Path, self_attention};
+/// let heads = Heads { query: 2, kv: 1, dim: 4 };
+/// let x = Tensor::ones((1, 5, 6), DType::F32, &Device::Cpu)?;
+/// let qkv = Tensor::ones((heads.packed(), 6), DType::F32, &Device::Cpu)?;
+/// let out = Tensor::ones((6, 8), DType::F32, &Device::Cpu)?;
+/// let y = self_attention(&x, &qkv, &out, heads, None, Path::Fused)?;
+/// assert_eq!(y.dims(), [1, 5, 6]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn self_attention(
+    x: &Tensor,
+    qkv: &Tensor,
+    out: &Tensor,
+    heads: Heads,
+    positions: Option<&Rope>,
+    path: Path,
+) -> Result<Tensor> {
+    let ((_, _, d), (packed, input), (_, width)) = (x.dims3()?, qkv.dims2()?, out.dims2()?);
+    if input != d || packed != heads.packed() || width != heads.query * heads.dim {
+        bail!(
+            "self_attention: x {:?}, qkv {:?} and out {:?} do not fit {heads:?}",
+            x.shape(),
+            qkv.shape(),
+            out.shape()
+        );
+    }
+    if qkv.dtype() != x.dtype() || out.dtype() != x.dtype() {
+        bail!("self_attention: {:?}, {:?} and {:?}", x.dtype(), qkv.dtype(), out.dtype());
+    }
+    if path.fuses(x) {
+        let attention = CausalAttention::new(heads, positions, x.dim(1)?)?;
+        let tracked = x.track_op() || qkv.track_op() || out.track_op();
+        let op = SelfAttention { attention, tracked, saved: Arc::default() };
+        return x.contiguous()?.apply_op3(&qkv.contiguous()?, &out.contiguous()?, op);
+    }
+    let packed = linear(x, qkv, path)?;
+    linear(&causal_attention(&packed, heads, positions, path)?, out, path)
+}
+
+struct SelfAttention {
+    attention: CausalAttention,
+    tracked: bool,
+    /// The packed projection and the attention's output, in the dtype of the computation.
+    saved: Arc<Mutex<Option<(Tensor, Tensor)>>>,
+}
+
+impl SelfAttention {
+    fn width(&self) -> usize {
+        self.attention.heads.query * self.attention.heads.dim
+    }
+
+    fn forward<T: Real>(
+        &self,
+        (x, lx): (&CpuStorage, &Layout),
+        (qkv, lq): (&CpuStorage, &Layout),
+        (out, lo): (&CpuStorage, &Layout),
+        dtype: DType,
+    ) -> Result<(CpuStorage, Shape)> {
+        let ((b, t, d), (packed, _), (columns, _)) =
+            (lx.shape().dims3()?, lq.shape().dims2()?, lo.shape().dims2()?);
+        let (rows, width) = (b * t, self.width());
+        let projected = times_transposed(&T::read(x, lx)?, &T::read(qkv, lq)?, rows, d, packed)?;
+        let attended = self.attention.forward(&projected, b, t)?;
+        let y = times_transposed(&attended, &T::read(out, lo)?, rows, width, columns)?;
+        if self.tracked {
+            let projected = real::tensor(projected, (b, t, packed), T::DTYPE)?;
+            let attended = real::tensor(attended, (b, t, width), T::DTYPE)?;
+            *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some((projected, attended));
+        }
+        Ok((T::store(y, dtype)?, (b, t, columns).into()))
+    }
+
+    fn backward<T: Real>(
+        &self,
+        x: &Tensor,
+        qkv: &Tensor,
+        out: &Tensor,
+        dy: &Tensor,
+    ) -> Result<[Option<Tensor>; 3]> {
+        let ((b, t, d), (packed, _), (columns, width)) = (x.dims3()?, qkv.dims2()?, out.dims2()?);
+        let (rows, dtype) = (b * t, x.dtype());
+        let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some((projected, attended)) = saved else { return Ok([None, None, None]) };
+        let (dattended, dout) = real::with_values::<T, _>(dy, |dy| {
+            let dattended =
+                real::with_values::<T, _>(out, |out| times(dy, out, rows, columns, width))?;
+            let dout = if out.track_op() {
+                let dout = real::with_values::<T, _>(&attended, |attended| {
+                    transposed_times(dy, attended, columns, rows, width)
+                })?;
+                Some(real::tensor(dout, (columns, width), dtype)?)
+            } else {
+                None
+            };
+            Ok((dattended, dout))
+        })?;
+        let dprojected =
+            real::with_values::<T, _>(&projected, |p| self.attention.backward(p, &dattended, b, t))?;
+        let dx = if x.track_op() {
+            let dx = real::with_values::<T, _>(qkv, |qkv| times(&dprojected, qkv, rows, packed, d))?;
+            Some(real::tensor(dx, x.shape(), dtype)?)
+        } else {
+            None
+        };
+        let dqkv = if qkv.track_op() {
+            let dqkv = real::with_values::<T, _>(x, |x| transposed_times(&dprojected, x, packed, rows, d))?;
+            Some(real::tensor(dqkv, (packed, d), dtype)?)
+        } else {
+            None
+        };
+        Ok([dx, dqkv, dout])
+    }
+}
+
+impl CustomOp3 for SelfAttention {
+    fn name(&self) -> &'static str {
+        "vesper-self-attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        qkv: &CpuStorage,
+        lq: &Layout,
+        out: &CpuStorage,
+        lo: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        match x.dtype() {
+            DType::F64 => self.forward::<f64>((x, lx), (qkv, lq), (out, lo), DType::F64),
+            dtype => self.forward::<f32>((x, lx), (qkv, lq), (out, lo), dtype),
+        }
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        qkv: &Tensor,
+        out: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let [dx, dqkv, dout] = match x.dtype() {
+            DType::F64 => self.backward::<f64>(x, qkv, out, &dy)?,
+            _ => self.backward::<f32>(x, qkv, out, &dy)?,
+        };
+        Ok((dx, dqkv, dout))
+    }
+}
