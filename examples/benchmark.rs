@@ -60,7 +60,7 @@ struct Flags {
     out: Option<PathBuf>,
 }
 
-/// Both sides: betas .9 and .95, weight decay .1, clipping at norm 1, linear decay over the last half. AdamW warms up
+/// Both sides: betas .9 and .95, weight decay .1, clipping at norm 1, linear decay over the last 90 %. AdamW warms up
 /// over 5 % of the steps, Velvet by the entropy of the loss; AdamW decays every tensor, as candle's does.
 const BETAS: (f64, f64) = (0.9, 0.95);
 const WEIGHT_DECAY: f64 = 0.1;
@@ -225,7 +225,7 @@ fn run(
         }
     }
     let warmup = if arm == Arm::AdamW { 0.05 } else { 0.0 };
-    let schedule = Schedule { steps: settings.steps, warmup, decay: 0.5 };
+    let schedule = Schedule { steps: settings.steps, warmup, decay: 0.9 };
     let (mut optimizer_seconds, mut seconds) = (0.0, 0.0);
     let mut curve = Vec::new();
     for step in 1..=settings.steps {

@@ -82,13 +82,13 @@ fn chat(flags: &Flags) -> Result<ExitCode> {
     flags.apply(&mut settings);
     settings.validate()?;
 
-    let interrupt = Interrupt::catch()?;
-    let chat = Chat { model, tokenizer, interrupt };
-    match &flags.prompt {
-        Some(prompt) => {
-            chat.answer(prompt, &settings)?;
-        }
-        None => chat.converse(settings)?,
+    if let Some(prompt) = &flags.prompt {
+        Chat { model, tokenizer, interrupt: Interrupt::catch()? }.answer(prompt, &settings)?;
+    } else {
+        let editor = DefaultEditor::new().context("cannot open the line editor")?;
+        // After the editor, which takes the signal for itself when it opens.
+        let interrupt = Interrupt::catch()?;
+        Chat { model, tokenizer, interrupt }.converse(editor, settings)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -157,8 +157,8 @@ impl Chat {
         Ok(())
     }
 
-    fn converse(&self, mut settings: GenerationConfig) -> Result<()> {
-        let mut editor = DefaultEditor::new().context("cannot open the line editor")?;
+    /// Answers line by line until the input ends.
+    fn converse(&self, mut editor: DefaultEditor, mut settings: GenerationConfig) -> Result<()> {
         let history = Path::new(runs::FOLDER).join("chat_history.txt");
         let _ = editor.load_history(&history); // there is none the first time
         say!("{HELP}");

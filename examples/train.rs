@@ -63,7 +63,7 @@ fn train(flags: &Flags) -> Result<ExitCode> {
         steps: settings.steps,
         // Velvet's own warm-up follows the loss.
         warmup: if settings.optimizer == Optimizer::Velvet { 0.0 } else { 0.05 },
-        decay: 0.5,
+        decay: 0.9,
     };
 
     // Where an earlier part of the run stopped.

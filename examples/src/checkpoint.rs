@@ -187,7 +187,9 @@ impl Checkpoint {
         let tensors = candle_core::safetensors::load_buffer(&bytes, device)
             .with_context(|| format!("{} is damaged or cut short", path.display()))?;
         let data = varmap.data().lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        for (name, var) in data.iter() {
+        let mut vars: Vec<_> = data.iter().collect();
+        vars.sort_by_key(|(name, _)| *name); // the first problem by name, not any
+        for (name, var) in vars {
             let tensor =
                 tensors.get(name).with_context(|| format!("{}: no tensor {name}", path.display()))?;
             if tensor.dims() != var.dims() || tensor.dtype() != var.dtype() {
@@ -202,7 +204,7 @@ impl Checkpoint {
             }
             var.set(tensor).with_context(|| format!("{}: {name}", path.display()))?;
         }
-        match tensors.keys().find(|name| !data.contains_key(*name)) {
+        match tensors.keys().filter(|name| !data.contains_key(*name)).min() {
             Some(name) => bail!("{}: an unexpected tensor {name}", path.display()),
             None => Ok(()),
         }

@@ -16,10 +16,10 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     replace(path, |file| file.write_all(bytes))
 }
 
-/// Like [`write`], with the content written by `fill`.
+/// Like [`write()`], with the content written by `fill`.
 ///
 /// # Errors
-/// As [`write`], and those of `fill`.
+/// As [`write()`], and those of `fill`.
 pub fn replace(path: &Path, fill: impl FnOnce(&mut NamedTempFile) -> std::io::Result<()>) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let write = || -> std::io::Result<()> {
@@ -46,7 +46,7 @@ fn temporary(folder: &Path) -> std::io::Result<NamedTempFile> {
 /// Writes a value as indented JSON.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let mut text = serde_json::to_vec_pretty(value)?;
     text.push(b'\n');

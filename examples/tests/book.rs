@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use vesper_examples::settings::Flags;
+use vesper_model::VesperConfig;
 
 const CRATES: [&str; 5] = ["velvet-optim", "era-act", "flylora", "vesper-data", "vesper-model"];
 
@@ -130,6 +131,25 @@ fn commands_name_examples_and_flags_that_exist() {
         }
     }
     assert!(checked.contains("train") && checked.contains("chat"), "{checked:?}");
+}
+
+#[test]
+fn the_table_of_sizes_has_the_presets_and_the_default_settings() {
+    let text = read(&root().join("docs/src/training.md"));
+    for name in VesperConfig::PRESETS {
+        let config = VesperConfig::preset(name).unwrap();
+        let settings = Flags::try_parse_from(["train", "--size", name]).unwrap().settings().unwrap();
+        let row = text.lines().find(|line| line.starts_with(&format!("| `{name}` |"))).unwrap_or_default();
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let millions = format!("{:.1} M", config.num_parameters() as f64 / 1e6).replace(".0 M", " M");
+        let expected = [
+            config.num_hidden_layers.to_string(),
+            config.hidden_size.to_string(),
+            format!("{millions} at {}", config.vocab_size),
+            format!("{} × {} × {}", settings.steps, settings.batch, settings.seq),
+        ];
+        assert_eq!(cells.get(2..6), Some(&expected.each_ref().map(String::as_str)[..]), "{name}");
+    }
 }
 
 /// Lines without their indentation; empty ones and those that a doctest hides are left out.

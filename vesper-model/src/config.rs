@@ -31,15 +31,8 @@ pub enum Projection {
 
 impl Projection {
     /// Every projection of a block, in the order of the forward pass.
-    pub const ALL: [Self; 7] = [
-        Self::QProj,
-        Self::KProj,
-        Self::VProj,
-        Self::OProj,
-        Self::GateProj,
-        Self::UpProj,
-        Self::DownProj,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
 
     /// The path inside a block, as Hugging Face names it: `self_attn.q_proj` and so on.
     pub const fn path(self) -> &'static str {
@@ -153,10 +146,8 @@ impl VesperConfig {
     /// # Errors
     /// [`ModelError::UnknownPreset`], which lists the names there are.
     pub fn preset(name: &str) -> Result<Self> {
-        let &(_, layers, heads, hidden, ffn, vocab, positions) = PRESETS
-            .iter()
-            .find(|preset| preset.0 == name)
-            .ok_or_else(|| ModelError::UnknownPreset {
+        let &(_, layers, heads, hidden, ffn, vocab, positions) =
+            PRESETS.iter().find(|preset| preset.0 == name).ok_or_else(|| ModelError::UnknownPreset {
                 name: name.into(),
                 known: Self::PRESETS.join(", "),
             })?;

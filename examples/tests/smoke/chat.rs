@@ -1,5 +1,6 @@
-use std::io::Write;
+use std::io::{Read, Write};
 use std::process::Stdio;
+use std::time::Duration;
 
 use crate::program::{command, copy, data, fails, files, finished, json, output, succeeds};
 
@@ -152,4 +153,50 @@ fn a_model_that_is_meant_to_be_greedy_draws_when_asked_to() {
     for flag in [["--temperature", "1"], ["--top-k", "20"], ["--top-p", "0.9"]] {
         assert_ne!(greedy, answer(&flag), "{flag:?}");
     }
+}
+
+/// `script` gives the program a terminal, which the line editor and Ctrl-C need.
+#[cfg(target_os = "linux")]
+#[test]
+fn ctrl_c_stops_the_answer_and_not_the_program() {
+    let chat = command("chat", finished(), &[]);
+    let line = format!("'{}' --model run --max-tokens 100000", chat.get_program().display());
+    let mut script = std::process::Command::new("script");
+    script.args(["-qfec", &line, "/dev/null"]).current_dir(finished()).env("TERM", "xterm");
+    let Ok(mut child) = script.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn() else {
+        println!("skipped: ctrl_c_stops_the_answer_and_not_the_program (there is no command `script`)");
+        return;
+    };
+    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let (sender, shown) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while let Ok(n @ 1..) = stdout.read(&mut bytes) {
+            let _ = sender.send(String::from_utf8_lossy(&bytes[..n]).into_owned());
+        }
+    });
+    let wait_for = |part: &str| {
+        let mut text = String::new();
+        while !text.contains(part) {
+            text += &shown
+                .recv_timeout(Duration::from_secs(60))
+                .unwrap_or_else(|_| panic!("no {part} in {text}"));
+        }
+        text
+    };
+    let mut write = |bytes: &[u8]| stdin.write_all(bytes).and_then(|()| stdin.flush()).unwrap();
+    let prompt = "\u{1b}[K> ";
+    wait_for(prompt);
+    // An answer may end before the signal comes; then the signal ends nothing.
+    let stopped = (0..20).any(|_| {
+        write(b"the little\r");
+        wait_for("\nthe little");
+        write(&[3]);
+        wait_for(prompt).contains("(stopped)")
+    });
+    assert!(stopped);
+    write(b"/temperature 0.5\r");
+    wait_for("temperature is 0.5");
+    write(b"/quit\r");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }

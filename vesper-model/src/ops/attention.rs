@@ -92,8 +92,7 @@ fn reference(qkv: &Tensor, heads: Heads, positions: Option<&Rope>) -> Result<Ten
     let (k, v) = (share(k)?, share(v)?);
     let compute = if qkv.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let scores = (q.contiguous()?.matmul(&k.t()?.contiguous()?)?.to_dtype(compute)? / (dim as f64).sqrt())?;
-    let mask: Vec<f32> =
-        (0..t * t).map(|k| if k % t > k / t { f32::NEG_INFINITY } else { 0.0 }).collect();
+    let mask: Vec<f32> = (0..t * t).map(|k| if k % t > k / t { f32::NEG_INFINITY } else { 0.0 }).collect();
     let mask = Tensor::from_vec(mask, (t, t), qkv.device())?.to_dtype(compute)?;
     let scores = scores.broadcast_add(&mask)?;
     let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;

@@ -226,14 +226,8 @@ impl LinearCrossEntropy {
         let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
         *saved = Saved {
             entropy: out.entropy,
-            dhidden: self
-                .hidden_tracked
-                .then(|| real::tensor(out.dhidden, lh.shape(), dtype))
-                .transpose()?,
-            dweight: self
-                .weight_tracked
-                .then(|| real::tensor(out.dweight, lw.shape(), dtype))
-                .transpose()?,
+            dhidden: self.hidden_tracked.then(|| real::tensor(out.dhidden, lh.shape(), dtype)).transpose()?,
+            dweight: self.weight_tracked.then(|| real::tensor(out.dweight, lw.shape(), dtype)).transpose()?,
         };
         let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
         Ok((T::store(vec![T::of(out.loss)], wide)?, Shape::from(())))

@@ -63,13 +63,6 @@ impl CustomOp2 for Gather {
         if let Some(id) = ids.iter().find(|&&id| id >= vocab) {
             bail!("token id {id} is outside an embedding of {vocab} rows");
         }
-        fn gather<T: Copy>(data: &[T], start: usize, d: usize, ids: &[usize]) -> Vec<T> {
-            let mut rows = Vec::with_capacity(ids.len() * d);
-            for id in ids {
-                rows.extend_from_slice(&data[start + id * d..start + (id + 1) * d]);
-            }
-            rows
-        }
         let start = lt.start_offset();
         let rows = match table {
             CpuStorage::F32(data) => CpuStorage::F32(gather(data, start, d, &ids)),
@@ -98,6 +91,15 @@ impl CustomOp2 for Gather {
         };
         Ok((Some(dtable), None))
     }
+}
+
+/// Rows `ids`, each below the number of rows, of the matrix at `start`.
+fn gather<T: Copy>(data: &[T], start: usize, d: usize, ids: &[usize]) -> Vec<T> {
+    let mut rows = Vec::with_capacity(ids.len() * d);
+    for id in ids {
+        rows.extend_from_slice(&data[start + id * d..start + (id + 1) * d]);
+    }
+    rows
 }
 
 fn scatter<T: Real>(table: &Tensor, ids: &Tensor, drows: &Tensor) -> Result<Tensor> {

@@ -35,7 +35,11 @@ pub fn linear(x: &Tensor, w: &Tensor, path: Path) -> Result<Tensor> {
     let (out, input) = w.dims2()?;
     let width = x.dim(D::Minus1)?;
     if width != input {
-        candle_core::bail!("linear: x {:?} does not end in the {input} columns of w {:?}", x.shape(), w.shape());
+        candle_core::bail!(
+            "linear: x {:?} does not end in the {input} columns of w {:?}",
+            x.shape(),
+            w.shape()
+        );
     }
     match path {
         // A matrix may have any strides; the rows of more dimensions must follow each other.
@@ -122,11 +126,7 @@ impl CustomOp2 for Linear {
         let (rows, dims) = flat(x.shape());
         let dy = dy.reshape((rows, out))?;
         let dx = if x.track_op() { Some(dy.matmul(&w.detach())?.reshape(dims)?) } else { None };
-        let dw = if w.track_op() {
-            Some(dy.t()?.matmul(&x.detach().reshape((rows, input))?)?)
-        } else {
-            None
-        };
+        let dw = if w.track_op() { Some(dy.t()?.matmul(&x.detach().reshape((rows, input))?)?) } else { None };
         Ok((dx, dw))
     }
 }

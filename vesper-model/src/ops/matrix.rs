@@ -24,7 +24,10 @@ impl<'a, T> Matrix<'a, T> {
     /// `rows` rows of `cols` elements, `row_stride` apart.
     pub(super) fn new(data: &'a [T], rows: usize, cols: usize, row_stride: usize) -> Result<Self> {
         if reach(rows, cols, row_stride, 1) > data.len() {
-            bail!("a {rows} x {cols} matrix with stride {row_stride} does not fit into {} elements", data.len());
+            bail!(
+                "a {rows} x {cols} matrix with stride {row_stride} does not fit into {} elements",
+                data.len()
+            );
         }
         Ok(Self { data, rows, cols, row_stride, col_stride: 1 })
     }
@@ -124,7 +127,13 @@ pub(super) enum Threads {
 }
 
 /// `a (rows, inner) * b^T`, b (columns, inner)
-pub(super) fn times_transposed<T: Real>(a: &[T], b: &[T], rows: usize, inner: usize, columns: usize) -> Result<Vec<T>> {
+pub(super) fn times_transposed<T: Real>(
+    a: &[T],
+    b: &[T],
+    rows: usize,
+    inner: usize,
+    columns: usize,
+) -> Result<Vec<T>> {
     let mut c = vec![T::ZERO; rows * columns];
     let (a, b) = (Matrix::new(a, rows, inner, inner)?, Matrix::new(b, columns, inner, inner)?);
     product(&mut c, columns, Into::Overwrite, a, b.t(), Threads::All)?;
@@ -140,7 +149,13 @@ pub(super) fn times<T: Real>(a: &[T], b: &[T], rows: usize, inner: usize, column
 }
 
 /// `a^T b`, a (inner, rows), b (inner, columns)
-pub(super) fn transposed_times<T: Real>(a: &[T], b: &[T], rows: usize, inner: usize, columns: usize) -> Result<Vec<T>> {
+pub(super) fn transposed_times<T: Real>(
+    a: &[T],
+    b: &[T],
+    rows: usize,
+    inner: usize,
+    columns: usize,
+) -> Result<Vec<T>> {
     let mut c = vec![T::ZERO; rows * columns];
     let (a, b) = (Matrix::new(a, inner, rows, rows)?, Matrix::new(b, inner, columns, columns)?);
     product(&mut c, columns, Into::Overwrite, a.t(), b, Threads::All)?;

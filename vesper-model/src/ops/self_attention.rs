@@ -110,8 +110,7 @@ impl SelfAttention {
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Some((projected, attended)) = saved else { return Ok([None, None, None]) };
         let (dattended, dout) = real::with_values::<T, _>(dy, |dy| {
-            let dattended =
-                real::with_values::<T, _>(out, |out| times(dy, out, rows, columns, width))?;
+            let dattended = real::with_values::<T, _>(out, |out| times(dy, out, rows, columns, width))?;
             let dout = if out.track_op() {
                 let dout = real::with_values::<T, _>(&attended, |attended| {
                     transposed_times(dy, attended, columns, rows, width)
