@@ -146,5 +146,10 @@ impl From<Error> for candle_core::Error {
 }
 
 fn list(names: &[String]) -> String {
-    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+    const SHOWN: usize = 4;
+    match names {
+        [] => "none".to_owned(),
+        [first @ .., _] if first.len() < SHOWN => names.join(", "),
+        _ => format!("{} and {} more", names[..SHOWN].join(", "), names.len() - SHOWN),
+    }
 }

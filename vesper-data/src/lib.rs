@@ -5,6 +5,7 @@ pub mod cache;
 pub mod corpus;
 mod error;
 pub mod source;
+mod temporary;
 pub mod tokenizer;
 pub mod tokens;
 

@@ -66,11 +66,21 @@ pub fn save_adapters<S: Stored>(dir: impl AsRef<Path>, adapters: &[(&str, &S)]) 
 /// A temporary file in `dir` with the bytes on the disk.
 fn stage(dir: &Path, bytes: &[u8]) -> Result<NamedTempFile> {
     let io = |source| Error::Io { path: dir.to_owned(), source };
-    let mut file = NamedTempFile::new_in(dir).map_err(io)?;
+    let mut file = temporary(dir).map_err(io)?;
     file.write_all(bytes).and_then(|()| file.flush()).and_then(|()| file.as_file().sync_all()).map_err(io)?;
     Ok(file)
 }
 
 fn put(file: NamedTempFile, path: &Path) -> Result<()> {
     file.persist(path).map(|_| ()).map_err(|e| Error::Io { path: path.to_owned(), source: e.error })
+}
+
+/// A temporary file with the permissions of any new file; `tempfile`'s own are for its owner alone.
+fn temporary(folder: &Path) -> std::io::Result<NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+    #[cfg(unix)]
+    builder.permissions(permissions); // less the umask
+    builder.tempfile_in(folder)
 }

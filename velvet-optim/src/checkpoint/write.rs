@@ -45,7 +45,7 @@ impl Velvet {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         };
-        let file = tempfile::Builder::new().prefix(".velvet-").tempfile_in(folder).map_err(io)?;
+        let file = temporary(folder).map_err(io)?;
         let file = file.into_temp_path();
         let failure = RefCell::new(None);
         safetensors::serialize_to_file(self.entries(&failure), Some(self.metadata()?), &file)
@@ -199,4 +199,14 @@ fn into_io(error: safetensors::SafeTensorError) -> std::io::Error {
         safetensors::SafeTensorError::IoError(error) => error,
         other => std::io::Error::other(other.to_string()),
     }
+}
+
+/// A temporary file with the permissions of any new file; `tempfile`'s own are for its owner alone.
+fn temporary(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+    #[cfg(unix)]
+    builder.permissions(permissions); // less the umask
+    builder.prefix(".velvet-").tempfile_in(folder)
 }

@@ -23,10 +23,8 @@ where
         _ => Path::new("."),
     };
     std::fs::create_dir_all(folder).map_err(|error| DataError::io("create", folder, error))?;
-    let mut file = tempfile::Builder::new()
-        .prefix(".vesper-cache-")
-        .tempfile_in(folder)
-        .map_err(|error| DataError::io("create a file in", folder, error))?;
+    let mut file =
+        crate::temporary::file(folder).map_err(|error| DataError::io("create a file in", folder, error))?;
 
     let mut payload = Payload::new(&mut file, Width::for_vocab(key.vocab_size));
     payload.reserve_header().map_err(failed)?;

@@ -168,7 +168,7 @@ pub(super) const RULES: &[Rule] = &[
             "charrette",
             "statue",
             "prairie",
-            "haie",
+            "palissade",
             "cascade",
             "mare",
             "chapelle",

@@ -1,0 +1,13 @@
+//! Temporary files that become files of the user.
+
+use std::path::Path;
+
+/// A temporary file with the permissions of any new file; `tempfile`'s own are for its owner alone.
+pub(crate) fn file(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+    #[cfg(unix)]
+    builder.permissions(permissions); // less the umask
+    builder.prefix(".vesper-").tempfile_in(folder)
+}
