@@ -30,6 +30,7 @@ const EVAL_TOKENS: usize = 16_384;
 const FINAL_EVAL_TOKENS: usize = 65_536;
 
 fn main() -> ExitCode {
+    vesper_examples::leave_the_threads_to_the_fused_operations();
     vesper_examples::run(|| train(&Flags::parse()))
 }
 

@@ -43,6 +43,18 @@ pub fn printable(text: &str) -> String {
     text.chars().map(shown).collect()
 }
 
+/// Keeps candle's own threads for elementwise operations from spinning beside those of the fused operations, which
+/// costs a fifth of the speed on two cores. A setting of one's own is respected.
+///
+/// To be called first thing in `main`, before there are threads.
+pub fn leave_the_threads_to_the_fused_operations() {
+    const VARIABLE: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(VARIABLE).is_none() {
+        // SAFETY: called before any other thread is started, so none can read the environment meanwhile.
+        unsafe { std::env::set_var(VARIABLE, "1") };
+    }
+}
+
 /// What an example that failed exits with.
 pub const FAILED: u8 = 2;
 
