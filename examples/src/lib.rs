@@ -44,7 +44,7 @@ pub fn printable(text: &str) -> String {
 }
 
 /// Keeps candle's own threads for elementwise operations from spinning beside those of the fused operations, which
-/// costs a fifth of the speed on two cores. A setting of one's own is respected.
+/// takes time from them on few cores. A setting of one's own is respected.
 ///
 /// To be called first thing in `main`, before there are threads.
 pub fn leave_the_threads_to_the_fused_operations() {
