@@ -107,7 +107,7 @@ fn train(flags: &Flags) -> Result<ExitCode> {
         } else {
             None
         };
-        let stats = optimizer.stats();
+        let stats = optimizer.stats()?;
         let record = Record {
             step,
             loss: value,
@@ -185,8 +185,11 @@ fn optimizer_config(settings: &Settings, config: &VesperConfig) -> VelvetConfig 
     let velvet = VelvetConfig::language_model(config.vocab_size).with_lr(settings.lr);
     match settings.optimizer {
         Optimizer::Velvet => velvet,
-        Optimizer::Adamw => {
-            velvet.with_entropy_lr(EntropyLr::Off).with_perplexity_momentum(PerplexityMomentum::Off)
-        }
+        Optimizer::Adamw => VelvetConfig {
+            hidden_matrices: None,
+            entropy_lr: EntropyLr::Off,
+            perplexity_momentum: PerplexityMomentum::Off,
+            ..velvet
+        },
     }
 }

@@ -1,1 +1,3 @@
-//! Shared parts of the benchmarks.
+//! Shared parts of the benchmarks, and the study of the optimizer.
+
+pub mod study;

@@ -1,8 +1,13 @@
 //! [`VelvetConfig`]: what an optimizer is made from.
 
-use crate::adaptive::{EntropyLr, PerplexityMomentum};
+use crate::adaptive::{self, Brake, EntropyLr, PerplexityMomentum, PolyakCap, TrustRegion};
 use crate::error::{Error, Result};
-use crate::options::{BackendChoice, GradClip, MissingGradients, NonFinite, WeightDecayOn};
+use crate::group::ParamGroup;
+use crate::options::{
+    BackendChoice, CautiousUpdate, DecayMode, GradClip, HalfParameters, MissingGradients, Momentum,
+    NonFinite, SparseRows, StateFormat, UpdateNorms, WeightDecayOn,
+};
+use crate::rule::Rule;
 use serde::{Deserialize, Serialize};
 
 /// The hyper-parameters of [`Velvet`](crate::Velvet).
@@ -35,12 +40,43 @@ pub struct VelvetConfig {
     pub weight_decay: f64,
     /// Which parameters decay (default: all).
     pub decay_on: WeightDecayOn,
+    /// Where they decay (default: everywhere).
+    pub decay_mode: DecayMode,
+    /// The rule of all parameters that nothing else gives one (default: AdamW).
+    pub rule: Rule,
+    /// The rule of hidden matrices, `None` for `rule` (default).
+    ///
+    /// A parameter is one where it has two dimensions of at least 2 and, with names, is not called as embeddings, heads and
+    /// adapters are (a part with `embed` or `lora`; an owner called `wte`, `wpe`, `lm_head`, `head`, `output`, `classifier`,
+    /// `score`, `decoder` or `cls`). Without names, its longer side must be less than 8 times the shorter: a vocabulary
+    /// is longer. Where that is wrong for a model, give names and [`groups`](Self::groups).
+    pub hidden_matrices: Option<Rule>,
+    /// Parameters with settings of their own, by name (default: none); the first group that matches counts.
+    pub groups: Vec<ParamGroup>,
+    /// The form of AdamW's momentum (default: averaged).
+    pub momentum: Momentum,
+    /// Whether AdamW leaves out elements that point against their gradient (default: no).
+    pub cautious_update: CautiousUpdate,
     /// Gradient clipping (default: off).
     pub clip: GradClip,
     /// The entropy-adaptive learning rate (default: off).
     pub entropy_lr: EntropyLr,
     /// The perplexity-guided momentum (default: off).
     pub perplexity_momentum: PerplexityMomentum,
+    /// The overconfidence brake (default: off).
+    pub brake: Brake,
+    /// The Polyak cap on the learning rate (default: off).
+    pub polyak: PolyakCap,
+    /// The trust region on relative update size (default: off).
+    pub trust_region: TrustRegion,
+    /// What happens to rows without a gradient (default: they are updated as others); groups can choose for theirs.
+    pub sparse_rows: SparseRows,
+    /// How bf16 and f16 parameters are rounded (default: to nearest).
+    pub half_parameters: HalfParameters,
+    /// How state arrays are kept (default: in full precision).
+    pub state_format: StateFormat,
+    /// Whether updates are measured (default: only where needed).
+    pub update_norms: UpdateNorms,
     /// What to do about parameters without a gradient (default: report each once).
     pub missing_gradients: MissingGradients,
     /// What to do about NaN or infinity in a gradient (default: an error before anything is written).
@@ -58,9 +94,22 @@ impl Default for VelvetConfig {
             eps: 1e-8,
             weight_decay: 0.01,
             decay_on: WeightDecayOn::All,
+            decay_mode: DecayMode::Always,
+            rule: Rule::AdamW,
+            hidden_matrices: None,
+            groups: Vec::new(),
+            momentum: Momentum::Averaged,
+            cautious_update: CautiousUpdate::Off,
             clip: GradClip::Off,
             entropy_lr: EntropyLr::Off,
             perplexity_momentum: PerplexityMomentum::Off,
+            brake: Brake::Off,
+            polyak: PolyakCap::Off,
+            trust_region: TrustRegion::Off,
+            sparse_rows: SparseRows::Off,
+            half_parameters: HalfParameters::Nearest,
+            state_format: StateFormat::Full,
+            update_norms: UpdateNorms::Off,
             missing_gradients: MissingGradients::Report,
             non_finite: NonFinite::Error,
             backend: BackendChoice::Auto,
@@ -118,6 +167,62 @@ impl VelvetConfig {
         self
     }
 
+    /// Sets the rule of all parameters that nothing else gives one.
+    #[must_use]
+    pub fn with_rule(mut self, rule: Rule) -> Self {
+        self.rule = rule;
+        self
+    }
+
+    /// Sets the rule of hidden matrices.
+    #[must_use]
+    pub fn with_hidden_matrices(mut self, rule: Rule) -> Self {
+        self.hidden_matrices = Some(rule);
+        self
+    }
+
+    /// Adds a group of parameters; those added before count first.
+    #[must_use]
+    pub fn with_group(mut self, group: ParamGroup) -> Self {
+        self.groups.push(group);
+        self
+    }
+
+    /// Sets the overconfidence brake.
+    #[must_use]
+    pub fn with_brake(mut self, brake: Brake) -> Self {
+        self.brake = brake;
+        self
+    }
+
+    /// Sets the Polyak cap.
+    #[must_use]
+    pub fn with_polyak(mut self, polyak: PolyakCap) -> Self {
+        self.polyak = polyak;
+        self
+    }
+
+    /// Sets the trust region.
+    #[must_use]
+    pub fn with_trust_region(mut self, trust_region: TrustRegion) -> Self {
+        self.trust_region = trust_region;
+        self
+    }
+
+    /// Sets how bf16 and f16 parameters are rounded.
+    #[must_use]
+    pub fn with_half_parameters(mut self, half_parameters: HalfParameters) -> Self {
+        self.half_parameters = half_parameters;
+        self
+    }
+
+    /// Sets how state arrays are kept.
+    #[must_use]
+    pub fn with_state_format(mut self, state_format: StateFormat) -> Self {
+        self.state_format = state_format;
+        self
+    }
+
     /// Sets what happens to parameters without a gradient.
     #[must_use]
     pub fn with_missing_gradients(mut self, missing_gradients: MissingGradients) -> Self {
@@ -154,8 +259,27 @@ impl VelvetConfig {
         if let GradClip::GlobalNorm(max) = self.clip {
             positive("clip.GlobalNorm", max)?;
         }
-        self.entropy_lr.validate()?;
-        self.perplexity_momentum.validate()
+        self.rule.validate()?;
+        if let Some(rule) = &self.hidden_matrices {
+            rule.validate()?;
+        }
+        self.groups.iter().try_for_each(ParamGroup::validate)?;
+        adaptive::validate(self)
+    }
+
+    /// Whether a step must measure its updates.
+    pub(crate) fn measures(&self) -> bool {
+        self.update_norms == UpdateNorms::On
+            || self.polyak != PolyakCap::Off
+            || self.trust_region != TrustRegion::Off
+    }
+
+    /// Whether a part looks at the loss.
+    pub(crate) fn observes(&self) -> bool {
+        self.entropy_lr != EntropyLr::Off
+            || self.perplexity_momentum != PerplexityMomentum::Off
+            || self.brake != Brake::Off
+            || self.polyak != PolyakCap::Off
     }
 }
 
@@ -182,6 +306,7 @@ pub(crate) fn at_least_zero(field: &'static str, got: f64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rule::{Lion, Orthogonal, Sgd};
 
     #[test]
     fn defaults_are_those_of_torch_adamw() {
@@ -205,6 +330,29 @@ mod tests {
             ("eps", base().with_eps(1e-46)),
             ("weight_decay", base().with_weight_decay(f64::INFINITY, WeightDecayOn::All)),
             ("clip.GlobalNorm", base().with_clip(GradClip::GlobalNorm(0.0))),
+            ("rule.Lion.beta2", base().with_rule(Rule::Lion(Lion { beta2: 1.0, ..Lion::default() }))),
+            (
+                "rule.Sgd.momentum",
+                base().with_hidden_matrices(Rule::Sgd(Sgd { momentum: -1.0, ..Sgd::default() })),
+            ),
+            (
+                "rule.Orthogonal.steps",
+                base()
+                    .with_hidden_matrices(Rule::Orthogonal(Orthogonal { steps: 0, ..Orthogonal::default() })),
+            ),
+            (
+                "groups.lr_scale",
+                base().with_group(ParamGroup { lr_scale: f64::NAN, ..ParamGroup::of(["*"]) }),
+            ),
+            ("brake.nats", base().with_brake(Brake::Gap { margin: 0.1, nats: 0.0, floor: 0.1, decay: 0.8 })),
+            (
+                "polyak.factor",
+                base().with_polyak(PolyakCap::Cap { lower_bound: 0.0, factor: 0.0, decay: 0.9 }),
+            ),
+            (
+                "trust_region.max_ratio",
+                base().with_trust_region(TrustRegion::Relative { max_ratio: 0.0, weight_floor: 1e-3 }),
+            ),
             ("entropy_lr.initial_loss", base().with_entropy_lr(EntropyLr::warm_up(0))),
             (
                 "perplexity_momentum.initial_loss",

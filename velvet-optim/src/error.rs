@@ -6,8 +6,8 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A field of [`VelvetConfig`](crate::VelvetConfig) is out of its range.
-    #[error("VelvetConfig.{field}: expected {expected}, got {got}")]
+    /// A field of [`VelvetConfig`](crate::VelvetConfig), of a schedule, an average or an accumulator is out of its range.
+    #[error("the setting `{field}`: expected {expected}, got {got}")]
     Config {
         /// The field, with its path inside an enum variant.
         field: &'static str,
@@ -15,6 +15,36 @@ pub enum Error {
         expected: &'static str,
         /// The value that was given.
         got: f64,
+    },
+    /// A pattern of a [`ParamGroup`](crate::ParamGroup) cannot be read.
+    #[error("VelvetConfig.groups: the pattern `{pattern}`: {problem}")]
+    Pattern {
+        /// The pattern.
+        pattern: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// No parameter matches a group, which is most likely misspelt.
+    #[error("VelvetConfig.groups: no parameter matches {}", list(.names))]
+    UnusedGroup {
+        /// The group's patterns.
+        names: Vec<String>,
+    },
+    /// A setting does not fit a parameter's shape.
+    #[error("`{name}`: {what} needs a matrix, got shape {shape:?}")]
+    Unfit {
+        /// The parameter.
+        name: String,
+        /// The setting.
+        what: &'static str,
+        /// The parameter's shape.
+        shape: Vec<usize>,
+    },
+    /// No parameter has this name.
+    #[error("there is no parameter `{name}`")]
+    UnknownParameter {
+        /// The name that was given.
+        name: String,
     },
     /// Two parameters have the same name.
     #[error("two parameters are named `{name}`")]

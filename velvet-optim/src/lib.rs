@@ -1,23 +1,38 @@
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_code)]
 
+mod accumulate;
 pub mod adaptive;
+mod average;
 mod backend;
 mod checkpoint;
 mod config;
 mod error;
+mod group;
 mod options;
 mod parameter;
 mod preset;
+mod quantised;
+mod rounding;
 mod rule;
+mod schedule;
+mod state;
 mod stats;
 mod step;
 mod velvet;
 
-pub use adaptive::{EntropyLr, PerplexityMomentum};
+pub use accumulate::Accumulator;
+pub use adaptive::{Brake, EntropyLr, PerplexityMomentum, PolyakCap, ProgressSignal, TrustRegion};
+pub use average::{Averaging, Swapped, WeightAverage};
 pub use config::VelvetConfig;
 pub use error::{Error, Result};
-pub use options::{BackendChoice, GradClip, MissingGradients, NonFinite, WeightDecayOn};
+pub use group::{ParamGroup, Training};
+pub use options::{
+    BackendChoice, CautiousUpdate, DecayMode, GradClip, HalfParameters, MissingGradients, Momentum,
+    NonFinite, SparseRows, StateFormat, UpdateNorms, WeightDecayOn,
+};
+pub use rule::{Lion, Orthogonal, RowMoment, Rule, Sgd, newton_schulz};
+pub use schedule::{Curve, Schedule, Span};
 pub use stats::Stats;
 pub use velvet::Velvet;
 

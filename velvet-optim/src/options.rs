@@ -72,6 +72,101 @@ pub enum NonFinite {
     Unchecked,
 }
 
+/// The form of a momentum.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Momentum {
+    /// The average of the gradients.
+    #[default]
+    Averaged,
+    /// The average as it will be when this gradient is counted once more: Nesterov's look-ahead.
+    Nesterov,
+}
+
+/// Whether elements of an AdamW update that point against their gradient are left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum CautiousUpdate {
+    /// The update is used whole.
+    #[default]
+    Off,
+    /// Elements whose update and gradient differ in sign do not move; the others are scaled up by the share that is
+    /// left, at most 1000 times. Costs one more reading of gradients and first moments.
+    Aligned,
+}
+
+/// Where a parameter that decays does so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum DecayMode {
+    /// Everywhere.
+    #[default]
+    Always,
+    /// Only where the update and the weight have one sign, so that decay never works against the gradient.
+    Cautious,
+}
+
+/// How bf16 and f16 parameters take updates that are smaller than their spacing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[non_exhaustive]
+pub enum HalfParameters {
+    /// Rounded to nearest: updates under half a unit in the last place are lost.
+    #[default]
+    Nearest,
+    /// Rounded up or down with the probabilities that make the result right on average; no memory.
+    /// Counter-based: the same seed gives the same bits.
+    Stochastic {
+        /// The seed of the rounding.
+        seed: u64,
+    },
+    /// An f32 copy of each such parameter is kept in the state and updated; the parameter is its rounding.
+    Master,
+}
+
+/// How state arrays are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum StateFormat {
+    /// f32 (f64 for f64 parameters).
+    #[default]
+    Full,
+    /// Blocks of 256 elements of 8 bits with one f32 scale: 1.016 bytes an element in place of 4. Parameters with fewer
+    /// than 4096 elements, f64 parameters and those with [`SparseRows::Skip`] keep full precision.
+    Blockwise8,
+}
+
+/// What happens to rows of a matrix whose gradient is all zero, as those of an embedding whose token was not in the
+/// batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum SparseRows {
+    /// They are updated as others: moments decay, the weight moves by what is left of them and decays.
+    #[default]
+    Off,
+    /// They keep weights and moments, as with `torch.optim.SparseAdam`; bias correction counts every step. Not for
+    /// an embedding that is also the head: it has a gradient in every row.
+    Skip,
+}
+
+/// Whether the size of updates is measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum UpdateNorms {
+    /// Only where an adaptive part needs it.
+    #[default]
+    Off,
+    /// Each step, for [`Stats::update_ratio`](crate::Stats::update_ratio) and
+    /// [`Velvet::update_ratios`](crate::Velvet::update_ratios).
+    On,
+}
+
 /// Which implementation updates parameters on the CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

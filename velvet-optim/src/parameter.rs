@@ -1,9 +1,11 @@
 //! The parameters an optimizer updates: their names, state and identity.
 
-use crate::backend::{self, Slots};
+use crate::backend::{self, Measured};
+use crate::config::VelvetConfig;
 use crate::error::{Error, Result};
-use crate::options::BackendChoice;
-use crate::rule::AdamW;
+use crate::group::{self, Plan, Training};
+use crate::rule::Rule;
+use crate::state::Slot;
 use candle_core::{CpuStorage, Device, Storage, Tensor, Var};
 use half::slice::HalfFloatSliceExt;
 use std::collections::{HashMap, HashSet};
@@ -21,11 +23,37 @@ pub(crate) enum Naming {
 pub(crate) struct Parameter {
     pub(crate) name: String,
     pub(crate) var: Var,
-    pub(crate) slots: Slots,
+    /// What the configuration says about it.
+    pub(crate) plan: Plan,
+    /// Its state arrays; none while it is frozen from the start.
+    pub(crate) slots: Vec<Slot>,
     /// The products of the betas applied to this parameter so far.
     pub(crate) beta_products: [f64; 2],
+    /// What was measured of its last update.
+    pub(crate) size: Option<UpdateSize>,
+    /// 1 where elements are trained and 0 where they are kept at zero, in the parameter's shape and type.
+    pub(crate) mask: Option<Tensor>,
     /// A missing gradient was reported already.
     pub(crate) reported: bool,
+}
+
+/// Root mean squares of a parameter's last update.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct UpdateSize {
+    /// Of the change for each unit of learning rate.
+    pub(crate) change: f64,
+    /// Of the weights before it.
+    pub(crate) weight: f64,
+    /// Of the change over that of the weights.
+    pub(crate) ratio: f64,
+}
+
+impl UpdateSize {
+    pub(crate) fn new(measured: Measured, elements: usize, lr: f64) -> Option<Self> {
+        let rms = |sum: f64| (sum / elements as f64).sqrt();
+        let (change, weight) = (rms(measured.change_sq), rms(measured.weight_sq));
+        (elements > 0 && lr > 0.0).then(|| Self { change: change / lr, weight, ratio: change / weight })
+    }
 }
 
 impl Parameter {
@@ -52,10 +80,24 @@ impl Parameter {
         if !backend::supports(grad.dtype()) {
             return error("dtype", "f32, f64, bf16 or f16".to_owned(), grad.dtype().as_str().to_owned());
         }
-        let grad = grad.contiguous()?;
+        let grad = match &self.mask {
+            Some(mask) => (grad.detach() * mask.to_dtype(grad.dtype())?)?,
+            None => grad.contiguous()?,
+        };
         // A gradient may be a parameter's own storage (a hand-made GradStore): reading it while it is lent for
         // writing would wait for ever.
         if storages.contains(&backend::storage_address(&grad)) { Ok(grad.copy()?) } else { Ok(grad) }
+    }
+}
+
+impl Parameter {
+    /// Sets masked elements to zero again after an update that mixes elements.
+    pub(crate) fn keep_masked(&self) -> Result<()> {
+        if let (Some(mask), Rule::Orthogonal(_)) = (&self.mask, self.plan.rule) {
+            let values = self.var.as_detached_tensor();
+            self.var.set(&mask.ne(0.0)?.where_cond(&values, &values.zeros_like()?)?)?;
+        }
+        Ok(())
     }
 }
 
@@ -63,7 +105,7 @@ impl Parameter {
 pub(crate) fn collect(
     vars: Vec<(String, Var)>,
     naming: Naming,
-    backend: BackendChoice,
+    config: &VelvetConfig,
 ) -> Result<Vec<Parameter>> {
     let mut vars: Vec<_> = vars.into_iter().filter(|(_, var)| var.dtype().is_float()).collect();
     match naming {
@@ -77,17 +119,28 @@ pub(crate) fn collect(
     if let Some(pair) = vars.windows(2).find(|pair| pair[0].0 == pair[1].0) {
         return Err(Error::DuplicateName { name: pair[0].0.clone() });
     }
-    let mut by_storage: HashMap<usize, String> = HashMap::new();
+    let mut by_storage: HashMap<usize, &str> = HashMap::new();
+    for (name, var) in &vars {
+        if let Some(first) = by_storage.insert(backend::storage_address(var), name) {
+            return Err(Error::DuplicateVariable { first: first.to_owned(), second: name.clone() });
+        }
+        if !backend::supports(var.dtype()) {
+            return Err(Error::UnsupportedDType {
+                name: name.clone(),
+                dtype: var.dtype().as_str().to_owned(),
+            });
+        }
+    }
+    let plans = group::plans(config, naming, vars.iter().map(|(name, var)| (name.as_str(), var.dims())))?;
     vars.into_iter()
-        .map(|(name, var)| {
-            if let Some(first) = by_storage.insert(backend::storage_address(&var), name.clone()) {
-                return Err(Error::DuplicateVariable { first, second: name });
-            }
-            if !backend::supports(var.dtype()) {
-                return Err(Error::UnsupportedDType { name, dtype: var.dtype().as_str().to_owned() });
-            }
-            let slots = backend::zero_slots(&var, AdamW::SLOTS.len(), backend)?;
-            Ok(Parameter { name, var, slots, beta_products: [1.0; 2], reported: false })
+        .zip(plans)
+        .map(|((name, var), plan)| {
+            let slots = match plan.training {
+                Training::On => backend::empty_state(&var, &plan, config)?,
+                Training::Frozen => Vec::new(),
+            };
+            let beta_products = [1.0; 2];
+            Ok(Parameter { name, var, plan, slots, beta_products, size: None, mask: None, reported: false })
         })
         .collect()
 }

@@ -3,6 +3,7 @@
 use crate::adaptive::{EntropyLr, PerplexityMomentum};
 use crate::config::VelvetConfig;
 use crate::options::{GradClip, WeightDecayOn};
+use crate::rule::{Orthogonal, Rule};
 
 impl VelvetConfig {
     /// The preset for training a language model of `vocab_size` tokens with cross-entropy in nats.
@@ -42,6 +43,7 @@ impl VelvetConfig {
             beta2: 0.95,
             weight_decay: 0.1,
             decay_on: WeightDecayOn::Matrices,
+            hidden_matrices: Some(Rule::Orthogonal(Orthogonal::default())),
             clip: GradClip::GlobalNorm(1.0),
             entropy_lr: EntropyLr::warm_up(vocab_size),
             perplexity_momentum: PerplexityMomentum::progress(vocab_size),

@@ -1,11 +1,14 @@
 //! One step: gradients in, parameters out.
 
-use crate::backend::{self, Job};
+use crate::adaptive::TrustRegion;
+use crate::backend::{self, Job, Rounding};
 use crate::config::VelvetConfig;
 use crate::error::{Error, Result};
-use crate::options::{GradClip, MissingGradients, NonFinite, WeightDecayOn};
-use crate::rule::{AdamW, Rule, StepScalars};
-use crate::stats::Stats;
+use crate::group::Training;
+use crate::options::{GradClip, HalfParameters, MissingGradients, NonFinite, SparseRows};
+use crate::parameter::{Parameter, UpdateSize};
+use crate::rounding;
+use crate::rule::{AdamOptions, StepScalars};
 use crate::velvet::Velvet;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
@@ -21,7 +24,7 @@ impl Velvet {
     /// # Errors
     /// A gradient that does not fit its parameter, a learning rate that is not finite, and what the configuration
     /// makes an error ([`MissingGradients`], [`NonFinite`]). Parameters and moments are then as they were.
-    pub fn try_step(&mut self, grads: &GradStore) -> Result<&Stats> {
+    pub fn try_step(&mut self, grads: &GradStore) -> Result<()> {
         let number = self.stats.step + 1;
         if !(self.config.lr.is_finite() && self.config.lr >= 0.0) {
             return Err(Error::LearningRate { step: number, lr: self.config.lr });
@@ -34,10 +37,10 @@ impl Velvet {
         self.report_unobserved();
         let Some(clip_scale) = self.measure(&found, number)? else {
             self.stats.skipped += 1;
-            return Ok(&self.stats);
+            return Ok(());
         };
-        self.apply(found, clip_scale)?;
-        Ok(&self.stats)
+        self.measure_weights(&found)?;
+        self.apply(found, clip_scale)
     }
 
     /// The gradients of all parameters, checked; notes which are missing.
@@ -47,6 +50,9 @@ impl Velvet {
         let mut found = Vec::with_capacity(self.parameters.len());
         self.missing.clear();
         for (i, parameter) in self.parameters.iter().enumerate() {
+            if parameter.plan.training == Training::Frozen {
+                continue;
+            }
             match grads.get(&parameter.var) {
                 Some(grad) => found.push((i, parameter.prepare(grad, &storages)?)),
                 None => self.missing.push(i),
@@ -70,8 +76,8 @@ impl Velvet {
     }
 
     fn report_unobserved(&mut self) {
-        let seen = self.warm_up.average().is_some() || self.momentum.average().is_some();
-        if self.is_adaptive() && !seen && !std::mem::replace(&mut self.unobserved_reported, true) {
+        let seen = self.adaptive.averages().iter().any(Option::is_some);
+        if self.config.observes() && !seen && !std::mem::replace(&mut self.unobserved_reported, true) {
             (self.warn)(
                 "an adaptive part is on and no loss was observed, so it does nothing: \
                  call observe before step, or use backward_step",
@@ -107,51 +113,96 @@ impl Velvet {
         Ok(Some(self.clip_scale(norm)))
     }
 
+    /// The trust region needs a size of the weights before the first update is measured.
+    fn measure_weights(&mut self, found: &[Found]) -> Result<()> {
+        if self.config.trust_region == TrustRegion::Off {
+            return Ok(());
+        }
+        let unknown = |&&(i, _): &&Found| self.parameters.get(i).is_some_and(|p| p.size.is_none());
+        let unknown: Vec<usize> = found.iter().filter(unknown).map(|&(i, _)| i).collect();
+        let weights: Vec<Tensor> = unknown
+            .iter()
+            .filter_map(|&i| self.parameters.get(i))
+            .map(|parameter| parameter.var.as_detached_tensor())
+            .collect();
+        let sums = backend::sums_of_squares(&weights.iter().collect::<Vec<_>>())?;
+        for (i, sum) in unknown.into_iter().zip(sums) {
+            if let Some(parameter) = self.parameters.get_mut(i) {
+                let weight = (sum / parameter.var.elem_count().max(1) as f64).sqrt();
+                parameter.size = Some(UpdateSize { change: 1.0, weight, ratio: 0.0 });
+            }
+        }
+        Ok(())
+    }
+
     fn apply(&mut self, found: Vec<Found>, clip_scale: f64) -> Result<()> {
         let config = &self.config;
         let scalars = StepScalars {
             clip_scale,
-            lr: config.lr * self.warm_up.value(),
-            beta1: self.momentum.value().unwrap_or(config.beta1),
+            lr: self.adaptive.lr(config.lr),
+            beta1: self.adaptive.momentum.value().unwrap_or(config.beta1),
             beta2: config.beta2,
             eps: config.eps,
+            progress: self.adaptive.momentum.progress(),
+            options: AdamOptions::of(config),
         };
+        let (number, measure) = (self.stats.step + 1, config.measures());
         let mut found = found.into_iter().peekable();
-        let mut steps = Vec::with_capacity(found.len());
+        let mut jobs = Vec::with_capacity(found.len());
+        let mut after = Vec::with_capacity(found.len());
         for (i, parameter) in self.parameters.iter_mut().enumerate() {
-            if let Some((_, grad)) = found.next_if(|(at, _)| *at == i) {
-                let [first, second] = parameter.beta_products;
-                let products = [first * scalars.beta1, second * scalars.beta2];
-                let decay = weight_decay(config, &parameter.var);
-                steps.push((AdamW::new(scalars, decay, products), parameter, grad, products));
+            let Some((_, grad)) = found.next_if(|(at, _)| *at == i) else { continue };
+            let Parameter { var, plan, slots, beta_products, size, .. } = parameter;
+            let mut scalars = scalars;
+            scalars.lr *= plan.lr_scale;
+            if let Some(size) = size {
+                scalars.lr *= config.trust_region.scale(scalars.lr, size.change, size.weight);
+            }
+            let betas = plan.rule.betas(&scalars);
+            let products = [beta_products[0] * betas[0], beta_products[1] * betas[1]];
+            let rounding = match config.half_parameters {
+                HalfParameters::Stochastic { seed } => {
+                    Rounding::Stochastic { key: rounding::key(seed, number, i as u64) }
+                }
+                HalfParameters::Nearest | HalfParameters::Master => Rounding::Nearest,
+            };
+            jobs.push(Job {
+                param: var,
+                grad,
+                step: plan.rule.step(&scalars, plan.decay, products),
+                slots,
+                sparse_row: match plan.sparse_rows {
+                    SparseRows::Skip => {
+                        Some(var.elem_count() / var.dims().first().copied().unwrap_or(1).max(1))
+                    }
+                    SparseRows::Off => None,
+                },
+                rounding,
+                measure,
+            });
+            after.push((i, scalars.lr, products));
+        }
+        let measured = backend::update(jobs)?;
+        let mut all = backend::Measured::default();
+        for ((i, lr, products), measured) in after.into_iter().zip(measured) {
+            let Some(parameter) = self.parameters.get_mut(i) else { continue };
+            parameter.beta_products = products;
+            parameter.keep_masked()?;
+            if measure {
+                parameter.size = UpdateSize::new(measured, parameter.var.elem_count(), lr).or(parameter.size);
+                all += measured;
             }
         }
-        let jobs = steps
-            .iter_mut()
-            .map(|(rule, parameter, grad, _)| Job {
-                param: &parameter.var,
-                grad: grad.clone(),
-                rule: rule as &dyn Rule,
-                slots: &mut parameter.slots,
-            })
-            .collect();
-        backend::update(jobs)?;
-        for (_, parameter, _, products) in steps {
-            parameter.beta_products = products;
+        if measure && scalars.lr > 0.0 {
+            self.adaptive.polyak.measured(all.descent / scalars.lr);
         }
-        self.stats.step += 1;
+        self.stats.step = number;
         self.stats.clip_scale = clip_scale;
         self.stats.lr = scalars.lr;
         self.stats.beta1 = scalars.beta1;
+        self.stats.progress = scalars.progress;
+        self.stats.update_ratio = measure.then(|| (all.change_sq / all.weight_sq).sqrt());
         Ok(())
-    }
-}
-
-fn weight_decay(config: &VelvetConfig, var: &Var) -> f64 {
-    match config.decay_on {
-        WeightDecayOn::All => config.weight_decay,
-        WeightDecayOn::Matrices if var.rank() >= 2 => config.weight_decay,
-        WeightDecayOn::Matrices => 0.0,
     }
 }
 
@@ -169,7 +220,7 @@ impl Optimizer for Velvet {
         Ok(())
     }
 
-    /// The base learning rate; [`Stats::lr`] is the one applied, which [`EntropyLr`](crate::EntropyLr) may have scaled.
+    /// The base learning rate; [`Stats::lr`](crate::Stats::lr) is the one applied, which [`EntropyLr`](crate::EntropyLr) may have scaled.
     fn learning_rate(&self) -> f64 {
         self.config.lr
     }
@@ -182,7 +233,7 @@ impl Optimizer for Velvet {
     /// Observes the loss, computes the gradients and takes a step.
     fn backward_step(&mut self, loss: &Tensor) -> candle_core::Result<()> {
         // A loss of several elements is fine for candle's backward (their sum), but is nothing to adapt to.
-        if self.is_adaptive() {
+        if self.config.observes() {
             self.observe(loss)?;
         }
         let grads = loss.backward()?;

@@ -1,11 +1,13 @@
 //! [`Velvet`]: construction, observation, and what it tells.
 
-use crate::adaptive::{ProgressState, WarmUpState};
+use crate::adaptive::Adaptive;
+use crate::backend;
 use crate::config::VelvetConfig;
 use crate::error::{Error, Result};
+use crate::group::{self, Training};
 use crate::options::GradClip;
 use crate::parameter::{self, Naming, Parameter};
-use crate::rule::AdamW;
+use crate::state::Slot;
 use crate::stats::Stats;
 use candle_core::{DType, Tensor, Var};
 use candle_nn::VarMap;
@@ -26,6 +28,9 @@ type WarningHook = Box<dyn Fn(&str) + Send + Sync>;
 /// [`PerplexityMomentum`](crate::PerplexityMomentum). With everything adaptive off this is
 /// `torch.optim.AdamW`.
 ///
+/// Other rules are chosen by [`VelvetConfig::rule`], [`VelvetConfig::hidden_matrices`] and
+/// [`VelvetConfig::groups`]; see [`Rule`](crate::Rule).
+///
 /// The moments are f32 (f64 for f64 parameters), whatever the parameters' type. A parameter without a gradient
 /// keeps its value, moments and beta products, as in PyTorch. Variables of integers are left out.
 ///
@@ -40,15 +45,14 @@ type WarningHook = Box<dyn Fn(&str) + Send + Sync>;
 ///     opt.backward_step(&loss)?;
 /// }
 /// assert!(x.sqr()?.sum_all()?.to_scalar::<f32>()? < 1e-2);
-/// assert_eq!(opt.stats().step, 200);
+/// assert_eq!(opt.stats()?.step, 200);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub struct Velvet {
     pub(crate) config: VelvetConfig,
     pub(crate) naming: Naming,
     pub(crate) parameters: Vec<Parameter>,
-    pub(crate) warm_up: WarmUpState,
-    pub(crate) momentum: ProgressState,
+    pub(crate) adaptive: Adaptive,
     pub(crate) stats: Stats,
     /// Positions of the parameters that had no gradient in the last step.
     pub(crate) missing: Vec<usize>,
@@ -109,18 +113,19 @@ impl Velvet {
 
     fn build(vars: Vec<(String, Var)>, naming: Naming, config: VelvetConfig) -> Result<Self> {
         config.validate()?;
-        let parameters = parameter::collect(vars, naming, config.backend)?;
+        let parameters = parameter::collect(vars, naming, &config)?;
         Ok(Self {
             naming,
             parameters,
-            warm_up: WarmUpState::new(config.entropy_lr),
-            momentum: ProgressState::new(config.perplexity_momentum),
+            adaptive: Adaptive::new(&config, [None; 5]),
             stats: Stats {
                 step: 0,
                 grad_norm: None,
                 clip_scale: 1.0,
                 lr: config.lr,
                 beta1: config.beta1,
+                progress: None,
+                update_ratio: None,
                 skipped: 0,
                 ignored_losses: 0,
             },
@@ -140,12 +145,30 @@ impl Velvet {
     /// # Errors
     /// The tensor is not one floating-point number, or cannot be read from its device.
     pub fn observe(&mut self, loss: &Tensor) -> Result<()> {
-        if loss.elem_count() != 1 || !loss.dtype().is_float() {
-            return Err(Error::Loss { shape: loss.dims().to_vec(), dtype: loss.dtype().as_str().to_owned() });
+        self.observe_tensors(loss, None)
+    }
+
+    /// Takes a training loss and the mean entropy of the predictions that it was made from in, both in nats: what
+    /// [`Brake`](crate::Brake) and [`ProgressSignal::Entropy`](crate::ProgressSignal::Entropy) need.
+    ///
+    /// # Errors
+    /// As [`Velvet::observe`].
+    pub fn observe_with_entropy(&mut self, loss: &Tensor, entropy: &Tensor) -> Result<()> {
+        self.observe_tensors(loss, Some(entropy))
+    }
+
+    fn observe_tensors(&mut self, loss: &Tensor, entropy: Option<&Tensor>) -> Result<()> {
+        for t in [Some(loss), entropy].into_iter().flatten() {
+            if t.elem_count() != 1 || !t.dtype().is_float() {
+                return Err(Error::Loss { shape: t.dims().to_vec(), dtype: t.dtype().as_str().to_owned() });
+            }
         }
-        if self.is_adaptive() {
-            let value = loss.detach().flatten_all()?.squeeze(0)?.to_device(&candle_core::Device::Cpu)?;
-            self.observe_value(value.to_dtype(DType::F64)?.to_scalar()?);
+        if self.config.observes() {
+            let value = |t: &Tensor| -> Result<f64> {
+                let value = t.detach().flatten_all()?.squeeze(0)?.to_device(&candle_core::Device::Cpu)?;
+                Ok(value.to_dtype(DType::F64)?.to_scalar()?)
+            };
+            self.observe_values(value(loss)?, entropy.map(value).transpose()?);
         }
         Ok(())
     }
@@ -154,16 +177,92 @@ impl Velvet {
     ///
     /// With gradient accumulation or several devices give the mean loss of the whole batch.
     pub fn observe_value(&mut self, loss: f64) {
+        self.observe_values(loss, None);
+    }
+
+    /// Takes a training loss and the mean entropy of the predictions in, both in nats.
+    pub fn observe_values(&mut self, loss: f64, entropy: Option<f64>) {
         if !loss.is_finite() {
             self.stats.ignored_losses += 1;
         }
-        self.warm_up.observe(loss);
-        self.momentum.observe(loss);
+        self.adaptive.observe(loss, entropy);
     }
 
     /// Figures of the last step, and counters.
-    pub fn stats(&self) -> &Stats {
-        &self.stats
+    ///
+    /// # Errors
+    /// They are on a device that cannot be read.
+    pub fn stats(&self) -> Result<Stats> {
+        Ok(self.stats)
+    }
+
+    /// The size of the last update of each parameter relative to its weights (the ratio of their norms), by name;
+    /// parameters that were not updated or not measured ([`UpdateNorms`](crate::UpdateNorms)) are left out.
+    ///
+    /// # Errors
+    /// They are on a device that cannot be read.
+    pub fn update_ratios(&self) -> Result<Vec<(String, f64)>> {
+        let ratio = |parameter: &Parameter| Some((parameter.name.clone(), parameter.size?.ratio));
+        Ok(self.parameters.iter().filter_map(ratio).collect())
+    }
+
+    /// The rule of each parameter, by name, and whether it is trained: what the heuristic and the groups made of the
+    /// configuration.
+    pub fn rules(&self) -> impl Iterator<Item = (&str, crate::Rule, Training)> {
+        self.parameters.iter().map(|p| (p.name.as_str(), p.plan.rule, p.plan.training))
+    }
+
+    /// The bytes that the state arrays take.
+    pub fn state_bytes(&self) -> usize {
+        self.parameters.iter().flat_map(|parameter| &parameter.slots).map(Slot::bytes_held).sum()
+    }
+
+    /// Keeps the elements of a parameter at zero whose mask is zero, in this and all later steps, or trains all of them
+    /// again (`None`).
+    ///
+    /// Weights, moments and master copies of such elements are set to zero at once and have no gradient from then on; an
+    /// element whose mask is not zero is trained whatever its value. The mask has the parameter's shape and any type. It
+    /// is not part of the saved state.
+    ///
+    /// # Errors
+    /// There is no such parameter, or the mask has another shape.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor, Var};
+    /// use velvet_optim::{Optimizer, Velvet, VelvetConfig};
+    /// let w = Var::new(&[1f32, 2.0], &Device::Cpu)?;
+    /// let mut opt = Velvet::named(vec![("w".to_owned(), w.clone())], VelvetConfig::default())?;
+    /// opt.set_mask("w", Some(&Tensor::new(&[1u8, 0], &Device::Cpu)?))?;
+    /// opt.backward_step(&w.sqr()?.sum_all()?)?;
+    /// assert_eq!(w.to_vec1::<f32>()?[1], 0.0);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn set_mask(&mut self, name: &str, mask: Option<&Tensor>) -> Result<()> {
+        let Some(parameter) = self.parameters.iter_mut().find(|parameter| parameter.name == name) else {
+            return Err(Error::UnknownParameter { name: name.to_owned() });
+        };
+        let Some(mask) = mask else {
+            parameter.mask = None;
+            return Ok(());
+        };
+        let var = &parameter.var;
+        if mask.dims() != var.dims() {
+            return Err(Error::Gradient {
+                name: name.to_owned(),
+                what: "a mask of shape",
+                expected: format!("{:?}", var.dims()),
+                got: format!("{:?}", mask.dims()),
+            });
+        }
+        let kept = mask.detach().to_device(var.device())?.ne(0.0)?;
+        let values = var.as_detached_tensor();
+        var.set(&kept.where_cond(&values, &values.zeros_like()?)?)?;
+        let mask = kept.to_dtype(var.dtype())?.contiguous()?;
+        for slot in &mut parameter.slots {
+            slot.zero_where(&mask)?;
+        }
+        parameter.mask = Some(mask);
+        Ok(())
     }
 
     /// The parameters that had no gradient in the last step: names, with the shape where there is only a position.
@@ -185,19 +284,41 @@ impl Velvet {
         &self.config
     }
 
-    /// Replaces the configuration in mid-run; moments, products of betas and averages of the loss stay.
+    /// Replaces the configuration in mid-run: learning rate, groups, frozen parameters, adaptive parts.
     ///
-    /// The back end stays the one that the state was made for.
+    /// Moments, products of betas and averages of the loss stay. A parameter whose rule changes begins with an empty state
+    /// under the new one, and so does one that was frozen from the start and is no longer. The back end, the rounding of
+    /// half-precision parameters and the format of the state stay those that the state was made for.
     ///
     /// # Errors
-    /// A field is out of range; the old configuration then stays.
-    pub fn set_config(&mut self, config: VelvetConfig) -> Result<()> {
+    /// A field is out of range or does not fit the parameters; the old configuration then stays.
+    pub fn set_config(&mut self, mut config: VelvetConfig) -> Result<()> {
         config.validate()?;
-        self.warm_up = WarmUpState::with_average(config.entropy_lr, self.warm_up.average());
-        self.momentum = ProgressState::with_average(config.perplexity_momentum, self.momentum.average());
-        let backend = self.config.backend;
+        config.backend = self.config.backend;
+        config.half_parameters = self.config.half_parameters;
+        config.state_format = self.config.state_format;
+        let shapes = self.parameters.iter().map(|p| (p.name.as_str(), p.var.dims()));
+        let plans = group::plans(&config, self.naming, shapes)?;
+        let mut fresh = Vec::with_capacity(plans.len());
+        for (parameter, plan) in self.parameters.iter().zip(&plans) {
+            let kept = !parameter.slots.is_empty() && parameter.plan.rule.name() == plan.rule.name();
+            let same = kept
+                && parameter.plan.rule.slots(parameter.var.dims()) == plan.rule.slots(parameter.var.dims());
+            let needed = plan.training == Training::On && !same;
+            fresh.push(if needed {
+                Some(backend::empty_state(&parameter.var, plan, &config)?)
+            } else {
+                None
+            });
+        }
+        for ((parameter, plan), fresh) in self.parameters.iter_mut().zip(plans).zip(fresh) {
+            parameter.plan = plan;
+            if let Some(slots) = fresh {
+                (parameter.slots, parameter.beta_products, parameter.size) = (slots, [1.0; 2], None);
+            }
+        }
+        self.adaptive = Adaptive::new(&config, self.adaptive.averages());
         self.config = config;
-        self.config.backend = backend;
         Ok(())
     }
 
@@ -209,25 +330,19 @@ impl Velvet {
         self.warn = Box::new(hook);
     }
 
-    /// Copies of the state arrays on the CPU, by name: `NAME.exp_avg` and `NAME.exp_avg_sq`.
+    /// Copies of the state arrays on the CPU, by name: `NAME.exp_avg`, `NAME.momentum_buffer` and so on; those that are kept
+    /// in 8 bits are given in f32.
     ///
     /// # Errors
     /// A tensor cannot be read from its device.
     pub fn state(&self) -> Result<HashMap<String, Tensor>> {
         let mut state = HashMap::new();
         for parameter in &self.parameters {
-            for (i, slot) in AdamW::SLOTS.iter().enumerate() {
-                if let Some(tensor) = parameter.slots.tensor(i, parameter.var.dims())? {
-                    state.insert(format!("{}.{slot}", parameter.name), tensor);
-                }
+            for slot in &parameter.slots {
+                state.insert(format!("{}.{}", parameter.name, slot.spec.name), slot.tensor()?);
             }
         }
         Ok(state)
-    }
-
-    pub(crate) fn is_adaptive(&self) -> bool {
-        self.config.entropy_lr != crate::EntropyLr::Off
-            || self.config.perplexity_momentum != crate::PerplexityMomentum::Off
     }
 
     pub(crate) fn clip_scale(&self, norm: f64) -> f64 {

@@ -99,7 +99,7 @@ fn agrees_with_torch(backend: BackendChoice, non_finite: NonFinite) {
                 .map(|(k, var)| (var, gradient(k, var.dims(), step, dtype)));
             opt.step(&store(grads)).unwrap();
             if let Some(norm) = case.norms.get(step as usize - 1) {
-                let got = opt.stats().grad_norm.unwrap();
+                let got = opt.stats().unwrap().grad_norm.unwrap();
                 assert!((got - norm).abs() <= 1e-6 * norm, "{}: norm {got}, expected {norm}", case.name);
             }
         }

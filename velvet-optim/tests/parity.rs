@@ -22,7 +22,7 @@ fn both(
         let vars = named(shapes, dtype);
         let mut opt = Velvet::named(vars.clone(), config.clone().with_backend(backend)).unwrap();
         train(&mut opt, &vars, 1, steps);
-        assert_eq!(opt.stats().step, steps);
+        assert_eq!(opt.stats().unwrap().step, steps);
         all_bits(&opt)
     })
 }
@@ -84,7 +84,7 @@ fn results_have_the_same_bits_for_any_number_of_threads() {
             let config = config().with_clip(GradClip::GlobalNorm(1.0));
             let mut opt = Velvet::named(vars.clone(), config).unwrap();
             train(&mut opt, &vars, 1, 3);
-            (opt.stats().grad_norm.unwrap().to_bits(), all_bits(&opt))
+            (opt.stats().unwrap().grad_norm.unwrap().to_bits(), all_bits(&opt))
         })
     };
     let one = run(1);
@@ -147,7 +147,7 @@ fn a_gradient_may_have_another_float_type_than_its_parameter() {
             let mut opt =
                 Velvet::named(vec![("p".into(), p.clone())], config().with_backend(backend)).unwrap();
             opt.try_step(&store([(&p, exact.to_dtype(grad).unwrap())])).unwrap();
-            (opt.stats().grad_norm.unwrap(), bits(&p))
+            (opt.stats().unwrap().grad_norm.unwrap(), bits(&p))
         };
         let expected = step(parameter, BackendChoice::Auto);
         for grad in DTYPES {

@@ -20,11 +20,11 @@ pub enum EntropyLr {
     /// A warm-up that takes as long as the model needs:
     ///
     /// ```text
-    /// scale = clamp((initial_loss + margin - EMA(loss)) / nats, floor, 1)
+    /// scale = clamp((initial_loss + margin - EMA(signal)) / nats, floor, 1)
     /// lr of the step = base learning rate * scale
     /// ```
     ///
-    /// Before the first observed loss the scale is 1.
+    /// Before the first observation the scale is 1.
     WarmUp {
         /// The loss of a model that knows nothing, > 0: ln V for cross-entropy in nats.
         initial_loss: f64,
@@ -34,9 +34,24 @@ pub enum EntropyLr {
         nats: f64,
         /// The smallest scale, in [0, 1] (0.02); with 0 a run that starts above `initial_loss` never moves.
         floor: f64,
-        /// The weight of the past in the average of the loss, in [0, 1) (0.8).
+        /// The weight of the past in the average, in [0, 1) (0.8).
         decay: f64,
+        /// What is averaged (the loss).
+        signal: ProgressSignal,
     },
+}
+
+/// What tells how far a model has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum ProgressSignal {
+    /// The loss: the cross-entropy between data and predictions.
+    #[default]
+    Loss,
+    /// The mean entropy of the predictions, where it was observed
+    /// ([`Velvet::observe_with_entropy`](crate::Velvet::observe_with_entropy)), otherwise the loss.
+    Entropy,
 }
 
 impl EntropyLr {
@@ -54,13 +69,14 @@ impl EntropyLr {
             nats: 3.0,
             floor: 0.02,
             decay: 0.8,
+            signal: ProgressSignal::Loss,
         }
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
         match *self {
             Self::Off => Ok(()),
-            Self::WarmUp { initial_loss, margin, nats, floor, decay } => {
+            Self::WarmUp { initial_loss, margin, nats, floor, decay, .. } => {
                 positive("entropy_lr.initial_loss", initial_loss)?;
                 at_least_zero("entropy_lr.margin", margin)?;
                 positive("entropy_lr.nats", nats)?;
@@ -77,9 +93,9 @@ impl EntropyLr {
 /// use velvet_optim::adaptive::WarmUpState;
 /// use velvet_optim::EntropyLr;
 /// let mut state = WarmUpState::new(EntropyLr::warm_up(8192));
-/// assert_eq!(state.observe(9.05), 0.02); // a fresh model: the floor
+/// assert_eq!(state.observe(9.05, None), 0.02); // a fresh model: the floor
 /// for _ in 0..100 {
-///     state.observe(5.0);
+///     state.observe(5.0, None);
 /// }
 /// assert_eq!(state.value(), 1.0); // 4 nats below ln 8192: the whole learning rate
 /// ```
@@ -104,10 +120,14 @@ impl WarmUpState {
         Self { config, loss: Ema::with_value(decay, average) }
     }
 
-    /// Takes a loss in (NaN and infinity are not) and returns the scale of the learning rate.
-    pub fn observe(&mut self, loss: f64) -> f64 {
-        if self.config != EntropyLr::Off {
-            self.loss.observe(loss);
+    /// Takes a loss, and an entropy where there is one, in (NaN and infinity are not), and returns the scale of the
+    /// learning rate.
+    pub fn observe(&mut self, loss: f64, entropy: Option<f64>) -> f64 {
+        if let EntropyLr::WarmUp { signal, .. } = self.config {
+            self.loss.observe(match (signal, entropy) {
+                (ProgressSignal::Entropy, Some(entropy)) => entropy,
+                _ => loss,
+            });
         }
         self.value()
     }
@@ -134,14 +154,21 @@ mod tests {
 
     const LN_V: f64 = 9.0;
     fn part() -> EntropyLr {
-        EntropyLr::WarmUp { initial_loss: LN_V, margin: 0.05, nats: 3.0, floor: 0.02, decay: 0.8 }
+        EntropyLr::WarmUp {
+            initial_loss: LN_V,
+            margin: 0.05,
+            nats: 3.0,
+            floor: 0.02,
+            decay: 0.8,
+            signal: ProgressSignal::Loss,
+        }
     }
 
     #[test]
     fn off_is_always_one() {
         let mut state = WarmUpState::new(EntropyLr::Off);
         for loss in [20.0, 9.0, 1.0, f64::NAN] {
-            assert_eq!(state.observe(loss), 1.0);
+            assert_eq!(state.observe(loss, None), 1.0);
         }
         assert_eq!(state.average(), None);
     }
@@ -154,17 +181,17 @@ mod tests {
     #[test]
     fn the_scale_is_the_progress_over_the_nats() {
         let mut state = WarmUpState::new(part());
-        assert!((state.observe(LN_V - 1.45) - 0.5).abs() < 1e-12);
+        assert!((state.observe(LN_V - 1.45, None) - 0.5).abs() < 1e-12);
         let average: f64 = 0.8 * (LN_V - 1.45) + 0.2 * (LN_V - 2.0);
-        assert!((state.observe(LN_V - 2.0) - (LN_V + 0.05 - average) / 3.0).abs() < 1e-12);
+        assert!((state.observe(LN_V - 2.0, None) - (LN_V + 0.05 - average) / 3.0).abs() < 1e-12);
     }
 
     #[test]
     fn the_scale_stays_between_floor_and_one() {
         let mut state = WarmUpState::new(part());
-        assert_eq!(state.observe(LN_V + 50.0), 0.02);
+        assert_eq!(state.observe(LN_V + 50.0, None), 0.02);
         for _ in 0..200 {
-            state.observe(0.1);
+            state.observe(0.1, None);
         }
         assert_eq!(state.value(), 1.0);
     }
@@ -172,16 +199,31 @@ mod tests {
     #[test]
     fn a_nan_loss_is_not_taken_in() {
         let mut state = WarmUpState::new(part());
-        let before = state.observe(LN_V - 1.0);
-        assert_eq!(state.observe(f64::NAN), before);
-        assert_eq!(state.observe(f64::INFINITY), before);
+        let before = state.observe(LN_V - 1.0, None);
+        assert_eq!(state.observe(f64::NAN, None), before);
+        assert_eq!(state.observe(f64::INFINITY, None), before);
+    }
+
+    #[test]
+    fn the_entropy_counts_where_it_is_the_signal_and_is_known() {
+        let EntropyLr::WarmUp { initial_loss, margin, nats, floor, decay, .. } = part() else {
+            unreachable!()
+        };
+        let signal = ProgressSignal::Entropy;
+        let part = EntropyLr::WarmUp { initial_loss, margin, nats, floor, decay, signal };
+        let by_entropy = WarmUpState::new(part).observe(LN_V, Some(LN_V - 1.45));
+        assert!((by_entropy - 0.5).abs() < 1e-12);
+        assert_eq!(
+            WarmUpState::new(part).observe(LN_V - 1.0, None),
+            WarmUpState::new(self::part()).observe(LN_V - 1.0, Some(1.0))
+        );
     }
 
     #[test]
     fn a_saved_average_goes_on_with_the_same_bits() {
         let mut a = WarmUpState::new(part());
-        a.observe(8.123_456_789);
+        a.observe(8.123_456_789, None);
         let mut b = WarmUpState::with_average(part(), a.average());
-        assert_eq!(a.observe(7.7).to_bits(), b.observe(7.7).to_bits());
+        assert_eq!(a.observe(7.7, None).to_bits(), b.observe(7.7, None).to_bits());
     }
 }

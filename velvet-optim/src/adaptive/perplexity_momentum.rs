@@ -5,7 +5,7 @@ use crate::config::{positive, unit};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 
-/// Whether beta1 follows the progress of the logarithm of the perplexity.
+/// Whether the momentum follows the progress of the logarithm of the perplexity.
 ///
 /// ln(perplexity) is the loss in nats. While it falls fast, old gradients point to where the model was; later,
 /// a longer average takes noise out.
@@ -16,7 +16,8 @@ pub enum PerplexityMomentum {
     /// beta1 is the configured one.
     #[default]
     Off,
-    /// beta1 moves from `start` to `end` with progress:
+    /// AdamW's beta1 moves from `start` to `end` with progress, and the momentum of
+    /// [`Orthogonal`](crate::Orthogonal) from its `early_momentum` to its `momentum`:
     ///
     /// ```text
     /// progress = clamp((initial_loss - EMA(loss)) / nats, 0, 1)
@@ -113,10 +114,15 @@ impl ProgressState {
 
     /// beta1 now, `None` for the configured one.
     pub fn value(&self) -> Option<f64> {
+        let PerplexityMomentum::Progress { start, end, .. } = self.config else { return None };
+        Some(start + (end - start) * self.progress()?)
+    }
+
+    /// The progress in [0, 1], `None` before the first loss.
+    pub fn progress(&self) -> Option<f64> {
         match (self.config, self.loss.value()) {
-            (PerplexityMomentum::Progress { initial_loss, nats, start, end, .. }, Some(loss)) => {
-                let progress = ((initial_loss - loss) / nats).clamp(0.0, 1.0);
-                Some(start + (end - start) * progress)
+            (PerplexityMomentum::Progress { initial_loss, nats, .. }, Some(loss)) => {
+                Some(((initial_loss - loss) / nats).clamp(0.0, 1.0))
             }
             _ => None,
         }

@@ -1,6 +1,9 @@
 //! The element types the fused pass reads and writes, and their way to the type it computes in.
 
-use crate::rule::{Real, Rule};
+use crate::quantised;
+use crate::rounding;
+use crate::rule::{Elementwise, Real};
+use crate::state::Data;
 use candle_core::CpuStorage;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -38,6 +41,21 @@ impl<'a> Grad<'a> {
         }
     }
 
+    /// Some of the elements; a range past the end is cut.
+    pub(super) fn range(self, range: std::ops::Range<usize>) -> Self {
+        self.split_at(range.end).0.split_at(range.start).1
+    }
+
+    /// Whether all elements are zero.
+    pub(super) fn is_zero(self) -> bool {
+        match self {
+            Self::F32(x) => x.iter().all(|&x| x == 0.0),
+            Self::F64(x) => x.iter().all(|&x| x == 0.0),
+            Self::Bf16(x) => x.iter().all(|&x| x == bf16::ZERO),
+            Self::F16(x) => x.iter().all(|&x| x == f16::ZERO),
+        }
+    }
+
     /// The first `at` elements and the others; `at` is cut to the length.
     pub(super) fn split_at(self, at: usize) -> (Self, Self) {
         let at = at.min(self.len());
@@ -58,15 +76,28 @@ impl<'a> Grad<'a> {
 
 /// A type the update is computed in.
 pub(super) trait Compute: Real + Default {
-    fn apply(rule: &dyn Rule, p: &mut [Self], g: &[Self], slots: &mut [&mut [Self]]);
+    fn apply(rule: &dyn Elementwise, p: &mut [Self], g: &[Self], slots: &mut [&mut [Self]]);
+    fn count_aligned(rule: &dyn Elementwise, g: &[Self], slots: &[&[Self]]) -> u64;
+    /// The elements of a state array of this type.
+    fn of(data: &mut Data) -> Option<&mut [Self]>;
     fn gradient(g: Grad<'_>) -> Option<&[Self]>;
     /// Converts the elements of `g`; `out` has its length.
     fn load_gradient(g: Grad<'_>, out: &mut [Self]);
+    /// Reads whole blocks of quantised state.
+    fn dequantise(codes: &[u8], scales: &[f32], signed: bool, out: &mut [Self]);
+    /// Writes them.
+    fn quantise(values: &[Self], codes: &mut [u8], scales: &mut [f32], signed: bool);
 }
 
 impl Compute for f32 {
-    fn apply(rule: &dyn Rule, p: &mut [Self], g: &[Self], slots: &mut [&mut [Self]]) {
+    fn apply(rule: &dyn Elementwise, p: &mut [Self], g: &[Self], slots: &mut [&mut [Self]]) {
         rule.update_f32(p, g, slots);
+    }
+    fn count_aligned(rule: &dyn Elementwise, g: &[Self], slots: &[&[Self]]) -> u64 {
+        rule.aligned_f32(g, slots)
+    }
+    fn of(data: &mut Data) -> Option<&mut [Self]> {
+        if let Data::F32(x) = data { Some(x) } else { None }
     }
     fn gradient(g: Grad<'_>) -> Option<&[Self]> {
         if let Grad::F32(g) = g { Some(g) } else { None }
@@ -79,11 +110,23 @@ impl Compute for f32 {
             Grad::F16(g) => f16::load(g, out),
         }
     }
+    fn dequantise(codes: &[u8], scales: &[f32], signed: bool, out: &mut [Self]) {
+        quantised::dequantise(codes, scales, signed, out);
+    }
+    fn quantise(values: &[Self], codes: &mut [u8], scales: &mut [f32], signed: bool) {
+        quantised::quantise(values, codes, scales, signed);
+    }
 }
 
 impl Compute for f64 {
-    fn apply(rule: &dyn Rule, p: &mut [Self], g: &[Self], slots: &mut [&mut [Self]]) {
+    fn apply(rule: &dyn Elementwise, p: &mut [Self], g: &[Self], slots: &mut [&mut [Self]]) {
         rule.update_f64(p, g, slots);
+    }
+    fn count_aligned(rule: &dyn Elementwise, g: &[Self], slots: &[&[Self]]) -> u64 {
+        rule.aligned_f64(g, slots)
+    }
+    fn of(data: &mut Data) -> Option<&mut [Self]> {
+        if let Data::F64(x) = data { Some(x) } else { None }
     }
     fn gradient(g: Grad<'_>) -> Option<&[Self]> {
         if let Grad::F64(g) = g { Some(g) } else { None }
@@ -96,6 +139,9 @@ impl Compute for f64 {
             Grad::F16(g) => g.iter().zip(out).for_each(|(&g, out)| *out = g.to_f64()),
         }
     }
+    // The state of f64 parameters is never quantised.
+    fn dequantise(_: &[u8], _: &[f32], _: bool, _: &mut [Self]) {}
+    fn quantise(_: &[Self], _: &mut [u8], _: &mut [f32], _: bool) {}
 }
 
 /// A type a parameter is stored in.
@@ -107,6 +153,10 @@ pub(super) trait Stored: Copy + Send + Sync {
     fn load(p: &[Self], out: &mut [Self::Compute]);
     /// Rounds to the nearest, ties to even; both slices have one length.
     fn store(from: &[Self::Compute], p: &mut [Self]);
+    /// Rounds up or down at random; `offset` is the position of the first element in its parameter.
+    fn store_stochastic(from: &[Self::Compute], p: &mut [Self], _key: u32, _offset: usize) {
+        Self::store(from, p);
+    }
 }
 
 impl Stored for f32 {
@@ -145,6 +195,9 @@ impl Stored for bf16 {
     }
     fn store(from: &[f32], p: &mut [Self]) {
         pulp::Arch::new().dispatch(Round(from, p.reinterpret_cast_mut()));
+    }
+    fn store_stochastic(from: &[f32], p: &mut [Self], key: u32, offset: usize) {
+        rounding::to_bf16(from, p, key, offset);
     }
 }
 
@@ -193,6 +246,9 @@ impl Stored for f16 {
         if p.len() == from.len() {
             p.convert_from_f32_slice(from);
         }
+    }
+    fn store_stochastic(from: &[f32], p: &mut [Self], key: u32, offset: usize) {
+        rounding::to_f16(from, p, key, offset);
     }
 }
 

@@ -10,13 +10,22 @@ pub(super) struct Header {
     pub(super) skipped: u64,
     pub(super) ignored_losses: u64,
     pub(super) lr: Bits,
-    /// The average of the loss kept by each adaptive part that has seen one.
-    pub(super) entropy_lr: Option<Bits>,
-    pub(super) perplexity_momentum: Option<Bits>,
+    /// The averages kept by the adaptive parts that have seen something.
+    pub(super) averages: Averages,
     /// Figures of the last step, so that statistics read the same after a resume.
     pub(super) last: Last,
     pub(super) naming: Naming,
     pub(super) parameters: Vec<Entry>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Averages {
+    pub(super) entropy_lr: Option<Bits>,
+    pub(super) perplexity_momentum: Option<Bits>,
+    pub(super) brake: Option<Bits>,
+    pub(super) polyak_loss: Option<Bits>,
+    pub(super) polyak_rate: Option<Bits>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -26,6 +35,8 @@ pub(super) struct Last {
     pub(super) clip_scale: Bits,
     pub(super) lr: Bits,
     pub(super) beta1: Bits,
+    pub(super) progress: Option<Bits>,
+    pub(super) update_ratio: Option<Bits>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +53,8 @@ pub(super) struct Entry {
     pub(super) shape: Vec<usize>,
     pub(super) dtype: String,
     pub(super) rule: String,
+    /// The names of its state arrays; none where it was frozen from the start.
+    pub(super) slots: Vec<String>,
     /// Of the parameter's values, for parameters without names.
     pub(super) fingerprint: Option<Bits>,
 }

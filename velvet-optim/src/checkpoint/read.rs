@@ -1,15 +1,16 @@
 //! Reading the state. No byte of a file is trusted.
 
 use super::header::{Bits, Entry, Header, Naming as SavedNaming};
-use super::{FORMAT, HEADER_KEY, PRODUCTS_KEY};
-use crate::adaptive::{ProgressState, WarmUpState};
-use crate::backend::{self, Slots};
+use super::{FORMAT, HEADER_KEY, PRODUCTS_KEY, SIZES_KEY};
+use crate::adaptive::Adaptive;
 use crate::error::{Error, Result};
-use crate::parameter::{self, Naming};
-use crate::rule::AdamW;
+use crate::parameter::{self, Naming, Parameter, UpdateSize};
+use crate::quantised::{self, Blockwise};
+use crate::rule::SlotKind;
+use crate::state::{self, Data, MASTER, Slot, Values};
 use crate::stats::Stats;
 use crate::velvet::Velvet;
-use candle_core::DType;
+use candle_core::{DType, Device};
 use safetensors::{Dtype, SafeTensors};
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
@@ -23,8 +24,9 @@ impl Velvet {
     ///
     /// Restore the parameters first. The base learning rate comes from the file; the rest of the configuration
     /// does not. An adaptive part that the saved run did not use starts anew. Parameters may be of another type or on
-    /// another device than those of the saved run, as long as the state's type (f64 for f64 parameters, f32 for
-    /// all others) is the same.
+    /// another device than those of the saved run, and their state may be kept in another format: values are then
+    /// converted. A parameter that was frozen in the saved run starts with an empty state, and a master copy that
+    /// it did not have is made from the parameter as it is now.
     ///
     /// Named parameters must have the saved names and shapes. Parameters without names (made by
     /// [`new`](candle_nn::Optimizer::new)) may be in another order than they were, as those of
@@ -56,33 +58,47 @@ impl Velvet {
         let order = self.match_parameters(&reader, &header, &tensors)?;
         // Everything is read and checked before anything is replaced.
         let products = reader.products(&tensors, header.parameters.len())?;
+        let sizes = reader.sizes(&tensors, header.parameters.len())?;
         let mut loaded = Vec::with_capacity(self.parameters.len());
         for (parameter, &row) in self.parameters.iter().zip(&order) {
             let entry =
                 header.parameters.get(row).ok_or_else(|| reader.format(HEADER, "too few parameters"))?;
             let products = *products.get(row).ok_or_else(|| reader.format(PRODUCTS_KEY, "too few rows"))?;
-            let dtype = backend::state_dtype(parameter.var.dtype());
-            loaded.push((reader.slots(&tensors, entry, dtype, &parameter.slots)?, products));
+            let size = *sizes.get(row).ok_or_else(|| reader.format(SIZES_KEY, "too few rows"))?;
+            loaded.push((reader.slots(&tensors, entry, parameter)?, products, size));
         }
         let average = |bits: Option<Bits>| bits.map(f64::from);
         let lr = reader.finite("lr", header.lr)?;
-        self.warm_up = WarmUpState::with_average(self.config.entropy_lr, average(header.entropy_lr));
-        self.momentum =
-            ProgressState::with_average(self.config.perplexity_momentum, average(header.perplexity_momentum));
+        let averages = &header.averages;
+        self.adaptive = Adaptive::new(
+            &self.config,
+            [
+                average(averages.entropy_lr),
+                average(averages.perplexity_momentum),
+                average(averages.brake),
+                average(averages.polyak_loss),
+                average(averages.polyak_rate),
+            ],
+        );
         self.config.lr = lr;
         self.stats = Stats {
             step: header.step,
-            grad_norm: header.last.grad_norm.map(f64::from),
+            grad_norm: average(header.last.grad_norm),
             clip_scale: header.last.clip_scale.into(),
             lr: header.last.lr.into(),
             beta1: header.last.beta1.into(),
+            progress: average(header.last.progress),
+            update_ratio: average(header.last.update_ratio),
             skipped: header.skipped,
             ignored_losses: header.ignored_losses,
         };
         self.missing.clear();
-        for (parameter, (slots, products)) in self.parameters.iter_mut().zip(loaded) {
-            parameter.slots = slots;
+        for (parameter, (data, products, size)) in self.parameters.iter_mut().zip(loaded) {
+            for (slot, data) in parameter.slots.iter_mut().zip(data) {
+                slot.data = data;
+            }
             parameter.beta_products = products;
+            parameter.size = size;
         }
         Ok(())
     }
@@ -111,8 +127,9 @@ impl Velvet {
                 let (expected, got) = (format!("{:?}", parameter.var.dims()), format!("{:?}", entry.shape));
                 return Err(reader.mismatch(&parameter.name, "shape", &expected, &got));
             }
-            if entry.rule != AdamW::NAME {
-                return Err(reader.mismatch(&parameter.name, "update rule", AdamW::NAME, &entry.rule));
+            let rule = parameter.plan.rule.name();
+            if entry.rule != rule && !entry.slots.is_empty() && !parameter.slots.is_empty() {
+                return Err(reader.mismatch(&parameter.name, "update rule", rule, &entry.rule));
             }
         }
         Ok(order)
@@ -272,8 +289,13 @@ impl Reader<'_> {
     fn same_state(&self, tensors: &SafeTensors<'_>, header: &Header, rows: &[usize]) -> bool {
         let state = |row: usize| {
             let entry = header.parameters.get(row)?;
-            let slot = |name: &&str| Some(tensors.tensor(&format!("{}.{name}", entry.name)).ok()?.data());
-            let slots = AdamW::SLOTS.iter().map(slot).collect::<Option<Vec<_>>>()?;
+            let array = |key: String| tensors.tensor(&key).ok().map(|view| view.data());
+            let slots: Vec<_> = entry
+                .slots
+                .iter()
+                .flat_map(|slot| ["", ".codes", ".scales"].map(|part| format!("{}.{slot}{part}", entry.name)))
+                .map(array)
+                .collect();
             let products = self.products(tensors, header.parameters.len()).ok()?.get(row)?.map(f64::to_bits);
             Some((slots, products))
         };
@@ -293,12 +315,61 @@ impl Reader<'_> {
         }
     }
 
-    fn slots(&self, tensors: &SafeTensors<'_>, entry: &Entry, dtype: DType, like: &Slots) -> Result<Slots> {
-        let dtype = if dtype == DType::F64 { Dtype::F64 } else { Dtype::F32 };
-        let slots = AdamW::SLOTS
+    /// What was measured of the last update, one row a parameter of the header.
+    fn sizes(&self, tensors: &SafeTensors<'_>, count: usize) -> Result<Vec<Option<UpdateSize>>> {
+        let bytes = self.bytes(tensors, SIZES_KEY, &[count, 3], Dtype::F64)?;
+        let values = state::f64_from(bytes);
+        let (rows, _) = values.as_chunks::<3>();
+        Ok(rows
             .iter()
-            .map(|slot| self.bytes(tensors, &format!("{}.{slot}", entry.name), &entry.shape, dtype))
-            .collect::<Result<Vec<_>>>()?;
-        Ok(like.like_from_bytes(&slots, &entry.shape)?)
+            .map(|&[change, weight, ratio]| {
+                // NaN where nothing was measured; anything negative or infinite is no root mean square.
+                let sound = [change, weight].iter().all(|x| x.is_finite() && *x >= 0.0);
+                sound.then_some(UpdateSize { change, weight, ratio })
+            })
+            .collect())
+    }
+
+    /// The state arrays of a parameter, in its own order and formats.
+    fn slots(&self, tensors: &SafeTensors<'_>, entry: &Entry, parameter: &Parameter) -> Result<Vec<Data>> {
+        let slot = |slot: &Slot| {
+            let name = slot.spec.name;
+            if entry.slots.iter().any(|saved| saved == name) {
+                let values = self.values(tensors, &format!("{}.{name}", entry.name), slot)?;
+                return slot.data_of(&values);
+            }
+            if name == MASTER {
+                let values =
+                    parameter.var.as_detached_tensor().to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+                return slot.data_of(&Values::F32(values.flatten_all()?.to_vec1()?));
+            }
+            if entry.slots.is_empty() {
+                return slot.data_of(&Values::F32(vec![0.0; slot.spec.shape.iter().product()]));
+            }
+            Err(self.format(HEADER, format_args!("`{}` has no state array `{name}`", entry.name)))
+        };
+        parameter.slots.iter().map(slot).collect()
+    }
+
+    /// One state array, in whichever format it was saved.
+    fn values(&self, tensors: &SafeTensors<'_>, key: &str, slot: &Slot) -> Result<Values> {
+        let (shape, len) = (slot.spec.shape.as_slice(), slot.spec.shape.iter().product::<usize>());
+        let (codes, scales) = (format!("{key}.codes"), format!("{key}.scales"));
+        if slot.spec.kind != SlotKind::Other && tensors.tensor(&codes).is_ok() {
+            let blocks = len.div_ceil(quantised::BLOCK);
+            let scales_bytes = self.bytes(tensors, &scales, &[blocks], Dtype::F32)?;
+            let codes_bytes = self.bytes(tensors, &codes, &[len], Dtype::U8)?;
+            let signed = slot.spec.kind == SlotKind::Signed;
+            return match Blockwise::from_parts(codes_bytes.to_vec(), state::f32_from(scales_bytes), signed) {
+                Some(x) => Ok(Values::Blockwise(x)),
+                None => Err(self.format(&scales, "expected scales of at least 0")),
+            };
+        }
+        match tensors.tensor(key).map(|view| view.dtype()) {
+            Ok(Dtype::F64) => {
+                Ok(Values::F64(state::f64_from(self.bytes(tensors, key, shape, Dtype::F64)?)))
+            }
+            _ => Ok(Values::F32(state::f32_from(self.bytes(tensors, key, shape, Dtype::F32)?))),
+        }
     }
 }

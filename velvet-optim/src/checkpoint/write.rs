@@ -1,13 +1,12 @@
 //! Writing the state.
 
-use super::header::{self, Entry, Header, Last};
-use super::{FORMAT, HEADER_KEY, PRODUCTS_KEY};
-use crate::backend::{self, Slots};
+use super::header::{self, Averages, Entry, Header, Last};
+use super::{FORMAT, HEADER_KEY, PRODUCTS_KEY, SIZES_KEY};
 use crate::error::{Error, Result};
 use crate::parameter::{self, Naming};
-use crate::rule::AdamW;
+use crate::state::{self, Data, Slot};
 use crate::velvet::Velvet;
-use candle_core::DType;
+use candle_core::{DType, Device};
 use safetensors::{Dtype, View};
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -35,7 +34,7 @@ impl Velvet {
     ///
     /// let mut resumed = Velvet::named(vec![("x".to_owned(), x)], VelvetConfig::default())?;
     /// resumed.load(folder.path().join("optimizer.safetensors"))?;
-    /// assert_eq!(resumed.stats(), opt.stats());
+    /// assert_eq!(resumed.stats()?, opt.stats()?);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
@@ -80,27 +79,47 @@ impl Velvet {
     }
 
     fn entries<'a>(&'a self, failure: &'a Failure) -> Vec<(String, Array<'a>)> {
-        let mut entries = Vec::with_capacity(self.parameters.len() * AdamW::SLOTS.len() + 1);
+        let mut entries = Vec::new();
         for parameter in &self.parameters {
-            let dtype = match backend::state_dtype(parameter.var.dtype()) {
-                DType::F64 => Dtype::F64,
-                _ => Dtype::F32,
-            };
-            for (slot, name) in AdamW::SLOTS.iter().enumerate() {
-                let source = Source::Slot(&parameter.slots, slot);
-                let shape = parameter.var.dims().to_vec();
-                entries.push((format!("{}.{name}", parameter.name), Array { dtype, shape, source, failure }));
+            for slot in &parameter.slots {
+                let name = format!("{}.{}", parameter.name, slot.spec.name);
+                let whole = |dtype| Array {
+                    dtype,
+                    shape: slot.spec.shape.clone(),
+                    source: Source::Slot(slot),
+                    failure,
+                };
+                match &slot.data {
+                    Data::F64(_) => entries.push((name, whole(Dtype::F64))),
+                    Data::Tensor(t) if t.dtype() == DType::F64 => entries.push((name, whole(Dtype::F64))),
+                    Data::F32(_) | Data::Tensor(_) => entries.push((name, whole(Dtype::F32))),
+                    Data::Blockwise(x) => {
+                        let part = |dtype, len, bytes| Array {
+                            dtype,
+                            shape: vec![len],
+                            source: Source::Bytes(bytes),
+                            failure,
+                        };
+                        let (codes, scales) = (x.codes(), x.scales());
+                        let bytes = Cow::Borrowed(codes);
+                        entries.push((format!("{name}.codes"), part(Dtype::U8, codes.len(), bytes)));
+                        let bytes = state::f32_bytes(scales);
+                        entries.push((format!("{name}.scales"), part(Dtype::F32, scales.len(), bytes)));
+                    }
+                }
             }
         }
-        let products: Vec<u8> = self
-            .parameters
-            .iter()
-            .flat_map(|parameter| parameter.beta_products)
-            .flat_map(f64::to_le_bytes)
-            .collect();
-        let shape = vec![self.parameters.len(), 2];
-        let source = Source::Bytes(products);
-        entries.push((PRODUCTS_KEY.to_owned(), Array { dtype: Dtype::F64, shape, source, failure }));
+        let mut table = |key: &str, columns: usize, values: Vec<f64>| {
+            let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let (shape, source) = (vec![self.parameters.len(), columns], Source::Bytes(Cow::Owned(bytes)));
+            entries.push((key.to_owned(), Array { dtype: Dtype::F64, shape, source, failure }));
+        };
+        table(PRODUCTS_KEY, 2, self.parameters.iter().flat_map(|p| p.beta_products).collect());
+        let sizes = self.parameters.iter().flat_map(|parameter| match parameter.size {
+            Some(size) => [size.change, size.weight, size.ratio],
+            None => [f64::NAN; 3],
+        });
+        table(SIZES_KEY, 3, sizes.collect());
         entries
     }
 
@@ -113,7 +132,8 @@ impl Velvet {
                     name: parameter.name.clone(),
                     shape: parameter.var.dims().to_vec(),
                     dtype: parameter.var.dtype().as_str().to_owned(),
-                    rule: AdamW::NAME.to_owned(),
+                    rule: parameter.plan.rule.name().to_owned(),
+                    slots: parameter.slots.iter().map(|slot| slot.spec.name.to_owned()).collect(),
                     fingerprint: match self.naming {
                         Naming::Named => None,
                         Naming::Positional => Some(header::Bits(parameter::fingerprint(&parameter.var)?)),
@@ -121,19 +141,22 @@ impl Velvet {
                 })
             })
             .collect::<Result<_>>()?;
+        let [entropy_lr, perplexity_momentum, brake, polyak_loss, polyak_rate] =
+            self.adaptive.averages().map(|average| average.map(header::Bits::from));
         let header = Header {
             format: FORMAT,
             step: self.stats.step,
             skipped: self.stats.skipped,
             ignored_losses: self.stats.ignored_losses,
             lr: self.config.lr.into(),
-            entropy_lr: self.warm_up.average().map(Into::into),
-            perplexity_momentum: self.momentum.average().map(Into::into),
+            averages: Averages { entropy_lr, perplexity_momentum, brake, polyak_loss, polyak_rate },
             last: Last {
                 grad_norm: self.stats.grad_norm.map(Into::into),
                 clip_scale: self.stats.clip_scale.into(),
                 lr: self.stats.lr.into(),
                 beta1: self.stats.beta1.into(),
+                progress: self.stats.progress.map(Into::into),
+                update_ratio: self.stats.update_ratio.map(Into::into),
             },
             naming: match self.naming {
                 Naming::Named => header::Naming::Named,
@@ -154,8 +177,25 @@ impl Velvet {
 type Failure = RefCell<Option<candle_core::Error>>;
 
 enum Source<'a> {
-    Slot(&'a Slots, usize),
-    Bytes(Vec<u8>),
+    Slot(&'a Slot),
+    Bytes(Cow<'a, [u8]>),
+}
+
+/// An array in full precision as little-endian bytes, copied only where it must be.
+fn bytes(slot: &Slot) -> candle_core::Result<Cow<'_, [u8]>> {
+    Ok(match &slot.data {
+        Data::F32(x) => state::f32_bytes(x),
+        Data::F64(x) => state::f64_bytes(x),
+        Data::Blockwise(_) => Cow::Borrowed(&[]), // written as two arrays
+        Data::Tensor(t) => {
+            let flat = t.to_device(&Device::Cpu)?.flatten_all()?;
+            Cow::Owned(if flat.dtype() == DType::F64 {
+                state::f64_bytes(&flat.to_vec1()?).into_owned()
+            } else {
+                state::f32_bytes(&flat.to_vec1()?).into_owned()
+            })
+        }
+    })
 }
 
 /// An array as safetensors wants to see it. Data is fetched when it is written, so that one array at a time is
@@ -179,7 +219,7 @@ impl View for Array<'_> {
     fn data(&self) -> Cow<'_, [u8]> {
         match &self.source {
             Source::Bytes(bytes) => Cow::Borrowed(bytes),
-            Source::Slot(slots, slot) => slots.bytes(*slot).unwrap_or_else(|error| {
+            Source::Slot(slot) => bytes(slot).unwrap_or_else(|error| {
                 *self.failure.borrow_mut() = Some(error);
                 Cow::Borrowed(&[])
             }),
@@ -189,7 +229,7 @@ impl View for Array<'_> {
     fn data_len(&self) -> usize {
         match &self.source {
             Source::Bytes(bytes) => bytes.len(),
-            Source::Slot(slots, _) => slots.slot_bytes(),
+            Source::Slot(slot) => slot.bytes_held(),
         }
     }
 }

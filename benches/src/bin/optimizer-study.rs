@@ -1,0 +1,184 @@
+//! The study of the optimizer.
+//!
+//!     cargo run --release -p vesper-benches --bin optimizer-study -- tokens --data novels.txt --out novels.tokens
+//!     cargo run --release -p vesper-benches --bin optimizer-study -- run --tokens novels.tokens --out study.json
+//!     cargo run --release -p vesper-benches --bin optimizer-study -- report study.json
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device};
+use clap::{Args, Parser};
+use vesper_benches::study::arm::Arm;
+use vesper_benches::study::plan::{self, Plan, Record, Study};
+use vesper_benches::study::task::Setting;
+use vesper_data::{Documents, TextTokenizer, TokenCache};
+use vesper_model::VesperConfig;
+
+#[derive(Debug, Parser)]
+#[command(about)]
+enum Command {
+    /// Train a byte-level BPE on a text and tokenise it
+    Tokens {
+        /// The text
+        #[arg(long, num_args = 1..)]
+        data: Vec<PathBuf>,
+        /// Entries of the vocabulary
+        #[arg(long, default_value_t = 8192)]
+        vocab: usize,
+        /// The file of tokens
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Make the runs; a record that is there already is gone on with
+    Run(Box<Run>),
+    /// Print a record's tables
+    Report {
+        /// The record
+        record: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Run {
+    /// The file of tokens
+    #[arg(long)]
+    tokens: PathBuf,
+    /// What the text is called in the record
+    #[arg(long, default_value = "")]
+    data: String,
+    /// Entries of the vocabulary
+    #[arg(long, default_value_t = 8192)]
+    vocab: usize,
+    /// The record
+    #[arg(long)]
+    out: PathBuf,
+    /// Model size
+    #[arg(long, default_value = "small")]
+    size: String,
+    /// cpu or cuda
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// What the machine is called in the record
+    #[arg(long, default_value = "")]
+    machine: String,
+    /// Seconds after which no run is started
+    #[arg(long, default_value_t = 1e9)]
+    seconds: f64,
+    #[arg(long, default_value_t = 300)]
+    steps: u64,
+    #[arg(long, default_value_t = 32)]
+    batch: usize,
+    #[arg(long, default_value_t = 512)]
+    seq: usize,
+    #[arg(long, default_value_t = 256)]
+    eval_windows: usize,
+    #[arg(long, value_delimiter = ',', default_values_t = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3])]
+    lrs: Vec<f64>,
+    #[arg(long, default_value_t = 3)]
+    seeds: u64,
+    /// Arms that are tuned and run with all seeds
+    #[arg(long, value_delimiter = ',', default_values = ["adamw", "velvet"])]
+    tuned: Vec<Arm>,
+    /// Arms that are tuned with one seed
+    #[arg(long, value_delimiter = ',')]
+    swept: Vec<Arm>,
+    /// Arms that are run at wrong learning rates and on corrupted data
+    #[arg(long, value_delimiter = ',')]
+    stressed: Vec<Arm>,
+    /// The arm that is run over shorter schedules
+    #[arg(long)]
+    shortened: Option<Arm>,
+    #[arg(long, value_delimiter = ',', default_values_t = [0.5, 0.62, 0.75])]
+    shares: Vec<f64>,
+}
+
+fn main() -> ExitCode {
+    match command(Command::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn command(command: Command) -> Result<()> {
+    match command {
+        Command::Tokens { data, vocab, out } => tokens(&data, vocab, &out),
+        Command::Run(run) => run.run(),
+        Command::Report { record } => {
+            let text = std::fs::read_to_string(&record).with_context(|| record.display().to_string())?;
+            let record: Record =
+                serde_json::from_str(&text).with_context(|| record.display().to_string())?;
+            print!("{}", plan::report(&record));
+            Ok(())
+        }
+    }
+}
+
+fn tokens(data: &[PathBuf], vocab: usize, out: &Path) -> Result<()> {
+    let texts = Documents::open(data)?.map(|document| document.map(|document| document.text));
+    let tokenizer = TextTokenizer::train_bpe(texts, vocab)?;
+    let folder = out.parent().unwrap_or(Path::new("."));
+    let (cache, _) = TokenCache::open_or_build(folder, data, &tokenizer)?;
+    std::fs::rename(cache.path(), out).with_context(|| out.display().to_string())?;
+    println!("{}: {} tokens of {} entries", out.display(), cache.len(), tokenizer.vocab_size());
+    Ok(())
+}
+
+impl Run {
+    fn run(&self) -> Result<()> {
+        let device = match self.device.as_str() {
+            "cpu" => Device::Cpu,
+            "cuda" => Device::new_cuda(0)?,
+            other => bail!("--device {other}: expected cpu or cuda"),
+        };
+        let tokens = TokenCache::open(&self.tokens)?.tokens();
+        if tokens.max_id().is_some_and(|id| id as usize >= self.vocab) {
+            bail!("--vocab {}: the text has larger tokens", self.vocab);
+        }
+        let (train, held_out) = tokens.split(0.05)?;
+        let mut model = VesperConfig::preset(&self.size)?.with_vocab(self.vocab);
+        model.max_position_embeddings = model.max_position_embeddings.max(self.seq);
+        let compute = if device.is_cuda() { DType::BF16 } else { DType::F32 };
+        let plan = Plan {
+            tuned: self.tuned.clone(),
+            swept: self.swept.clone(),
+            stressed: self.stressed.clone(),
+            shortened: self.shortened,
+            lrs: self.lrs.clone(),
+            seeds: self.seeds,
+            steps: self.steps,
+            shares: self.shares.clone(),
+        };
+        let record = Record {
+            machine: self.machine.clone(),
+            model: format!("{}, compute in {}", self.size, compute.as_str()),
+            parameters: model.num_parameters(),
+            vocab: self.vocab,
+            data: self.data.clone(),
+            batch: self.batch,
+            seq: self.seq,
+            eval_tokens: self.eval_windows * self.seq,
+            plan,
+            runs: Vec::new(),
+        };
+        let setting = Setting {
+            model,
+            compute,
+            train,
+            held_out,
+            batch: self.batch,
+            seq: self.seq,
+            eval_windows: self.eval_windows,
+            device,
+        };
+        let limit = Duration::from_secs_f64(self.seconds.clamp(0.0, 1e9));
+        let record = Study::new(&setting, record, &self.out, limit)?.run()?;
+        print!("\n{}", plan::report(&record));
+        Ok(())
+    }
+}

@@ -1,0 +1,186 @@
+//! One run: one model trained one way.
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarMap;
+use serde::{Deserialize, Serialize};
+use std::time::Instant;
+use velvet_optim::{NonFinite, Optimizer, Schedule, Span, Velvet};
+use vesper_data::{BatchSampler, EvalBatches, SamplerConfig, Tokens};
+use vesper_model::{VesperConfig, VesperLM, trainable};
+
+use super::arm::Arm;
+
+/// What all runs of a study share.
+#[derive(Debug)]
+pub struct Setting {
+    /// The model.
+    pub model: VesperConfig,
+    /// Activations are of this type, parameters f32.
+    pub compute: DType,
+    /// Training tokens.
+    pub train: Tokens,
+    /// Held-out tokens.
+    pub held_out: Tokens,
+    /// Sequences a step.
+    pub batch: usize,
+    /// Tokens a sequence.
+    pub seq: usize,
+    /// Sequences of the held-out text that a run ends on.
+    pub eval_windows: usize,
+    /// Where it runs.
+    pub device: Device,
+}
+
+/// What is done to the data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Data {
+    /// Nothing.
+    Clean,
+    /// Eight batches, evenly spread over the middle of the run, are of random tokens.
+    Corrupted,
+}
+
+/// One run.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Task {
+    /// How the model is updated.
+    pub arm: Arm,
+    /// The base learning rate; it falls linearly to 0 over the last half.
+    pub lr: f64,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Of the first weights and the order of the data, the same for all arms.
+    pub seed: u64,
+    /// What is done to the data.
+    pub data: Data,
+}
+
+/// What a run came to.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Outcome {
+    /// The run.
+    #[serde(flatten)]
+    pub task: Task,
+    /// Held-out loss at the end, nats a token; none where the run diverged.
+    pub loss: Option<f64>,
+    /// Seconds of all steps.
+    pub seconds: f64,
+    /// Steps that were left out for NaN or infinity in a gradient.
+    pub skipped: u64,
+    /// Mean training loss of each twentieth of the run.
+    pub curve: Vec<f64>,
+}
+
+impl Setting {
+    /// Makes a run.
+    ///
+    /// # Errors
+    /// A device that is out of memory or fails.
+    pub fn run(&self, task: Task) -> Result<Outcome> {
+        let varmap = VarMap::new();
+        let model = VesperLM::initialize(&self.model, &varmap, task.seed, DType::F32, &self.device)?
+            .with_compute_dtype(self.compute);
+        let mut config = task.arm.config(self.model.vocab_size);
+        config.non_finite = NonFinite::Skip;
+        let mut optimizer = Velvet::named(trainable(&self.model, &varmap)?, config)?;
+        let sampler =
+            SamplerConfig::default().with_batch(self.batch).with_seq(self.seq).with_seed(task.seed + 1);
+        let mut batches = BatchSampler::new(self.train.clone(), sampler)?;
+        let schedule = Schedule::Linear {
+            warm_up: Span::Fraction(task.arm.warm_up()),
+            decay: Span::Fraction(0.5),
+            end: 0.0,
+        };
+        let part = task.steps.div_ceil(20);
+        let (mut curve, mut sum): (Vec<f64>, Option<Tensor>) = (Vec::new(), None);
+        self.device.synchronize()?;
+        let started = Instant::now();
+        for step in 0..task.steps {
+            let mut batch = batches.next_batch(&self.device)?;
+            if task.data == Data::Corrupted && corrupted(step, task.steps) {
+                (batch.inputs, batch.targets) = self.noise(task.seed * 1000 + step)?;
+            }
+            let out = model.loss(&batch.inputs, &batch.targets)?;
+            let mut lr = schedule.lr(task.lr, step, task.steps);
+            if task.arm == Arm::Original {
+                let loss = f64::from(out.loss.to_scalar::<f32>()?);
+                if let Some((scale, beta1)) = task.arm.original(loss, self.model.vocab_size) {
+                    let mut config = optimizer.config().clone();
+                    config.beta1 = beta1;
+                    optimizer.set_config(config)?;
+                    lr *= scale;
+                }
+            }
+            optimizer.set_learning_rate(lr);
+            optimizer.observe_with_entropy(&out.loss, &out.entropy)?;
+            optimizer.try_step(&out.loss.backward()?)?;
+            let loss = out.loss.detach();
+            sum = Some(match sum {
+                Some(sum) => (sum + loss)?,
+                None => loss,
+            });
+            if (step + 1) % part == 0 || step + 1 == task.steps {
+                let steps = (step % part + 1) as f64;
+                if let Some(sum) = sum.take() {
+                    curve.push(f64::from(sum.to_scalar::<f32>()?) / steps);
+                }
+                // A diverged run is lost; going on would only cost time.
+                if curve.last().is_some_and(|loss| !loss.is_finite()) {
+                    break;
+                }
+            }
+        }
+        self.device.synchronize()?;
+        let seconds = started.elapsed().as_secs_f64();
+        let loss = self.held_out_loss(&model.detach())?;
+        let skipped = optimizer.stats()?.skipped;
+        Ok(Outcome { task, loss: loss.is_finite().then_some(loss), seconds, skipped, curve })
+    }
+
+    fn held_out_loss(&self, model: &VesperLM) -> Result<f64> {
+        let batches = EvalBatches::new(self.held_out.clone(), self.batch, self.seq, &self.device)?;
+        let (mut sum, mut count) = (0.0, 0.0);
+        for batch in batches.limit(self.eval_windows) {
+            let batch = batch?;
+            let n = batch.inputs.elem_count() as f64; // the last batch may be smaller
+            sum += n * f64::from(model.loss(&batch.inputs, &batch.targets)?.loss.to_scalar::<f32>()?);
+            count += n;
+        }
+        Ok(sum / count)
+    }
+
+    /// Inputs and targets of random tokens.
+    fn noise(&self, seed: u64) -> Result<(Tensor, Tensor)> {
+        let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut next = || {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            ((x >> 32) % self.model.vocab_size as u64) as u32
+        };
+        let mut tokens = || -> Result<Tensor> {
+            let ids: Vec<u32> = (0..self.batch * self.seq).map(|_| next()).collect();
+            Ok(Tensor::from_vec(ids, (self.batch, self.seq), &self.device)?)
+        };
+        Ok((tokens()?, tokens()?))
+    }
+}
+
+/// Eight steps between 30 % and 70 % of a run.
+fn corrupted(step: u64, steps: u64) -> bool {
+    (0..8).any(|i| step == steps * (60 + 10 * i) / 200)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eight_steps_are_corrupted() {
+        for steps in [100, 300, 601] {
+            assert_eq!((0..steps).filter(|&step| corrupted(step, steps)).count(), 8);
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! The trust region: no parameter changes by more than a share of itself in one step.
+
+use crate::config::positive;
+use crate::error::Result;
+use serde::{Deserialize, Serialize};
+
+/// Whether updates are limited relative to the weights that they change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[non_exhaustive]
+pub enum TrustRegion {
+    /// No limit.
+    #[default]
+    Off,
+    /// The learning rate of a parameter is scaled down where its update would be larger than a share of it:
+    ///
+    /// ```text
+    /// ratio(lr) = lr * rms(update of the step before / its lr) / max(rms(weights), weight_floor)
+    /// scale     = min(1, max_ratio / ratio(lr))
+    /// ```
+    ///
+    /// The first step takes the root mean square of an update at lr 1 as 1, which is AdamW's. Makes every step measure
+    /// its update.
+    Relative {
+        /// The largest ratio, > 0 (0.05).
+        max_ratio: f64,
+        /// Weights count as at least this large, > 0 (1e-3), so that a parameter that starts at zero can leave it.
+        weight_floor: f64,
+    },
+}
+
+impl TrustRegion {
+    /// Updates of at most 5 % of a parameter.
+    pub fn relative() -> Self {
+        Self::Relative { max_ratio: 0.05, weight_floor: 1e-3 }
+    }
+
+    pub(crate) fn validate(&self) -> Result<()> {
+        match *self {
+            Self::Off => Ok(()),
+            Self::Relative { max_ratio, weight_floor } => {
+                positive("trust_region.max_ratio", max_ratio)?;
+                positive("trust_region.weight_floor", weight_floor)
+            }
+        }
+    }
+
+    /// The scale for a parameter whose weights have the root mean square `weight`, with updates of root mean square
+    /// `update` for each unit of learning rate.
+    ///
+    /// ```
+    /// use velvet_optim::TrustRegion;
+    /// let trust = TrustRegion::relative();
+    /// assert_eq!(trust.scale(1e-3, 1.0, 0.02), 1.0); // 5 % of 0.02
+    /// assert_eq!(trust.scale(8e-3, 1.0, 0.02), 0.125);
+    /// ```
+    pub fn scale(&self, lr: f64, update: f64, weight: f64) -> f64 {
+        match *self {
+            Self::Relative { max_ratio, weight_floor } if lr * update > 0.0 => {
+                // One product and one division each side, so that the border itself is not scaled.
+                (max_ratio * weight.max(weight_floor) / (lr * update)).min(1.0)
+            }
+            _ => 1.0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zero_weights_can_move_and_nothing_is_scaled_up() {
+        let trust = TrustRegion::relative();
+        assert!((trust.scale(1e-3, 1.0, 0.0) - 0.05).abs() < 1e-12);
+        assert_eq!(trust.scale(1e-9, 1.0, 1.0), 1.0);
+        for (lr, update) in [(0.0, 1.0), (1.0, 0.0), (1.0, f64::NAN)] {
+            assert_eq!(trust.scale(lr, update, 1.0), 1.0);
+        }
+        assert_eq!(TrustRegion::Off.scale(1e9, 1.0, 1e-9), 1.0);
+    }
+}

@@ -1,0 +1,272 @@
+//! One suite over every rule: what a rule must hold whatever it computes. A new rule is one row in [`rules`].
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops there")]
+
+mod common;
+
+use candle_core::{DType, Device, Tensor, Var};
+use common::{all_bits, bits, named, record_warnings, scalar, store, tensor, train, var};
+use velvet_optim::{
+    BackendChoice, CautiousUpdate, DecayMode, Error, GradClip, HalfParameters, Lion, Momentum, NonFinite,
+    Optimizer, Orthogonal, RowMoment, Rule, Sgd, StateFormat, Velvet, VelvetConfig,
+};
+
+const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
+
+/// Every rule with each of its options, and a learning rate that suits it.
+fn rules() -> Vec<(&'static str, VelvetConfig)> {
+    let base = VelvetConfig { lr: 0.02, beta2: 0.95, weight_decay: 0.1, ..VelvetConfig::default() };
+    let matrices = |rule| VelvetConfig { hidden_matrices: Some(rule), ..base.clone() };
+    let orthogonal = Orthogonal::default();
+    vec![
+        ("adamw", base.clone()),
+        ("adamw, nesterov", VelvetConfig { momentum: Momentum::Nesterov, ..base.clone() }),
+        ("adamw, cautious update", VelvetConfig { cautious_update: CautiousUpdate::Aligned, ..base.clone() }),
+        ("adamw, cautious decay", VelvetConfig { decay_mode: DecayMode::Cautious, ..base.clone() }),
+        (
+            "adamw, all options",
+            VelvetConfig {
+                momentum: Momentum::Nesterov,
+                cautious_update: CautiousUpdate::Aligned,
+                decay_mode: DecayMode::Cautious,
+                ..base.clone()
+            },
+        ),
+        ("sgd", base.clone().with_rule(Rule::Sgd(Sgd::default()))),
+        (
+            "sgd, nesterov",
+            base.clone().with_rule(Rule::Sgd(Sgd { form: Momentum::Nesterov, ..Sgd::default() })),
+        ),
+        ("lion", base.clone().with_lr(0.005).with_rule(Rule::Lion(Lion::default()))),
+        (
+            "lion, cautious decay",
+            VelvetConfig { decay_mode: DecayMode::Cautious, ..base.clone() }
+                .with_lr(0.005)
+                .with_rule(Rule::Lion(Lion::default())),
+        ),
+        ("orthogonal", matrices(Rule::Orthogonal(Orthogonal { row_moment: RowMoment::Off, ..orthogonal }))),
+        ("orthogonal, rows", matrices(Rule::Orthogonal(orthogonal))),
+        (
+            "orthogonal, cautious decay",
+            VelvetConfig { decay_mode: DecayMode::Cautious, ..matrices(Rule::Orthogonal(orthogonal)) },
+        ),
+    ]
+}
+
+/// Odd sizes, no elements, a scalar, matrices both ways; the long one is quantised where state is.
+const SHAPES: [&[usize]; 8] = [&[7, 13], &[13, 7], &[1], &[0], &[], &[3, 0], &[2, 3, 5], &[4099]];
+
+fn optimizer(config: &VelvetConfig, dtype: DType) -> (Velvet, Vec<(String, Var)>) {
+    let vars = named(&SHAPES, dtype);
+    (Velvet::named(vars.clone(), config.clone()).unwrap(), vars)
+}
+
+#[test]
+fn the_fused_pass_and_the_reference_give_the_same_bits() {
+    for (name, config) in rules() {
+        for dtype in DTYPES {
+            for half in
+                [HalfParameters::Nearest, HalfParameters::Master, HalfParameters::Stochastic { seed: 3 }]
+            {
+                let config = config.clone().with_clip(GradClip::GlobalNorm(0.5)).with_half_parameters(half);
+                let run = |backend| {
+                    let (mut opt, vars) = optimizer(&config.clone().with_backend(backend), dtype);
+                    train(&mut opt, &vars, 1, 4);
+                    all_bits(&opt)
+                };
+                let (fused, plain) = (run(BackendChoice::Auto), run(BackendChoice::Plain));
+                for (fused, plain) in fused.iter().zip(&plain) {
+                    assert!(fused == plain, "{name}, {dtype:?}, {half:?}: {} differs", fused.0);
+                }
+                assert_eq!(fused.len(), plain.len());
+            }
+        }
+    }
+}
+
+#[test]
+fn twenty_steps_saved_and_twenty_more_are_forty() {
+    for (name, config) in rules() {
+        for dtype in DTYPES {
+            for (half, format) in [
+                (HalfParameters::Nearest, StateFormat::Full),
+                (HalfParameters::Master, StateFormat::Blockwise8),
+                (HalfParameters::Stochastic { seed: 1 }, StateFormat::Blockwise8),
+            ] {
+                let config = config.clone().with_half_parameters(half).with_state_format(format);
+                let (mut whole, vars) = optimizer(&config, dtype);
+                train(&mut whole, &vars, 1, 40);
+
+                let (mut first, vars) = optimizer(&config, dtype);
+                train(&mut first, &vars, 1, 20);
+                let state = first.to_bytes().unwrap();
+                let copies: Vec<_> = vars
+                    .iter()
+                    .map(|(name, var)| {
+                        (name.clone(), Var::from_tensor(&var.as_tensor().copy().unwrap()).unwrap())
+                    })
+                    .collect();
+                let mut second = Velvet::named(copies.clone(), config.clone()).unwrap();
+                second.load_bytes(&state).unwrap();
+                assert_eq!(second.to_bytes().unwrap(), state, "{name}, {dtype:?}");
+                train(&mut second, &copies, 21, 20);
+                assert!(all_bits(&whole) == all_bits(&second), "{name}, {dtype:?}, {half:?}, {format:?}");
+                assert_eq!(whole.stats().unwrap(), second.stats().unwrap());
+            }
+        }
+    }
+}
+
+#[test]
+fn an_interrupted_run_in_one_format_goes_on_in_another() {
+    let (full, blockwise) = (StateFormat::Full, StateFormat::Blockwise8);
+    for (from, to) in [(full, blockwise), (blockwise, full)] {
+        for (saved, loaded) in [(DType::F32, DType::F64), (DType::F64, DType::F32), (DType::BF16, DType::F32)]
+        {
+            let config = |format| VelvetConfig::default().with_state_format(format);
+            let (mut opt, vars) = optimizer(&config(from), saved);
+            train(&mut opt, &vars, 1, 3);
+            let (mut other, _) = optimizer(&config(to), loaded);
+            other.load_bytes(&opt.to_bytes().unwrap()).unwrap();
+            let (before, after) = (opt.state().unwrap(), other.state().unwrap());
+            assert_eq!(before.len(), after.len());
+            for (name, before) in before {
+                let difference = (before.to_dtype(DType::F64).unwrap()
+                    - after[&name].to_dtype(DType::F64).unwrap())
+                .unwrap();
+                if before.elem_count() > 0 {
+                    let largest =
+                        scalar(&before.to_dtype(DType::F64).unwrap().abs().unwrap().max_all().unwrap());
+                    let error = scalar(&difference.abs().unwrap().max_all().unwrap()).unwrap();
+                    assert!(error <= 0.05 * largest.unwrap(), "{name}: {error}"); // 8 bits at worst
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_parameter_without_a_gradient_keeps_everything() {
+    for (name, config) in rules() {
+        let (mut opt, vars) = optimizer(&config, DType::F32);
+        record_warnings(&mut opt);
+        train(&mut opt, &vars, 1, 2);
+        let before = all_bits(&opt);
+        let grads = vars.iter().skip(1).map(|(_, var)| (var, tensor(9, var.dims(), DType::F32)));
+        opt.try_step(&store(grads)).unwrap();
+        assert_eq!(opt.missing_gradients(), ["w0"]);
+        let after = all_bits(&opt);
+        for ((key, before), (_, after)) in before.iter().zip(&after) {
+            if key.starts_with("w0") {
+                assert_eq!(before, after, "{name}: {key}");
+            }
+        }
+        assert_ne!(before, after);
+    }
+}
+
+#[test]
+fn a_gradient_that_is_no_number_changes_nothing() {
+    for (name, config) in rules() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let (mut opt, vars) = optimizer(&config.clone().with_non_finite(NonFinite::Skip), DType::F32);
+            train(&mut opt, &vars, 1, 2);
+            let before = all_bits(&opt);
+            let grads = vars
+                .iter()
+                .map(|(_, var)| (var, var.as_tensor().zeros_like().unwrap().affine(0.0, 1.0).unwrap()));
+            let mut grads = store(grads);
+            grads.insert(&vars[0].1, Tensor::full(bad, (7, 13), &Device::Cpu).unwrap());
+            opt.try_step(&grads).unwrap();
+            assert_eq!(opt.stats().unwrap().skipped, 1);
+            assert!(before == all_bits(&opt), "{name}");
+            let mut config = opt.config().clone();
+            config.non_finite = NonFinite::Error;
+            opt.set_config(config).unwrap();
+            let error = opt.try_step(&grads).unwrap_err();
+            assert!(matches!(&error, Error::NonFiniteGradients { names, .. } if names == &["w0"]), "{error}");
+            assert!(before == all_bits(&opt), "{name}");
+        }
+    }
+}
+
+#[test]
+fn gradients_that_are_views_are_read_as_their_elements() {
+    for (name, config) in rules() {
+        let base = tensor(5, &[6, 40], DType::F32);
+        for view in [base.t().unwrap(), base.narrow(1, 3, 17).unwrap(), base.narrow(0, 2, 2).unwrap()] {
+            let step = |grad: Tensor| {
+                let p = var(9, grad.dims(), DType::F32);
+                let mut opt = Velvet::named(vec![("p".into(), p.clone())], config.clone()).unwrap();
+                opt.try_step(&store([(&p, grad)])).unwrap();
+                bits(&p)
+            };
+            assert_eq!(step(view.clone()), step(view.copy().unwrap().contiguous().unwrap()), "{name}");
+        }
+    }
+}
+
+#[test]
+fn an_update_goes_downhill_on_rosenbrock() {
+    for (name, config) in rules() {
+        let lr = if name.starts_with("sgd") { 2e-4 } else { 1e-2 };
+        // A valley for each pair of columns; a matrix, so that every rule takes it.
+        let start = Tensor::new(&[[-1.2f64, 1.0], [1.5, -0.5]], &Device::Cpu).unwrap();
+        let p = Var::from_tensor(&start).unwrap();
+        let config = VelvetConfig { weight_decay: 0.0, lr, ..config };
+        let mut opt = Velvet::named(vec![("w".into(), p.clone())], config).unwrap();
+        let loss = || {
+            let (x, y) = (p.narrow(1, 0, 1).unwrap(), p.narrow(1, 1, 1).unwrap());
+            let valley = ((y - x.sqr().unwrap()).unwrap().sqr().unwrap() * 100.0).unwrap();
+            (valley + (1.0 - x).unwrap().sqr().unwrap()).unwrap().sum_all().unwrap()
+        };
+        let first = scalar(&loss()).unwrap();
+        for step in 0..2000 {
+            opt.set_learning_rate(lr * (1.0 - f64::from(step) / 2000.0));
+            opt.backward_step(&loss()).unwrap();
+        }
+        let last = scalar(&loss()).unwrap();
+        assert!(last < 0.05 * first, "{name}: {first} to {last}");
+    }
+}
+
+#[test]
+fn learning_rate_zero_changes_no_weight() {
+    for (name, config) in rules() {
+        let (mut opt, vars) = optimizer(&config.with_lr(0.0), DType::F32);
+        let before: Vec<_> = vars.iter().map(|(_, var)| bits(var)).collect();
+        train(&mut opt, &vars, 1, 2);
+        let after: Vec<_> = vars.iter().map(|(_, var)| bits(var)).collect();
+        assert!(before == after, "{name}");
+    }
+}
+
+#[test]
+fn state_takes_the_bytes_that_are_promised() {
+    const N: usize = 64 * 1024;
+    let bytes = |config: &VelvetConfig, dtype| {
+        let vars = vec![("w".to_owned(), var(1, &[256, 256], dtype))];
+        Velvet::named(vars, config.clone()).unwrap().state_bytes()
+    };
+    let rule = |rule| VelvetConfig::default().with_rule(rule);
+    let (sgd, lion) = (rule(Rule::Sgd(Sgd::default())), rule(Rule::Lion(Lion::default())));
+    let rows = rule(Rule::Orthogonal(Orthogonal::default()));
+    let master = VelvetConfig::default().with_half_parameters(HalfParameters::Master);
+    for (config, f32, f64, bf16) in [
+        (VelvetConfig::default(), 8, 16, 8),
+        (master.clone(), 8, 16, 12),
+        (sgd.clone(), 4, 8, 4),
+        (lion, 4, 8, 4),
+    ] {
+        assert_eq!(bytes(&config, DType::F32), f32 * N);
+        assert_eq!(bytes(&config, DType::F64), f64 * N);
+        assert_eq!(bytes(&config, DType::BF16), bf16 * N);
+        assert_eq!(bytes(&config, DType::F16), bf16 * N);
+    }
+    assert_eq!(bytes(&rows, DType::F32), 4 * (N + 256)); // momentum, and one number a row
+    let quantised = |config: VelvetConfig| config.with_state_format(StateFormat::Blockwise8);
+    let block = 256 + 4; // bytes a block of 256 elements
+    assert_eq!(bytes(&quantised(VelvetConfig::default()), DType::F32), 2 * N / 256 * block);
+    assert_eq!(bytes(&quantised(master), DType::BF16), 2 * N / 256 * block + 4 * N);
+    assert_eq!(bytes(&quantised(sgd), DType::BF16), N / 256 * block);
+}
