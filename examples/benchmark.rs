@@ -14,12 +14,11 @@ use candle_nn::{AdamW, Optimizer as _, ParamsAdamW, VarMap};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use velvet_optim::{Velvet, VelvetConfig};
+use velvet_optim::{Schedule, Span, Velvet, VelvetConfig};
 use vesper_data::{BatchSampler, SamplerConfig};
 use vesper_examples::chart::{self, Line};
 use vesper_examples::data::Data;
 use vesper_examples::evaluate::held_out_loss;
-use vesper_examples::schedule::Schedule;
 use vesper_examples::settings::{Flags as TrainFlags, Settings};
 use vesper_examples::{device, files, runs, say};
 use vesper_model::{VesperConfig, VesperLM, trainable};
@@ -224,8 +223,8 @@ fn run(
             velvet = Some(Velvet::named(named, VelvetConfig::language_model(config.vocab_size).with_lr(lr))?);
         }
     }
-    let warmup = if arm == Arm::AdamW { 0.05 } else { 0.0 };
-    let schedule = Schedule { steps: settings.steps, warmup, decay: 0.9 };
+    let warm_up = Span::Fraction(if arm == Arm::AdamW { 0.05 } else { 0.0 });
+    let schedule = Schedule::Linear { warm_up, decay: Span::Fraction(0.9), end: 0.0 };
     let (mut optimizer_seconds, mut seconds) = (0.0, 0.0);
     let mut curve = Vec::new();
     for step in 1..=settings.steps {
@@ -238,11 +237,11 @@ fn run(
         let updating = Instant::now();
         if let Some(adamw) = &mut adamw {
             clip(&mut grads, &vars)?;
-            adamw.set_learning_rate(lr * schedule.scale(step));
+            adamw.set_learning_rate(schedule.lr(lr, step - 1, settings.steps));
             adamw.step(&grads)?;
         }
         if let Some(velvet) = &mut velvet {
-            velvet.set_learning_rate(lr * schedule.scale(step));
+            velvet.set_learning_rate(schedule.lr(lr, step - 1, settings.steps));
             velvet.observe(&loss)?;
             // A diverged run counts as lost, not as an error.
             if velvet.try_step(&grads).is_err() {

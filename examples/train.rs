@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::DType;
 use candle_nn::{Optimizer as _, VarMap};
 use clap::Parser;
-use velvet_optim::{EntropyLr, PerplexityMomentum, Velvet, VelvetConfig};
+use velvet_optim::{EntropyLr, PerplexityMomentum, Schedule, Span, Velvet, VelvetConfig};
 use vesper_data::{BatchSampler, SamplerConfig};
 use vesper_examples::checkpoint::{self, Checkpoint, State};
 use vesper_examples::data::Data;
@@ -19,7 +19,6 @@ use vesper_examples::evaluate::held_out_loss;
 use vesper_examples::interrupt::Interrupt;
 use vesper_examples::log::{Log, Record};
 use vesper_examples::progress::Progress;
-use vesper_examples::schedule::Schedule;
 use vesper_examples::settings::{Flags, Optimizer, Settings};
 use vesper_examples::summary::{Summary, describe};
 use vesper_examples::{INTERRUPTED, chart, device, export, files, printable, runs, say};
@@ -60,11 +59,11 @@ fn train(flags: &Flags) -> Result<ExitCode> {
 
     // The optimizer.
     let mut optimizer = Velvet::named(trainable(&config, &varmap)?, optimizer_config(&settings, &config))?;
-    let schedule = Schedule {
-        steps: settings.steps,
+    let schedule = Schedule::Linear {
         // Velvet's own warm-up follows the loss.
-        warmup: if settings.optimizer == Optimizer::Velvet { 0.0 } else { 0.05 },
-        decay: 0.9,
+        warm_up: Span::Fraction(if settings.optimizer == Optimizer::Velvet { 0.0 } else { 0.05 }),
+        decay: Span::Fraction(0.9),
+        end: 0.0,
     };
 
     // Where an earlier part of the run stopped.
@@ -93,7 +92,7 @@ fn train(flags: &Flags) -> Result<ExitCode> {
         if !value.is_finite() {
             bail!("{}: the loss is {value}", stop(step));
         }
-        optimizer.set_learning_rate(settings.lr * schedule.scale(step));
+        optimizer.set_learning_rate(schedule.lr(settings.lr, step - 1, settings.steps));
         optimizer.backward_step(&loss).with_context(|| stop(step))?;
         let elapsed = started.elapsed().as_secs_f64();
         seconds += elapsed;

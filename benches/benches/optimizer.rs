@@ -5,6 +5,9 @@
 //! cargo bench -p vesper-benches --bench optimizer
 //! ```
 //!
+//! `VESPER_BENCH_PEER` may name a command that measures another implementation, such as PyTorch's, on the same machine in the
+//! same run; what it prints goes into the record as it is.
+//!
 //! A whole run writes `benches/record/<machine>/<date>-optimizer.json`; the machine's name is that of its processor,
 //! or `VESPER_BENCH_MACHINE`. With `-- --test` everything runs once, on small tensors, and nothing is written.
 #![allow(missing_docs, reason = "criterion's macros write undocumented functions")]
@@ -19,7 +22,10 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use velvet_optim::{GradClip, NonFinite, Velvet, VelvetConfig};
+use velvet_optim::{
+    CautiousUpdate, GradClip, HalfParameters, Lion, NonFinite, Orthogonal, Rule, StateFormat, UpdateNorms,
+    Velvet, VelvetConfig,
+};
 
 /// The tensors of the small preset: 6 layers, width 384, feed-forward 1024, vocabulary 32064, tied embedding.
 fn shapes() -> Vec<Vec<usize>> {
@@ -32,11 +38,17 @@ fn shapes() -> Vec<Vec<usize>> {
 
 /// What is measured, by name; the bytes are those an f32 parameter must move, and `None` for candle, whose chain of
 /// operations moves several times what it must.
-const STEPS: [(&str, Option<f64>); 5] = [
+const STEPS: [(&str, Option<f64>); 11] = [
     ("velvet", Some(32.0)),
     ("velvet, clip 1.0", Some(32.0)),
     ("velvet, unchecked", Some(28.0)),
+    ("velvet, measured updates", Some(32.0)),
+    ("velvet, cautious update", Some(40.0)),
+    ("velvet, 8-bit state", Some(20.06)),
     ("velvet, bf16 parameters", Some(24.0)),
+    ("velvet, bf16 with masters", Some(30.0)),
+    ("velvet, lion", Some(24.0)),
+    ("velvet, orthogonal", None),
     ("candle AdamW", None),
 ];
 
@@ -75,6 +87,12 @@ fn optimizer(name: &str, vars: Vec<Var>) -> Result<Step> {
         }
         "velvet, clip 1.0" => base.with_clip(GradClip::GlobalNorm(1.0)),
         "velvet, unchecked" => base.with_non_finite(NonFinite::Unchecked),
+        "velvet, measured updates" => VelvetConfig { update_norms: UpdateNorms::On, ..base },
+        "velvet, cautious update" => VelvetConfig { cautious_update: CautiousUpdate::Aligned, ..base },
+        "velvet, 8-bit state" => base.with_state_format(StateFormat::Blockwise8),
+        "velvet, bf16 with masters" => base.with_half_parameters(HalfParameters::Master),
+        "velvet, lion" => base.with_rule(Rule::Lion(Lion::default())),
+        "velvet, orthogonal" => base.with_hidden_matrices(Rule::Orthogonal(Orthogonal::default())),
         _ => base,
     };
     let mut opt = Velvet::new(vars, config)?;
@@ -92,7 +110,7 @@ fn steps(c: &mut Criterion, shapes: &[Vec<usize>], medians: &mut Medians) -> Res
     group.sample_size(10).sampling_mode(SamplingMode::Flat).warm_up_time(Duration::from_millis(500));
     group.measurement_time(Duration::from_secs(4)).throughput(Throughput::Elements(parameters as u64));
     for (name, _) in STEPS {
-        let dtype = if name.ends_with("bf16 parameters") { DType::BF16 } else { DType::F32 };
+        let dtype = if name.contains("bf16") { DType::BF16 } else { DType::F32 };
         let model = Model::new(shapes, dtype)?;
         let mut step = optimizer(name, model.vars.clone())?;
         // The first step also touches the state's memory for the first time.
@@ -155,6 +173,8 @@ struct Record {
     parameters: usize,
     triad_gb_per_s: f64,
     rows: Vec<Row>,
+    /// What another implementation printed.
+    peer: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -191,7 +211,20 @@ fn record(medians: &Medians, parameters: usize, triad_elements: usize) -> Option
         parameters,
         triad_gb_per_s: triad,
         rows: STEPS.into_iter().map(row).collect::<Option<_>>()?,
+        peer: Vec::new(),
     })
+}
+
+/// Runs another implementation's benchmark.
+fn peer() -> std::result::Result<Vec<String>, Box<dyn Error>> {
+    let Ok(command) = std::env::var("VESPER_BENCH_PEER") else { return Ok(Vec::new()) };
+    let mut words = command.split_whitespace();
+    let Some(program) = words.next() else { return Ok(Vec::new()) };
+    let output = std::process::Command::new(program).args(words).output()?;
+    if !output.status.success() {
+        return Err(format!("{command}: {}", String::from_utf8_lossy(&output.stderr)).into());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
 }
 
 fn machine() -> String {
@@ -251,7 +284,8 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
         return Ok(());
     }
     let parameters = shapes.iter().map(|shape| shape.iter().product::<usize>()).sum();
-    let Some(record) = record(&medians, parameters, triad_elements) else { return Ok(()) };
+    let Some(mut record) = record(&medians, parameters, triad_elements) else { return Ok(()) };
+    record.peer = peer()?;
     println!(
         "\n{parameters} parameters, {} threads, triad {:.1} GB/s",
         record.threads, record.triad_gb_per_s
@@ -262,6 +296,9 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
             "{:<24} {:8.2} ms  {:6.1} x candle AdamW{share}",
             row.name, row.milliseconds, row.times_faster_than_candle_adamw
         );
+    }
+    for line in &record.peer {
+        println!("{line}");
     }
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("record").join(&record.machine);
     std::fs::create_dir_all(&folder)?;

@@ -12,7 +12,6 @@ pub mod interrupt;
 pub mod log;
 pub mod progress;
 pub mod runs;
-pub mod schedule;
 pub mod settings;
 pub mod summary;
 

@@ -230,6 +230,80 @@ fn an_update_goes_downhill_on_rosenbrock() {
     }
 }
 
+/// One block of a transformer without norms that learns to repeat the token before the last.
+struct Transformer {
+    vars: Vec<(String, Var)>,
+}
+
+impl Transformer {
+    const VOCAB: usize = 7;
+    const WIDTH: usize = 8;
+    const LEN: usize = 6;
+
+    fn new() -> Self {
+        let (v, d, t) = (Self::VOCAB, Self::WIDTH, Self::LEN);
+        let shapes: [(&str, [usize; 2]); 8] = [
+            ("embed.weight", [v, d]),
+            ("positions.embed", [t, d]),
+            ("q.weight", [d, d]),
+            ("k.weight", [d, d]),
+            ("v.weight", [d, d]),
+            ("up.weight", [4 * d, d]),
+            ("down.weight", [d, 4 * d]),
+            ("lm_head.weight", [v, d]),
+        ];
+        let var = |(i, (name, shape)): (usize, &(&str, [usize; 2]))| {
+            let t = (tensor(i as u64 + 1, shape, DType::F32) * 0.3).unwrap();
+            ((*name).to_owned(), Var::from_tensor(&t).unwrap())
+        };
+        Self { vars: shapes.iter().enumerate().map(var).collect() }
+    }
+
+    fn loss(&self, step: u64) -> Tensor {
+        let (b, t, d) = (16, Self::LEN, Self::WIDTH);
+        let w = |name: &str| self.vars.iter().find(|(n, _)| n == name).unwrap().1.as_tensor();
+        let noise = common::noise(step + 1, b * t);
+        let token = |x: f32| ((x + 1.0) / 2.0 * Self::VOCAB as f32) as u32 % Self::VOCAB as u32;
+        let ids: Vec<u32> = noise.into_iter().map(token).collect();
+        let targets: Vec<u32> = ids.chunks(t).map(|ids| ids[t - 2]).collect();
+        let ids = Tensor::from_vec(ids, b * t, &Device::Cpu).unwrap();
+        let x = w("embed.weight").index_select(&ids, 0).unwrap().reshape((b, t, d)).unwrap();
+        let x = x.broadcast_add(w("positions.embed")).unwrap();
+        let linear = |x: &Tensor, name: &str| x.broadcast_matmul(&w(name).t().unwrap()).unwrap();
+        let (q, k, v) = (linear(&x, "q.weight"), linear(&x, "k.weight"), linear(&x, "v.weight"));
+        let scores = (q.matmul(&k.t().unwrap()).unwrap() / (d as f64).sqrt()).unwrap(); // (b, t, t)
+        let x = (&x + candle_nn::ops::softmax(&scores, 2).unwrap().matmul(&v).unwrap()).unwrap();
+        let x = (&x + linear(&linear(&x, "up.weight").gelu().unwrap(), "down.weight")).unwrap();
+        let last = x.narrow(1, t - 1, 1).unwrap().squeeze(1).unwrap(); // (b, d)
+        let logits = last.matmul(&w("lm_head.weight").t().unwrap()).unwrap();
+        candle_nn::loss::cross_entropy(&logits, &Tensor::from_vec(targets, b, &Device::Cpu).unwrap()).unwrap()
+    }
+}
+
+#[test]
+fn every_rule_trains_a_small_transformer() {
+    for (name, config) in rules() {
+        let model = Transformer::new();
+        let lr = match name {
+            name if name.starts_with("sgd") => 0.3,
+            name if name.starts_with("lion") => 0.003,
+            name if name.starts_with("orthogonal") => 0.05,
+            _ => 0.01,
+        };
+        let mut opt =
+            Velvet::named(model.vars.clone(), VelvetConfig { weight_decay: 0.01, ..config.with_lr(lr) })
+                .unwrap();
+        let first = scalar(&model.loss(1_000_000)).unwrap();
+        for step in 0..400 {
+            opt.set_learning_rate(lr * (1.0 - step as f64 / 400.0));
+            opt.backward_step(&model.loss(step)).unwrap();
+            assert_eq!(opt.missing_gradients(), [""; 0], "{name}");
+        }
+        let last = scalar(&model.loss(1_000_000)).unwrap();
+        assert!(last < 0.6 * first, "{name}: {first} to {last}");
+    }
+}
+
 #[test]
 fn learning_rate_zero_changes_no_weight() {
     for (name, config) in rules() {

@@ -12,7 +12,8 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
 use clap::{Args, Parser};
 use vesper_benches::study::arm::Arm;
-use vesper_benches::study::plan::{self, Plan, Record, Study};
+use vesper_benches::study::plan::{Plan, Record, Study};
+use vesper_benches::study::report::report;
 use vesper_benches::study::task::Setting;
 use vesper_data::{Documents, TextTokenizer, TokenCache};
 use vesper_model::VesperConfig;
@@ -111,9 +112,8 @@ fn command(command: Command) -> Result<()> {
         Command::Run(run) => run.run(),
         Command::Report { record } => {
             let text = std::fs::read_to_string(&record).with_context(|| record.display().to_string())?;
-            let record: Record =
-                serde_json::from_str(&text).with_context(|| record.display().to_string())?;
-            print!("{}", plan::report(&record));
+            let record: Record = serde_json::from_str(&text).with_context(|| record.display().to_string())?;
+            print!("{}", report(&record));
             Ok(())
         }
     }
@@ -178,7 +178,7 @@ impl Run {
         };
         let limit = Duration::from_secs_f64(self.seconds.clamp(0.0, 1e9));
         let record = Study::new(&setting, record, &self.out, limit)?.run()?;
-        print!("\n{}", plan::report(&record));
+        print!("\n{}", report(&record));
         Ok(())
     }
 }

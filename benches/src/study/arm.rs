@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 use velvet_optim::{
-    Brake, CautiousUpdate, DecayMode, EntropyLr, Momentum, Orthogonal, PerplexityMomentum, PolyakCap, ProgressSignal,
-    RowMoment, Rule, TrustRegion, VelvetConfig,
+    Brake, CautiousUpdate, DecayMode, EntropyLr, Momentum, Orthogonal, PerplexityMomentum, PolyakCap,
+    ProgressSignal, RowMoment, Rule, TrustRegion, VelvetConfig,
 };
 
 /// One way to update a model.
@@ -91,7 +91,14 @@ impl Arm {
             Self::VelvetBySignal => match velvet.entropy_lr {
                 EntropyLr::WarmUp { initial_loss, margin, nats, floor, decay, .. } => {
                     let signal = ProgressSignal::Entropy;
-                    velvet.with_entropy_lr(EntropyLr::WarmUp { initial_loss, margin, nats, floor, decay, signal })
+                    velvet.with_entropy_lr(EntropyLr::WarmUp {
+                        initial_loss,
+                        margin,
+                        nats,
+                        floor,
+                        decay,
+                        signal,
+                    })
                 }
                 _ => velvet,
             },
