@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::matrix::{Into, Matrix, Threads, product};
 use super::real::{self, Real};
-use super::{Path, Rope, rope};
+use super::{Backend, Path, Rope, rope};
 
 /// Query rows handled at once: the scores in memory are `BLOCK x t` a thread, never `t x t`.
 const BLOCK: usize = 64;
@@ -37,8 +37,9 @@ impl Heads {
 /// ```
 ///
 /// The rotary embedding is applied inside when `positions` is given. The fused path keeps a block of rows of scores a
-/// thread, computes the scores again in the backward, and saves nothing but `qkv`; the backward gives the packed
-/// gradient in one tensor. Computed in f32 for f32, bf16 and f16, in f64 for f64.
+/// thread, computes the scores again in the backward, and saves nothing but `qkv` (on CUDA the rotated projection and
+/// the logarithm of each row's sum of exponentials); the backward gives the packed gradient in one tensor. Computed in
+/// f32 for f32, bf16 and f16, in f64 for f64; on CUDA the products of bf16 and f16 round the weights to the dtype.
 ///
 /// # Errors
 /// Shapes that do not fit the heads, or more rows than `positions` has.
@@ -63,8 +64,15 @@ pub fn causal_attention(qkv: &Tensor, heads: Heads, positions: Option<&Rope>, pa
         bail!("causal_attention: qkv of shape {:?} does not fit {heads:?}", qkv.shape());
     }
     let op = CausalAttention::new(heads, positions, t)?;
-    if path.fuses(qkv) {
-        return qkv.contiguous()?.apply_op1(op);
+    match path.backend(qkv) {
+        Backend::Cpu => return qkv.contiguous()?.apply_op1(op),
+        #[cfg(feature = "cuda")]
+        Backend::Cuda => {
+            if super::cuda::attention::supports(heads, qkv.dtype()) {
+                return super::cuda::attention::causal_attention(qkv, heads, positions);
+            }
+        }
+        Backend::Reference => {}
     }
     reference(qkv, heads, positions)
 }

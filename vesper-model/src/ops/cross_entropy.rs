@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::Path;
 use super::matrix::{Into, Matrix, Threads, product};
 use super::real::{self, Real};
+use super::{Backend, Path};
 
 /// At most this many logits are in memory at once (16 MiB in f32), but at least 64 rows.
 const LOGITS: usize = 4 << 20;
@@ -43,13 +43,14 @@ pub struct LossAndEntropy {
 /// dz = (p - onehot(target)) / rows    dhidden = dz weight    dweight = dz^T hidden
 /// ```
 ///
-/// The fused path works through the rows in blocks and keeps at most about 4 million logits at once; it
-/// computes both gradients in the forward pass, while the logits are at hand, and saves only them: `n d + vocab d`
-/// numbers instead of three times `n vocab`. Gradients are not computed for inputs that are not tracked.
-/// Accumulates in f32 for f32, bf16 and f16, in f64 for f64.
+/// The fused path works through the rows in blocks and keeps at most about 4 million logits (268 million on CUDA) at
+/// once; it computes both gradients in the forward pass, while the logits are at hand, and saves only them:
+/// `n d + vocab d` numbers instead of three times `n vocab`. Gradients are not computed for inputs that are not
+/// tracked. Accumulates in f32 for f32, bf16 and f16, in f64 for f64; on CUDA the logits are in the dtype.
 ///
 /// # Errors
-/// Shapes that do not fit, two dtypes, or a target outside the vocabulary that is not `ignore_index`.
+/// Shapes that do not fit, two dtypes, or a target outside the vocabulary that is not `ignore_index`. On CUDA such a
+/// target makes the loss NaN instead, because the host would have to wait for the answer.
 ///
 /// # Examples
 /// ```
@@ -82,8 +83,13 @@ pub fn linear_cross_entropy(
     if hidden.dtype() != weight.dtype() {
         bail!("linear_cross_entropy: hidden is {:?} and the weight {:?}", hidden.dtype(), weight.dtype());
     }
-    if !path.fuses(hidden) {
-        return reference(hidden, weight, targets, settings);
+    match path.backend(hidden) {
+        Backend::Cpu => {}
+        #[cfg(feature = "cuda")]
+        Backend::Cuda => {
+            return super::cuda::cross_entropy::linear_cross_entropy(hidden, weight, targets, settings);
+        }
+        Backend::Reference => return reference(hidden, weight, targets, settings),
     }
     let shared = Arc::new(Mutex::new(Saved::default()));
     let op = LinearCrossEntropy {

@@ -3,8 +3,8 @@
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::Path;
 use super::real::{self, Real};
+use super::{Backend, Path};
 
 /// Rows of a table.
 ///
@@ -17,7 +17,8 @@ use super::real::{self, Real};
 /// bits at any number of threads. Saves the ids.
 ///
 /// # Errors
-/// An id outside the table, ids that are not u32, u8 or i64, or a table that is not a floating-point matrix.
+/// An id outside the table, ids that are not u32, u8 or i64, or a table that is not a floating-point matrix. On CUDA
+/// an id outside the table gives a row of NaN instead, because the host would have to wait for the answer.
 ///
 /// # Examples
 /// ```
@@ -36,10 +37,11 @@ pub fn embedding(table: &Tensor, ids: &Tensor, path: Path) -> Result<Tensor> {
     let mut shape = ids.dims().to_vec();
     shape.push(d);
     let (table, ids) = (table.contiguous()?, ids.flatten_all()?);
-    let rows = if path.fuses(&table) {
-        table.apply_op2(&ids.contiguous()?, Gather)?
-    } else {
-        table.index_select(&ids, 0)?
+    let rows = match path.backend(&table) {
+        Backend::Cpu => table.apply_op2(&ids.contiguous()?, Gather)?,
+        #[cfg(feature = "cuda")]
+        Backend::Cuda => super::cuda::embedding::gather(&table, &ids)?,
+        Backend::Reference => table.index_select(&ids, 0)?,
     };
     rows.reshape(shape)
 }

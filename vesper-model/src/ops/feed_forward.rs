@@ -7,7 +7,7 @@ use era_act::Activation;
 
 use super::matrix::{times, times_transposed, transposed_times};
 use super::real::{self, Real};
-use super::{Path, linear};
+use super::{Backend, Path, linear};
 
 /// Gated feed-forward.
 ///
@@ -57,10 +57,20 @@ pub fn gated_feed_forward(
     if gate_up.dtype() != x.dtype() || down.dtype() != x.dtype() {
         bail!("gated_feed_forward: {:?}, {:?} and {:?}", x.dtype(), gate_up.dtype(), down.dtype());
     }
-    if path.fuses(x) {
-        let tracked = x.track_op() || gate_up.track_op() || down.track_op();
-        let op = GatedFeedForward { activation, d, ffn, out, tracked, saved: Arc::default() };
-        return x.contiguous()?.apply_op3(&gate_up.contiguous()?, &down.contiguous()?, op);
+    match path.backend(x) {
+        Backend::Cpu => {
+            let tracked = x.track_op() || gate_up.track_op() || down.track_op();
+            let op = GatedFeedForward { activation, d, ffn, out, tracked, saved: Arc::default() };
+            return x.contiguous()?.apply_op3(&gate_up.contiguous()?, &down.contiguous()?, op);
+        }
+        #[cfg(feature = "cuda")]
+        Backend::Cuda => {
+            use super::cuda::feed_forward::{Kind, gated_feed_forward};
+            if let Some(kind) = Kind::of(&activation) {
+                return gated_feed_forward(x, gate_up, down, kind);
+            }
+        }
+        Backend::Reference => {}
     }
     let packed = linear(x, gate_up, path)?;
     let inner = match path {

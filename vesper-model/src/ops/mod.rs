@@ -3,24 +3,30 @@
 //! Several of candle's fused operations cut the gradient without a word (`softmax_last_dim`, `rms_norm`, `layer_norm`,
 //! `rope`, ...). Every operation here has an exact backward. Each has two paths:
 //!
-//! - **fused**: one pass on the CPU, parallel and vectorised, with a hand-written backward;
+//! - **fused**: one pass, parallel and vectorised, with a hand-written backward, on the CPU and, with the feature
+//!   `cuda`, on CUDA;
 //! - **reference**: a composition of candle ops, which is the specification, runs on every device, and is what the
 //!   fused path is tested against.
 //!
-//! [`Path`] chooses; `Path::Fused` takes the reference where a fused kernel does not exist (today: off the CPU).
+//! [`Path`] chooses; `Path::Fused` takes the reference where a fused kernel does not exist: on CUDA for f64, and for
+//! attention with heads over 128. The CUDA kernels compute in f32, use no atomic additions of floats, and give the same
+//! bits each time. [`cuda_device`] opens a device that is set up for training.
 //!
 //! | operation | replaces | saves for the backward |
 //! |---|---|---|
 //! | [`linear`] | `x.matmul(&w.t()?)` | its inputs |
 //! | [`rms_norm`] | `candle_nn::ops::rms_norm` | its inputs |
-//! | [`causal_attention`] | narrow, rope, matmul, softmax, matmul | the packed projection |
-//! | [`self_attention`] | the above between its two projections | the packed projection and the output |
+//! | [`causal_attention`] | narrow, rope, matmul, softmax, matmul | the packed projection; on CUDA rotated, and a number a row and head |
+//! | [`self_attention`] | the above between its two projections | the same, and the attention's output |
 //! | [`gated_feed_forward`] | two products, an activation, a product | the packed product |
-//! | [`linear_cross_entropy`] | matmul and `candle_nn::loss::cross_entropy` | the two gradients |
+//! | [`linear_cross_entropy`] | matmul and `candle_nn::loss::cross_entropy` | the two gradients; on CUDA that of the weight in f32 |
 //! | [`embedding`] | `candle_nn::Embedding` | the ids |
 
 mod attention;
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod device;
 mod embedding;
 mod feed_forward;
 mod linear;
@@ -32,6 +38,7 @@ mod self_attention;
 
 pub use attention::{Heads, causal_attention};
 pub use cross_entropy::{CrossEntropy, LossAndEntropy, linear_cross_entropy};
+pub use device::{cuda_device, prepare_cuda_device};
 pub use embedding::embedding;
 pub use feed_forward::gated_feed_forward;
 pub use linear::linear;
@@ -51,11 +58,26 @@ pub enum Path {
     Reference,
 }
 
+/// Where an operation runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Backend {
+    /// The fused kernel on the CPU.
+    Cpu,
+    /// The fused kernels on CUDA.
+    #[cfg(feature = "cuda")]
+    Cuda,
+    /// The composition of candle ops.
+    Reference,
+}
+
 impl Path {
-    /// The one place that looks at a device: whether the fused CPU kernel runs on `x`.
-    fn fuses(self, x: &Tensor) -> bool {
-        self == Self::Fused
-            && matches!(x.device(), Device::Cpu)
-            && matches!(x.dtype(), DType::F32 | DType::F64 | DType::BF16 | DType::F16)
+    /// The one place that looks at a device: what runs an operation on `x`.
+    fn backend(self, x: &Tensor) -> Backend {
+        match (self, x.device(), x.dtype()) {
+            (Self::Fused, Device::Cpu, DType::F32 | DType::F64 | DType::BF16 | DType::F16) => Backend::Cpu,
+            #[cfg(feature = "cuda")]
+            (Self::Fused, Device::Cuda(_), dtype) if cuda::has_kernels(dtype) => Backend::Cuda,
+            _ => Backend::Reference,
+        }
     }
 }

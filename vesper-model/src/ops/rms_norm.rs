@@ -3,8 +3,8 @@
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::Path;
 use super::real::{self, Real};
+use super::{Backend, Path};
 
 /// Rows handled by one task; the gradient of the weight is summed a task at a time, in order.
 const ROWS: usize = 64;
@@ -43,8 +43,11 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64, path: Path) -> Result<Tensor> 
     if w.dtype() != x.dtype() {
         bail!("rms_norm: x is {:?} and the weight {:?}", x.dtype(), w.dtype());
     }
-    if path.fuses(x) {
-        return x.contiguous()?.apply_op2(&w.contiguous()?, RmsNorm { eps });
+    match path.backend(x) {
+        Backend::Cpu => return x.contiguous()?.apply_op2(&w.contiguous()?, RmsNorm { eps }),
+        #[cfg(feature = "cuda")]
+        Backend::Cuda => return super::cuda::rms_norm::rms_norm(x, w, eps),
+        Backend::Reference => {}
     }
     let dtype = x.dtype();
     let compute = if dtype == DType::F64 { DType::F64 } else { DType::F32 };

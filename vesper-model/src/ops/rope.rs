@@ -50,6 +50,18 @@ impl Rope {
         })
     }
 
+    /// cos on the device, (positions, head_dim / 2), f32.
+    #[cfg(feature = "cuda")]
+    pub(super) fn cos(&self) -> &Tensor {
+        &self.cos
+    }
+
+    /// sin on the device, (positions, head_dim / 2), f32.
+    #[cfg(feature = "cuda")]
+    pub(super) fn sin(&self) -> &Tensor {
+        &self.sin
+    }
+
     /// How many positions the table has.
     pub fn positions(&self) -> usize {
         self.positions

@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, b
 use super::attention::CausalAttention;
 use super::matrix::{times, times_transposed, transposed_times};
 use super::real::{self, Real};
-use super::{Heads, Path, Rope, causal_attention, linear};
+use super::{Backend, Heads, Path, Rope, causal_attention, linear};
 
 /// Causal self-attention with its two projections.
 ///
@@ -17,8 +17,8 @@ use super::{Heads, Path, Rope, causal_attention, linear};
 /// ```
 ///
 /// The same as [`linear`], [`causal_attention`], [`linear`] in one node of the graph: candle zeroes and adds a gradient
-/// for every edge between nodes. Saves `x`, the packed projection and the attention's output; the scores are computed
-/// again in the backward. Weights that are not tracked get no gradient.
+/// for every edge between nodes. Saves `x`, the packed projection (on CUDA rotated, with one number a row and head) and
+/// the attention's output; the scores are computed again in the backward. Weights that are not tracked get no gradient.
 ///
 /// # Errors
 /// Shapes or dtypes that do not fit, or more rows than `positions` has.
@@ -55,11 +55,20 @@ pub fn self_attention(
     if qkv.dtype() != x.dtype() || out.dtype() != x.dtype() {
         bail!("self_attention: {:?}, {:?} and {:?}", x.dtype(), qkv.dtype(), out.dtype());
     }
-    if path.fuses(x) {
-        let attention = CausalAttention::new(heads, positions, x.dim(1)?)?;
-        let tracked = x.track_op() || qkv.track_op() || out.track_op();
-        let op = SelfAttention { attention, tracked, saved: Arc::default() };
-        return x.contiguous()?.apply_op3(&qkv.contiguous()?, &out.contiguous()?, op);
+    let attention = CausalAttention::new(heads, positions, x.dim(1)?)?;
+    match path.backend(x) {
+        Backend::Cpu => {
+            let tracked = x.track_op() || qkv.track_op() || out.track_op();
+            let op = SelfAttention { attention, tracked, saved: Arc::default() };
+            return x.contiguous()?.apply_op3(&qkv.contiguous()?, &out.contiguous()?, op);
+        }
+        #[cfg(feature = "cuda")]
+        Backend::Cuda => {
+            if super::cuda::attention::supports(heads, x.dtype()) {
+                return super::cuda::self_attention::self_attention(x, qkv, out, heads, positions);
+            }
+        }
+        Backend::Reference => {}
     }
     let packed = linear(x, qkv, path)?;
     linear(&causal_attention(&packed, heads, positions, path)?, out, path)

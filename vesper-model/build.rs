@@ -1,0 +1,30 @@
+//! Compiles the CUDA kernels to PTX, where the feature `cuda` asks for them.
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rustc-check-cfg=cfg(tensor_cores)");
+    #[cfg(feature = "cuda")]
+    kernels();
+}
+
+#[cfg(feature = "cuda")]
+fn kernels() {
+    let directory = "src/ops/cuda";
+    let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default());
+    let built = cudaforge::KernelBuilder::new()
+        .source_dir(directory)
+        .watch(["common", "mma", "attention"].map(|stem| format!("{directory}/{stem}.cuh")))
+        .arg("-std=c++17")
+        .arg("-O3")
+        .build_ptx();
+    let written = built.and_then(|ptx| ptx.write(out.join("kernels.rs")));
+    if let Err(error) = written {
+        println!("cargo::error=the CUDA kernels of vesper-model do not build: {error}");
+        return;
+    }
+    // The attention kernels need 16-bit products, which came with compute capability 8.0.
+    match cudaforge::detect_compute_cap() {
+        Ok(arch) if arch.base() < 80 => {}
+        _ => println!("cargo::rustc-cfg=tensor_cores"),
+    }
+}

@@ -1,0 +1,197 @@
+// Softmax cross-entropy over rows of logits, with the gradient in their place.
+//
+//     loss = ln sum exp z - z[target]     entropy = ln sum exp z - sum p z     dz = (p - onehot(target)) * scale
+//
+// One block a row: a first pass finds the maximum, the sum of exponentials and the weighted sum together, rescaling
+// when the maximum moves; a second one, from the cache, writes the gradient.
+
+#include "common.cuh"
+
+constexpr int THREADS = 512;
+
+struct CrossEntropyParams {
+    uint32_t vocab;
+    uint32_t stride;  // between rows, a multiple of 8
+    uint32_t ignore;
+    uint32_t gradient;  // whether to write it
+    float scale;        // of the gradient
+};
+static_assert(sizeof(CrossEntropyParams) == 20, "the Rust side has the same layout");
+
+template <typename T> __device__ __forceinline__ float exponential(float x) {
+    return sizeof(T) == 2 ? __expf(x) : expf(x);
+}
+
+// top: the maximum so far; sum: of exp(z - top); weighted: of exp(z - top) (z - top)
+struct Online {
+    float top, sum, weighted;
+};
+
+template <typename T> __device__ __forceinline__ Online merge(Online a, Online b) {
+    const float top = fmaxf(a.top, b.top);
+    if (!(top > -INFINITY)) return {top, 0, 0};
+    Online out = {top, 0, 0};
+    if (a.sum > 0) {
+        const float shift = a.top - top, factor = exponential<T>(shift);
+        out.sum += a.sum * factor;
+        out.weighted += (a.weighted + a.sum * shift) * factor;
+    }
+    if (b.sum > 0) {
+        const float shift = b.top - top, factor = exponential<T>(shift);
+        out.sum += b.sum * factor;
+        out.weighted += (b.weighted + b.sum * shift) * factor;
+    }
+    return out;
+}
+
+template <typename T>
+__device__ void rows(T *z, const uint32_t *targets, float *losses, float *entropies, CrossEntropyParams p) {
+    constexpr int V = WIDE<T>;
+    __shared__ Online parts[THREADS / 32];
+    __shared__ Online whole;
+    const uint32_t row = blockIdx.x, target = targets[row];
+    T *const zr = z + (size_t)row * p.stride;
+    if (target == p.ignore) {
+        if (p.gradient)
+            for (uint32_t i = threadIdx.x; i < p.vocab; i += THREADS) zr[i] = from_float<T>(0);
+        if (threadIdx.x == 0) losses[row] = entropies[row] = 0;
+        return;
+    }
+    const float at_target = target < p.vocab ? to_float(zr[target]) : NAN;
+    Online mine = {-INFINITY, 0, 0};
+    const uint32_t whole_vectors = p.vocab / V;
+    for (uint32_t i = threadIdx.x; i <= whole_vectors; i += THREADS) {
+        float x[V];
+        float top = mine.top;
+        if (i < whole_vectors) {
+            const Vec<T, V> a = load<T, V>(zr + (size_t)i * V);
+#pragma unroll
+            for (int k = 0; k < V; k++) x[k] = to_float(a.v[k]);
+        } else {
+#pragma unroll
+            for (int k = 0; k < V; k++) {
+                const uint32_t at = i * V + k;
+                x[k] = at < p.vocab ? to_float(zr[at]) : -INFINITY;
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < V; k++) top = fmaxf(top, x[k]);
+        if (top > mine.top) {
+            if (mine.sum > 0) {
+                const float shift = mine.top - top, factor = exponential<T>(shift);
+                mine.weighted = (mine.weighted + mine.sum * shift) * factor;
+                mine.sum *= factor;
+            }
+            mine.top = top;
+        }
+#pragma unroll
+        for (int k = 0; k < V; k++) {
+            const float shifted = x[k] - mine.top, e = exponential<T>(shifted);
+            // minus infinity would give 0 * infinity
+            if (x[k] != -INFINITY) {
+                mine.sum += e;
+                mine.weighted += e * shifted;
+            }
+        }
+    }
+    for (int offset = 16; offset > 0; offset /= 2) {
+        Online other;
+        other.top = __shfl_xor_sync(0xffffffffu, mine.top, offset);
+        other.sum = __shfl_xor_sync(0xffffffffu, mine.sum, offset);
+        other.weighted = __shfl_xor_sync(0xffffffffu, mine.weighted, offset);
+        // The same order of the two in both lanes, so that both get the same bits.
+        mine = threadIdx.x & offset ? merge<T>(other, mine) : merge<T>(mine, other);
+    }
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = mine;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        Online all = parts[0];
+        for (int i = 1; i < THREADS / 32; i++) all = merge<T>(all, parts[i]);
+        whole = all;
+        const float log_sum = logf(all.sum);
+        losses[row] = log_sum - (at_target - all.top);
+        entropies[row] = log_sum - all.weighted / all.sum;
+    }
+    __syncthreads();
+    if (!p.gradient) return;
+    const float top = whole.top, factor = p.scale / whole.sum;
+    for (uint32_t i = threadIdx.x; i <= whole_vectors; i += THREADS) {
+        if (i < whole_vectors) {
+            Vec<T, V> a = load<T, V>(zr + (size_t)i * V);
+#pragma unroll
+            for (int k = 0; k < V; k++) {
+                const float hit = i * V + k == target ? p.scale : 0;
+                a.v[k] = from_float<T>(exponential<T>(to_float(a.v[k]) - top) * factor - hit);
+            }
+            store<T, V>(zr + (size_t)i * V, a);
+        } else {
+            for (uint32_t at = i * V; at < p.vocab; at++) {
+                const float hit = at == target ? p.scale : 0;
+                zr[at] = from_float<T>(exponential<T>(to_float(zr[at]) - top) * factor - hit);
+            }
+        }
+    }
+}
+
+// The mean loss, the mean entropy and the number of rows that count (1 if there is none); one block, in a fixed order.
+extern "C" __global__ void __launch_bounds__(1024)
+    cross_entropy_finish(const float *losses, const float *entropies, const uint32_t *targets, float *mean_loss,
+                         float *mean_entropy, float *counted, uint64_t n, uint32_t ignore) {
+    __shared__ double sums[3][1024];
+    double loss = 0, entropy = 0, count = 0;
+    for (uint64_t i = threadIdx.x; i < n; i += 1024) {
+        loss += losses[i];
+        entropy += entropies[i];
+        count += targets[i] != ignore;
+    }
+    sums[0][threadIdx.x] = loss;
+    sums[1][threadIdx.x] = entropy;
+    sums[2][threadIdx.x] = count;
+    __syncthreads();
+    for (int half = 512; half > 0; half /= 2) {
+        if (threadIdx.x < half)
+            for (int k = 0; k < 3; k++) sums[k][threadIdx.x] += sums[k][threadIdx.x + half];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) {
+        const double rows = sums[2][0] > 0 ? sums[2][0] : 1;
+        *mean_loss = (float)(sums[0][0] / rows);
+        *mean_entropy = (float)(sums[1][0] / rows);
+        *counted = (float)rows;
+    }
+}
+
+// out = in * dloss / count, both factors on the device: the host need not wait for them.
+template <typename S, typename T>
+__device__ void scale(const S *in, T *out, const float *dloss, const float *count, uint64_t n) {
+    const float factor = *dloss / *count;
+    constexpr int V = 16 / (sizeof(S) > sizeof(T) ? sizeof(S) : sizeof(T));
+    const uint64_t step = (uint64_t)gridDim.x * blockDim.x, vectors = n / V;
+    const uint64_t thread = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    for (uint64_t i = thread; i < vectors; i += step) {
+        const Vec<S, V> a = load<S, V>(in + i * V);
+        Vec<T, V> b;
+#pragma unroll
+        for (int k = 0; k < V; k++) b.v[k] = from_float<T>(to_float(a.v[k]) * factor);
+        store<T, V>(out + i * V, b);
+    }
+    for (uint64_t i = vectors * V + thread; i < n; i += step) out[i] = from_float<T>(to_float(in[i]) * factor);
+}
+
+#define KERNELS(T)                                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS) cross_entropy_rows_##T(                                      \
+        T *z, const uint32_t *targets, float *losses, float *entropies, CrossEntropyParams p) {                        \
+        rows<T>(z, targets, losses, entropies, p);                                                                     \
+    }                                                                                                                  \
+    extern "C" __global__ void cross_entropy_scale_##T(const T *in, T *out, const float *dloss, const float *count,    \
+                                                       uint64_t n) {                                                   \
+        scale<T, T>(in, out, dloss, count, n);                                                                         \
+    }                                                                                                                  \
+    extern "C" __global__ void cross_entropy_scale_f32_##T(const float *in, T *out, const float *dloss,                \
+                                                           const float *count, uint64_t n) {                           \
+        scale<float, T>(in, out, dloss, count, n);                                                                     \
+    }
+
+KERNELS(f32)
+KERNELS(bf16)
+KERNELS(f16)

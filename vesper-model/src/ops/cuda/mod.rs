@@ -1,0 +1,41 @@
+//! The CUDA back end: one file an operation, its kernels beside it in the `.cu` file of the same name.
+//!
+//! Everything runs on candle's own stream. Each function takes storages or tensors that are on one CUDA device and
+//! contiguous, of f32, bf16 or f16; the dispatch in `ops` sees to that.
+
+pub(super) mod attention;
+mod attention_backward;
+mod blas;
+pub(super) mod cross_entropy;
+pub(super) mod embedding;
+pub(super) mod feed_forward;
+mod launch;
+pub(super) mod rms_norm;
+mod rope;
+pub(super) mod self_attention;
+
+pub(super) use launch::has_kernels;
+
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::{result, sys};
+use candle_core::{CudaDevice, Result};
+
+/// See [`super::prepare_cuda_device`].
+pub(super) fn prepare(device: &CudaDevice) -> Result<()> {
+    // SAFETY: the events order work on several streams of one context. This device has one stream, or, opened by
+    // `Device::new_cuda`, the stream of the calling thread, for which the events are made but never waited on.
+    unsafe { device.disable_event_tracking() };
+    let stream = device.cuda_stream();
+    let mut keep = u64::MAX;
+    // SAFETY: the device handle is that of a live context, the pool is the device's own, and the attribute takes a
+    // 64-bit number, which is copied before the call returns.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(stream.context().cu_device()).w()?;
+        result::mem_pool::set_attribute(
+            pool,
+            sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+            std::ptr::from_mut(&mut keep).cast(),
+        )
+        .w()
+    }
+}

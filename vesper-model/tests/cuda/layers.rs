@@ -1,0 +1,198 @@
+use candle_core::{D, DType, Device, Tensor, Var};
+use era_act::{Activation, Era};
+use vesper_model::ops::{Path, embedding, gated_feed_forward, linear, rms_norm};
+
+use crate::common::{HALVES, error, gpu, ids, parity, random, same_bits, to_f64, value_and_gradients};
+
+const ACTIVATIONS: [Activation; 8] = [
+    Activation::Era(Era::GateEntropy { temperature: 1.0, strength: 0.1 }),
+    Activation::Era(Era::GateEntropy { temperature: 0.5, strength: -0.7 }),
+    Activation::Era(Era::GeluSoftplus { gamma: 0.1 }),
+    Activation::Silu,
+    Activation::GeluTanh,
+    Activation::Gelu,
+    Activation::Relu,
+    Activation::ReluSquared,
+];
+
+#[test]
+fn rms_norm_equals_its_reference() {
+    let Some((_lock, device)) = gpu("rms_norm_equals_its_reference") else { return };
+    // Rows that fit into registers, rows that do not, rows that do not divide into vectors.
+    let shapes =
+        [&[1, 1][..], &[3, 17], &[2, 5, 384], &[700, 768], &[33, 1024], &[9, 2048], &[4, 5000], &[3, 4099]];
+    for shape in shapes {
+        let inputs = [random(1, shape), random(2, &shape[shape.len() - 1..])];
+        parity(&format!("rms_norm {shape:?}"), &device, &inputs, |x, path| {
+            rms_norm(&x[0], &x[1], 1e-6, path)
+        });
+    }
+    let inputs = [random(1, &[48, 6]), random(2, &[48])];
+    parity("rms_norm strided", &device, &inputs, |x, path| rms_norm(&x[0].t()?, &x[1], 1e-6, path));
+    let inputs = [random(1, &[7, 3, 16]), random(2, &[16])];
+    parity("rms_norm offset", &device, &inputs, |x, path| {
+        rms_norm(&x[0].narrow(0, 1, 5)?, &x[1], 1e-6, path)
+    });
+    same_bits("rms_norm", &device, &[random(1, &[3000, 768]), random(2, &[768])], |x| {
+        rms_norm(&x[0], &x[1], 1e-6, Path::Fused)
+    });
+}
+
+#[test]
+fn embedding_equals_its_reference() {
+    let Some((_lock, device)) = gpu("embedding_equals_its_reference") else { return };
+    for (vocab, d, n) in [(1, 1, 1), (10, 8, 3000), (300, 40, 5), (70_000, 16, 2500), (32_005, 33, 4000)] {
+        let ids = ids(n, vocab).reshape((1, n)).unwrap();
+        parity(
+            &format!("embedding {vocab} {d} {n}"),
+            &device,
+            &[random(1, &[vocab as usize, d])],
+            |x, path| embedding(&x[0], &ids.to_device(x[0].device())?, path),
+        );
+    }
+    // One id everywhere, and every type of id.
+    for dtype in [DType::U8, DType::U32, DType::I64] {
+        let ids = Tensor::zeros(5000, DType::U32, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        parity(&format!("embedding, one id {dtype:?}"), &device, &[random(1, &[3, 24])], |x, path| {
+            embedding(&x[0], &ids.to_device(x[0].device())?, path)
+        });
+    }
+    let ids = ids(3000, 17).to_device(&device).unwrap();
+    same_bits("embedding", &device, &[random(1, &[17, 768])], |x| embedding(&x[0], &ids, Path::Fused));
+}
+
+#[test]
+fn an_id_outside_the_table_gives_nan_and_no_gradient() {
+    let Some((_lock, device)) = gpu("an_id_outside_the_table_gives_nan_and_no_gradient") else { return };
+    let table = Var::from_tensor(&Tensor::ones((300, 4), DType::F32, &device).unwrap()).unwrap();
+    let ids = Tensor::new(&[0u32, 300, 299, u32::MAX, 66_000], &device).unwrap();
+    let rows = embedding(table.as_tensor(), &ids, Path::Fused).unwrap();
+    let firsts = rows.narrow(1, 0, 1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert_eq!(firsts.iter().map(|v| v.is_nan()).collect::<Vec<_>>(), [false, true, false, true, true]);
+    let grads = rows.sum_all().unwrap().backward().unwrap();
+    let gradient = grads.get(&table).unwrap().sum(D::Minus1).unwrap().to_vec1::<f32>().unwrap();
+    assert_eq!((gradient[0], gradient[299], gradient.iter().sum::<f32>()), (4.0, 4.0, 8.0));
+}
+
+#[test]
+fn linear_equals_its_reference() {
+    let Some((_lock, device)) = gpu("linear_equals_its_reference") else { return };
+    for (shape, out) in [(&[1, 1][..], 1), (&[3, 17], 5), (&[2, 5, 33], 65)] {
+        let inputs = [random(1, shape), random(2, &[out, shape[shape.len() - 1]])];
+        parity("linear", &device, &inputs, |x, path| linear(&x[0], &x[1], path));
+    }
+}
+
+#[test]
+fn gated_feed_forward_equals_its_reference() {
+    let Some((_lock, device)) = gpu("gated_feed_forward_equals_its_reference") else { return };
+    for activation in ACTIVATIONS {
+        for (shape, ffn) in [(&[3, 8][..], 5), (&[2, 60, 16], 72)] {
+            let d = shape[shape.len() - 1];
+            let inputs =
+                [(random(1, shape) * 3.0).unwrap(), random(2, &[2 * ffn, d]), random(3, &[d + 1, ffn])];
+            let name = format!("feed-forward {activation} {shape:?}");
+            parity(&name, &device, &inputs, |x, path| {
+                gated_feed_forward(&x[0], &x[1], &x[2], activation, path)
+            });
+        }
+    }
+    let inputs = [random(1, &[16, 60, 2]), random(2, &[40, 16]), random(3, &[16, 20])];
+    parity("feed-forward strided", &device, &inputs, |x, path| {
+        gated_feed_forward(&x[0].transpose(0, 2)?, &x[1], &x[2], Activation::default(), path)
+    });
+    let inputs = [random(1, &[500, 64]), random(2, &[256, 64]), random(3, &[64, 128])];
+    same_bits("feed-forward", &device, &inputs, |x| {
+        gated_feed_forward(&x[0], &x[1], &x[2], Activation::default(), Path::Fused)
+    });
+}
+
+#[test]
+fn activations_keep_their_limits() {
+    let Some((_lock, device)) = gpu("activations_keep_their_limits") else { return };
+    let gates = [-1e4f64, -120.0, -90.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 90.0, 120.0, 1e4];
+    for activation in ACTIVATIONS {
+        // gate = x, up = 1, down = 1: the activation itself, and its slope.
+        let run = |dtype, device: &Device, path| {
+            let x: Vec<f64> = gates.iter().flat_map(|&g| [g, 1.0]).collect();
+            let x = Tensor::from_vec(x, (gates.len(), 2), &Device::Cpu).unwrap();
+            let gate_up = Tensor::new(&[[1f64, 0.0], [0.0, 1.0]], &Device::Cpu).unwrap();
+            let down = Tensor::new(&[[1f64]], &Device::Cpu).unwrap();
+            let (y, gradients) = value_and_gradients(&[x, gate_up, down], dtype, device, |x| {
+                gated_feed_forward(&x[0], &x[1], &x[2], activation, path)
+            })
+            .unwrap();
+            (y, gradients[0].narrow(1, 0, 1).unwrap())
+        };
+        let exact = run(DType::F64, &Device::Cpu, Path::Reference);
+        for (dtype, limit) in [(DType::F32, 2e-6), (DType::BF16, 6e-3)] {
+            let got = run(dtype, &device, Path::Fused);
+            for (what, got, exact) in [("value", &got.0, &exact.0), ("slope", &got.1, &exact.1)] {
+                let list = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+                for ((gate, got), exact) in gates.iter().zip(list(got)).zip(list(exact)) {
+                    let off = (got - exact).abs() / (1.0 + exact.abs());
+                    assert!(off < limit, "{activation} {dtype:?}: {what} at {gate} is {got}, not {exact}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn frozen_weights_get_no_gradient() {
+    let Some((_lock, device)) = gpu("frozen_weights_get_no_gradient") else { return };
+    for dtype in HALVES {
+        let var = |seed, shape: &[usize]| {
+            Var::from_tensor(&random(seed, shape).to_dtype(dtype).unwrap().to_device(&device).unwrap())
+                .unwrap()
+        };
+        let (x, w, gate_up, down) = (var(1, &[5, 16]), var(2, &[16]), var(3, &[48, 16]), var(4, &[16, 24]));
+        let n = rms_norm(x.as_tensor(), &w.as_tensor().detach(), 1e-6, Path::Fused).unwrap();
+        let y = gated_feed_forward(
+            &n,
+            &gate_up.as_tensor().detach(),
+            down.as_tensor(),
+            Activation::default(),
+            Path::Fused,
+        );
+        let grads = y.unwrap().sum_all().unwrap().backward().unwrap();
+        assert!(grads.get(&x).is_some() && grads.get(&down).is_some());
+        assert!(grads.get(&w).is_none() && grads.get(&gate_up).is_none());
+    }
+}
+
+#[test]
+fn no_rows_at_all_are_fine() {
+    let Some((_lock, device)) = gpu("no_rows_at_all_are_fine") else { return };
+    let some = random(1, &[2, 16]).to_dtype(DType::BF16).unwrap().to_device(&device).unwrap();
+    let none = some.narrow(0, 0, 0).unwrap();
+    let w = some.get(0).unwrap();
+    match rms_norm(&none, &w, 1e-6, Path::Fused) {
+        Ok(y) => assert_eq!(y.dims(), [0, 16]),
+        Err(error) => panic!("rms_norm: {error}"),
+    }
+    let gate_up = Tensor::ones((8, 16), DType::BF16, &device).unwrap();
+    let down = Tensor::ones((16, 4), DType::BF16, &device).unwrap();
+    match gated_feed_forward(&none, &gate_up, &down, Activation::default(), Path::Fused) {
+        Ok(y) => assert_eq!(y.dims(), [0, 16]),
+        Err(error) => panic!("gated_feed_forward: {error}"),
+    }
+    let ids = Tensor::new(&[0u32], &device).unwrap().narrow(0, 0, 0).unwrap();
+    match embedding(&some, &ids, Path::Fused) {
+        Ok(y) => assert_eq!(y.dims(), [0, 16]),
+        Err(error) => panic!("embedding: {error}"),
+    }
+}
+
+#[test]
+fn f64_runs_as_the_composition() {
+    let Some((_lock, device)) = gpu("f64_runs_as_the_composition") else { return };
+    let (x, w) = (random(1, &[5, 16]), random(2, &[16]));
+    let on = |device: &Device| {
+        to_f64(
+            &rms_norm(&x.to_device(device).unwrap(), &w.to_device(device).unwrap(), 1e-6, Path::Fused)
+                .unwrap(),
+        )
+    };
+    assert!(error(&on(&device), &on(&Device::Cpu)) < 1e-12);
+}

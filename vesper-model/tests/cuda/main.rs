@@ -1,0 +1,11 @@
+//! The CUDA kernels against the reference path in f64 on the CPU, and against candle's composition of ops in the same
+//! dtype on the same device. Each test passes over itself, by name, where there is no CUDA device.
+
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+mod attention;
+mod common;
+mod cross_entropy;
+mod layers;
+mod model;
