@@ -19,7 +19,7 @@ pub fn open(name: &str) -> Result<Device> {
     if !cfg!(feature = "cuda") {
         bail!("--device {name}: this program was built without CUDA; build it with --features cuda");
     }
-    Device::new_cuda(ordinal).with_context(|| format!("--device {name}"))
+    vesper_model::ops::cuda_device(ordinal).with_context(|| format!("--device {name}"))
 }
 
 #[cfg(test)]

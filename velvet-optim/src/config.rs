@@ -81,7 +81,7 @@ pub struct VelvetConfig {
     pub missing_gradients: MissingGradients,
     /// What to do about NaN or infinity in a gradient (default: an error before anything is written).
     pub non_finite: NonFinite,
-    /// Which implementation updates parameters on the CPU (default: the fused one).
+    /// Which implementation updates parameters (default: the fastest there is).
     pub backend: BackendChoice,
 }
 
@@ -237,7 +237,7 @@ impl VelvetConfig {
         self
     }
 
-    /// Sets the implementation used on the CPU.
+    /// Sets the implementation.
     #[must_use]
     pub fn with_backend(mut self, backend: BackendChoice) -> Self {
         self.backend = backend;

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ParamGroup {
-    /// Patterns for whole names: `*` is any text, `?` any character, `[ab]` one of these.
+    /// Patterns for whole names: `*` is any text, `?` any character, `[ab]` one of these (`**` and `{a,b}` have no meaning).
     pub names: Vec<String>,
     /// The rule (default: the one that the configuration gives to such a parameter).
     pub rule: Option<Rule>,

@@ -13,6 +13,7 @@ mod options;
 mod parameter;
 mod preset;
 mod quantised;
+mod resident;
 mod rounding;
 mod rule;
 mod schedule;

@@ -61,7 +61,7 @@ pub enum MissingGradients {
 #[non_exhaustive]
 pub enum NonFinite {
     /// The step is an error that names the parameters. The default: a run that diverged should stop while its
-    /// last checkpoint is good.
+    /// last checkpoint is good. On a GPU the error comes from a later call: see [`Velvet`](crate::Velvet).
     #[default]
     Error,
     /// The step is left out and counted in [`Stats::skipped`](crate::Stats::skipped): right for loss scaling,
@@ -136,7 +136,9 @@ pub enum StateFormat {
     #[default]
     Full,
     /// Blocks of 256 elements of 8 bits with one f32 scale: 1.016 bytes an element in place of 4. Parameters with fewer
-    /// than 4096 elements, f64 parameters and those with [`SparseRows::Skip`] keep full precision.
+    /// than 4096 elements, f64 parameters and those with [`SparseRows::Skip`] keep full precision, and so do parameters whose
+    /// update does not run in the fused pass on the CPU: under [`Rule::Orthogonal`](crate::Rule::Orthogonal), on a GPU, and with
+    /// [`BackendChoice::Plain`].
     Blockwise8,
 }
 
@@ -167,12 +169,13 @@ pub enum UpdateNorms {
     On,
 }
 
-/// Which implementation updates parameters on the CPU.
+/// Which implementation updates parameters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum BackendChoice {
-    /// The fastest there is for each parameter's device: the fused pass on the CPU, candle operations elsewhere.
+    /// The fastest there is for each parameter's device: the fused pass on the CPU; kernels on CUDA, with that feature and
+    /// where all trained parameters are on one device in f32, bf16 or f16; candle operations elsewhere.
     #[default]
     Auto,
     /// Plain candle operations on every device: the specification that the fused pass is tested against. Slow.

@@ -51,7 +51,8 @@ impl Slot {
         let dtype = dtype(param.dtype());
         let len = spec.shape.iter().product();
         let data = match place {
-            Place::Tensors if spec.name == MASTER => {
+            // Some devices refuse to convert nothing.
+            Place::Tensors if spec.name == MASTER && len > 0 => {
                 Data::Tensor(param.as_detached_tensor().to_dtype(dtype)?.copy()?)
             }
             Place::Tensors => Data::Tensor(Tensor::zeros(spec.shape.as_slice(), dtype, param.device())?),
@@ -68,6 +69,13 @@ impl Slot {
             Place::Host(_) => Data::F32(vec![0.0; len]),
         };
         Ok(Self { spec, data })
+    }
+
+    /// Keeps the array in full precision from now on.
+    pub(crate) fn widen(&mut self) {
+        if let Data::Blockwise(x) = &self.data {
+            self.data = Data::F32(x.to_vec());
+        }
     }
 
     pub(crate) fn is_on_host(&self) -> bool {

@@ -13,7 +13,6 @@ use crate::velvet::Velvet;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 use candle_nn::Optimizer;
-use std::collections::HashSet;
 
 /// A parameter's position and its gradient.
 type Found = (usize, Tensor);
@@ -23,18 +22,27 @@ impl Velvet {
     ///
     /// # Errors
     /// A gradient that does not fit its parameter, a learning rate that is not finite, and what the configuration
-    /// makes an error ([`MissingGradients`], [`NonFinite`]). Parameters and moments are then as they were.
+    /// makes an error ([`MissingGradients`], [`NonFinite`]). Parameters and moments are then as they were. On a GPU
+    /// [`NonFinite::Error`] is that of an earlier step, since when nothing was updated; this one was not taken.
     pub fn try_step(&mut self, grads: &GradStore) -> Result<()> {
-        let number = self.stats.step + 1;
+        self.raise_failure(false)?;
         if !(self.config.lr.is_finite() && self.config.lr >= 0.0) {
-            return Err(Error::LearningRate { step: number, lr: self.config.lr });
+            return Err(Error::LearningRate { step: self.number()?, lr: self.config.lr });
         }
         let found = self.find(grads)?;
         if self.config.missing_gradients == MissingGradients::Error && !self.missing.is_empty() {
-            return Err(Error::MissingGradients { step: number, names: self.missing_gradients() });
+            return Err(Error::MissingGradients { step: self.number()?, names: self.missing_gradients() });
         }
         self.report_missing();
         self.report_unobserved();
+        if let Some(resident) = &mut self.resident {
+            resident.step(&self.parameters, &self.config, &found)?;
+            return found
+                .iter()
+                .filter_map(|&(i, _)| self.parameters.get(i))
+                .try_for_each(Parameter::keep_masked);
+        }
+        let number = self.number()?;
         let Some(clip_scale) = self.measure(&found, number)? else {
             self.stats.skipped += 1;
             return Ok(());
@@ -43,10 +51,14 @@ impl Velvet {
         self.apply(found, clip_scale)
     }
 
+    /// The number of the next step: the first is 1.
+    fn number(&self) -> Result<u64> {
+        let stats = if self.resident.is_some() { self.snapshot()?.stats } else { self.stats };
+        Ok(stats.step + 1)
+    }
+
     /// The gradients of all parameters, checked; notes which are missing.
     fn find(&mut self, grads: &GradStore) -> Result<Vec<Found>> {
-        let storages: HashSet<usize> =
-            self.parameters.iter().map(|parameter| backend::storage_address(&parameter.var)).collect();
         let mut found = Vec::with_capacity(self.parameters.len());
         self.missing.clear();
         for (i, parameter) in self.parameters.iter().enumerate() {
@@ -54,7 +66,7 @@ impl Velvet {
                 continue;
             }
             match grads.get(&parameter.var) {
-                Some(grad) => found.push((i, parameter.prepare(grad, &storages)?)),
+                Some(grad) => found.push((i, parameter.prepare(grad, &self.storages)?)),
                 None => self.missing.push(i),
             }
         }
@@ -76,7 +88,10 @@ impl Velvet {
     }
 
     fn report_unobserved(&mut self) {
-        let seen = self.adaptive.averages().iter().any(Option::is_some);
+        let seen = match &self.resident {
+            Some(resident) => resident.has_observed(),
+            None => self.adaptive.averages().iter().any(Option::is_some),
+        };
         if self.config.observes() && !seen && !std::mem::replace(&mut self.unobserved_reported, true) {
             (self.warn)(
                 "an adaptive part is on and no loss was observed, so it does nothing: \
@@ -228,6 +243,10 @@ impl Optimizer for Velvet {
     /// Sets the base learning rate.
     fn set_learning_rate(&mut self, lr: f64) {
         self.config.lr = lr;
+        if let Some(resident) = &mut self.resident {
+            // A step sets it again where this failed, and can say so.
+            let _ = resident.set_learning_rate(lr);
+        }
     }
 
     /// Observes the loss, computes the gradients and takes a step.

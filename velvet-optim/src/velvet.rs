@@ -1,17 +1,17 @@
 //! [`Velvet`]: construction, observation, and what it tells.
 
 use crate::adaptive::Adaptive;
-use crate::backend;
+use crate::backend::{self, Resident};
 use crate::config::VelvetConfig;
 use crate::error::{Error, Result};
 use crate::group::{self, Training};
-use crate::options::GradClip;
+use crate::options::{GradClip, SparseRows};
 use crate::parameter::{self, Naming, Parameter};
 use crate::state::Slot;
 use crate::stats::Stats;
 use candle_core::{DType, Tensor, Var};
 use candle_nn::VarMap;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 type WarningHook = Box<dyn Fn(&str) + Send + Sync>;
 
@@ -30,6 +30,20 @@ type WarningHook = Box<dyn Fn(&str) + Send + Sync>;
 ///
 /// Other rules are chosen by [`VelvetConfig::rule`], [`VelvetConfig::hidden_matrices`] and
 /// [`VelvetConfig::groups`]; see [`Rule`](crate::Rule).
+///
+/// # On a GPU
+/// With the feature `cuda`, and all trained parameters on one CUDA device in f32, bf16 or f16, a step launches kernels and
+/// reads nothing back: losses that are tensors on that device are taken in there, and the learning rate, clipping, the
+/// adaptive parts and the counters live there. [`Velvet::stats`], [`Velvet::update_ratios`], [`Velvet::state`] and
+/// [`Velvet::save`] wait for the device. With [`NonFinite::Error`](crate::NonFinite::Error) a step that met NaN or infinity
+/// is left out on the device, and so are those after it; the error, with the number of that step and the names, is
+/// returned once, by the first later step that can know of it without waiting, and at the latest by `stats` or `save`.
+///
+/// Such a step can be captured in a CUDA graph: switch candle's event tracking off before the first tensor is made, take
+/// one step so that everything is allocated, and capture a step whose gradients and observed losses will lie at the same
+/// addresses in every replay. [`set_learning_rate`](candle_nn::Optimizer::set_learning_rate) between replays counts; numbers
+/// given to [`Velvet::observe_value`] in a capture are those of every replay; warnings and errors of the host's side
+/// come only from steps that were taken outside of the graph.
 ///
 /// The moments are f32 (f64 for f64 parameters), whatever the parameters' type. A parameter without a gradient
 /// keeps its value, moments and beta products, as in PyTorch. Variables of integers are left out.
@@ -52,8 +66,13 @@ pub struct Velvet {
     pub(crate) config: VelvetConfig,
     pub(crate) naming: Naming,
     pub(crate) parameters: Vec<Parameter>,
+    /// The addresses of the parameters' storages.
+    pub(crate) storages: HashSet<usize>,
     pub(crate) adaptive: Adaptive,
     pub(crate) stats: Stats,
+    /// Where all parameters are on one device that keeps the numbers of a step: `stats`, `adaptive` and those of the
+    /// parameters are then not up to date here.
+    pub(crate) resident: Option<Resident>,
     /// Positions of the parameters that had no gradient in the last step.
     pub(crate) missing: Vec<usize>,
     pub(crate) unobserved_reported: bool,
@@ -114,8 +133,9 @@ impl Velvet {
     fn build(vars: Vec<(String, Var)>, naming: Naming, config: VelvetConfig) -> Result<Self> {
         config.validate()?;
         let parameters = parameter::collect(vars, naming, &config)?;
-        Ok(Self {
+        let mut velvet = Self {
             naming,
+            storages: parameters.iter().map(|parameter| backend::storage_address(&parameter.var)).collect(),
             parameters,
             adaptive: Adaptive::new(&config, [None; 5]),
             stats: Stats {
@@ -129,11 +149,14 @@ impl Velvet {
                 skipped: 0,
                 ignored_losses: 0,
             },
+            resident: None,
             missing: Vec::new(),
             unobserved_reported: false,
             warn: Box::new(|message| eprintln!("velvet-optim: {message}")),
             config,
-        })
+        };
+        velvet.settle()?;
+        Ok(velvet)
     }
 
     /// Takes a training loss in, for the adaptive parts; call it once a step, before the step.
@@ -164,11 +187,20 @@ impl Velvet {
             }
         }
         if self.config.observes() {
+            let tensors = [Some(loss), entropy];
+            if let Some(resident) = &mut self.resident
+                && tensors.into_iter().flatten().all(|t| resident.holds(t))
+            {
+                let one = |t: &Tensor| t.detach().flatten_all();
+                let entropy = entropy.map(one).transpose()?;
+                return resident.observe(&self.config, &one(loss)?, entropy.as_ref());
+            }
             let value = |t: &Tensor| -> Result<f64> {
                 let value = t.detach().flatten_all()?.squeeze(0)?.to_device(&candle_core::Device::Cpu)?;
                 Ok(value.to_dtype(DType::F64)?.to_scalar()?)
             };
-            self.observe_values(value(loss)?, entropy.map(value).transpose()?);
+            let (loss, entropy) = (value(loss)?, entropy.map(value).transpose()?);
+            self.take_in(loss, entropy)?;
         }
         Ok(())
     }
@@ -182,10 +214,26 @@ impl Velvet {
 
     /// Takes a training loss and the mean entropy of the predictions in, both in nats.
     pub fn observe_values(&mut self, loss: f64, entropy: Option<f64>) {
-        if !loss.is_finite() {
-            self.stats.ignored_losses += 1;
+        if let Err(error) = self.take_in(loss, entropy) {
+            // A launch that fails says that the device is gone: the next step is the error.
+            (self.warn)(&format!("the loss was not observed: {error}"));
         }
-        self.adaptive.observe(loss, entropy);
+    }
+
+    fn take_in(&mut self, loss: f64, entropy: Option<f64>) -> Result<()> {
+        match &mut self.resident {
+            Some(resident) if self.config.observes() || !loss.is_finite() => {
+                resident.observe_values(&self.config, loss, entropy)?;
+            }
+            Some(_) => {}
+            None => {
+                if !loss.is_finite() {
+                    self.stats.ignored_losses += 1;
+                }
+                self.adaptive.observe(loss, entropy);
+            }
+        }
+        Ok(())
     }
 
     /// Figures of the last step, and counters.
@@ -193,7 +241,7 @@ impl Velvet {
     /// # Errors
     /// They are on a device that cannot be read.
     pub fn stats(&self) -> Result<Stats> {
-        Ok(self.stats)
+        Ok(self.snapshot()?.stats)
     }
 
     /// The size of the last update of each parameter relative to its weights (the ratio of their norms), by name;
@@ -202,8 +250,9 @@ impl Velvet {
     /// # Errors
     /// They are on a device that cannot be read.
     pub fn update_ratios(&self) -> Result<Vec<(String, f64)>> {
-        let ratio = |parameter: &Parameter| Some((parameter.name.clone(), parameter.size?.ratio));
-        Ok(self.parameters.iter().filter_map(ratio).collect())
+        let sizes = self.snapshot()?.sizes;
+        let named = self.parameters.iter().zip(sizes);
+        Ok(named.filter_map(|(parameter, size)| Some((parameter.name.clone(), size?.ratio))).collect())
     }
 
     /// The rule of each parameter, by name, and whether it is trained: what the heuristic and the groups made of the
@@ -262,6 +311,9 @@ impl Velvet {
             slot.zero_where(&mask)?;
         }
         parameter.mask = Some(mask);
+        if let Some(resident) = &mut self.resident {
+            resident.invalidate();
+        }
         Ok(())
     }
 
@@ -311,15 +363,19 @@ impl Velvet {
                 None
             });
         }
+        self.pull()?;
         for ((parameter, plan), fresh) in self.parameters.iter_mut().zip(plans).zip(fresh) {
             parameter.plan = plan;
+            if parameter.plan.sparse_rows == SparseRows::Skip {
+                parameter.slots.iter_mut().for_each(Slot::widen); // rows do not begin where blocks of 8 bits do
+            }
             if let Some(slots) = fresh {
                 (parameter.slots, parameter.beta_products, parameter.size) = (slots, [1.0; 2], None);
             }
         }
         self.adaptive = Adaptive::new(&config, self.adaptive.averages());
         self.config = config;
-        Ok(())
+        self.settle()
     }
 
     /// Sends warnings (one line each, without a newline) to a function in place of standard error.

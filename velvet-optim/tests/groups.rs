@@ -181,6 +181,17 @@ fn rows_without_a_gradient_keep_weights_and_moments() {
 }
 
 #[test]
+fn rows_can_be_left_out_from_the_middle_of_a_run_on() {
+    let vars = named(&[&[70, 65]], DType::F32);
+    let mut opt = Velvet::named(vars.clone(), config().with_state_format(StateFormat::Blockwise8)).unwrap();
+    train(&mut opt, &vars, 1, 2);
+    opt.set_config(VelvetConfig { sparse_rows: SparseRows::Skip, ..config() }).unwrap();
+    let before = bits(&vars[0].1.get(3).unwrap());
+    opt.try_step(&store([(&vars[0].1, rows(3, [70, 65], &[3]))])).unwrap();
+    assert_eq!(before, bits(&vars[0].1.get(3).unwrap()));
+}
+
+#[test]
 fn sparse_rows_have_the_same_bits_on_both_back_ends() {
     for dtype in [DType::F32, DType::BF16, DType::F64] {
         for half in [HalfParameters::Nearest, HalfParameters::Master] {

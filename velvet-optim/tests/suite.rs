@@ -263,7 +263,7 @@ impl Transformer {
         let (b, t, d) = (16, Self::LEN, Self::WIDTH);
         let w = |name: &str| self.vars.iter().find(|(n, _)| n == name).unwrap().1.as_tensor();
         let noise = common::noise(step + 1, b * t);
-        let token = |x: f32| ((x + 1.0) / 2.0 * Self::VOCAB as f32) as u32 % Self::VOCAB as u32;
+        let token = |x: f32| (x.mul_add(0.5, 0.5) * Self::VOCAB as f32) as u32 % Self::VOCAB as u32;
         let ids: Vec<u32> = noise.into_iter().map(token).collect();
         let targets: Vec<u32> = ids.chunks(t).map(|ids| ids[t - 2]).collect();
         let ids = Tensor::from_vec(ids, b * t, &Device::Cpu).unwrap();

@@ -133,7 +133,7 @@ impl Run {
     fn run(&self) -> Result<()> {
         let device = match self.device.as_str() {
             "cpu" => Device::Cpu,
-            "cuda" => Device::new_cuda(0)?,
+            "cuda" => vesper_model::ops::cuda_device(0)?,
             other => bail!("--device {other}: expected cpu or cuda"),
         };
         let tokens = TokenCache::open(&self.tokens)?.tokens();

@@ -37,7 +37,7 @@ pub enum Brake {
 }
 
 impl Brake {
-    /// The brake with the settings that were measured.
+    /// A brake from 0.1 nats on, over 1 nat, down to a tenth.
     pub fn gap() -> Self {
         Self::Gap { margin: 0.1, nats: 1.0, floor: 0.1, decay: 0.8 }
     }

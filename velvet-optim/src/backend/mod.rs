@@ -1,15 +1,25 @@
 //! Back ends: where the update of a parameter runs. This file is the only one that looks at a device.
 
+#[cfg(not(feature = "cuda"))]
+mod absent;
 mod chunk;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod element;
 mod fused;
 mod plain;
 mod sums;
 
+#[cfg(not(feature = "cuda"))]
+pub(crate) use absent::{Failure, Resident};
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::{Failure, Resident};
+
 use crate::config::VelvetConfig;
 use crate::error::Result;
 use crate::group::Plan;
 use crate::options::{BackendChoice, HalfParameters, SparseRows};
+use crate::resident::Snapshot;
 use crate::rule::{Rule, SlotKind, SlotSpec, Step};
 use crate::state::{MASTER, Place, Slot};
 use candle_core::{DType, Device, Tensor, Var};

@@ -3,7 +3,7 @@
 use super::Measured;
 use super::element::{BLOCK, Compute, Grad};
 
-/// Running sums: many, because the compiler takes a long row of sums for vectors and a short one for scalars.
+/// Running sums of squares: many, because the compiler takes a long row of sums for vectors and a short one for scalars.
 const LANES: usize = 128;
 
 /// The sum of squares of a gradient, in f64.
@@ -73,20 +73,24 @@ impl<F: Copy + Into<f64>> pulp::WithSimd for Change<'_, F> {
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, _: S) -> [f64; 3] {
         let mut sums = [[0f64; LANES]; 3];
-        for ((before, after), g) in
-            self.before.chunks(LANES).zip(self.after.chunks(LANES)).zip(self.g.chunks(LANES))
-        {
+        let ((before, before_tail), (after, after_tail), (g, g_tail)) =
+            (self.before.as_chunks::<LANES>(), self.after.as_chunks::<LANES>(), self.g.as_chunks::<LANES>());
+        for ((before, after), g) in before.iter().zip(after).zip(g) {
             let [changes, weights, descents] = &mut sums;
-            let lanes = changes.iter_mut().zip(weights).zip(descents);
-            for ((((change, weight), descent), (&before, &after)), &g) in
-                lanes.zip(before.iter().zip(after)).zip(g)
-            {
-                let (before, after, g): (f64, f64, f64) = (before.into(), after.into(), g.into());
+            for i in 0..LANES {
+                let (before, after, g): (f64, f64, f64) = (before[i].into(), after[i].into(), g[i].into());
                 let moved = before - after;
-                *change += moved * moved;
-                *weight += before * before;
-                *descent += g * moved;
+                changes[i] += moved * moved;
+                weights[i] += before * before;
+                descents[i] += g * moved;
             }
+        }
+        for (i, ((&before, &after), &g)) in before_tail.iter().zip(after_tail).zip(g_tail).enumerate() {
+            let (before, after, g): (f64, f64, f64) = (before.into(), after.into(), g.into());
+            let moved = before - after;
+            sums[0][i] += moved * moved;
+            sums[1][i] += before * before;
+            sums[2][i] += g * moved;
         }
         sums.map(|lanes| lanes.iter().sum())
     }

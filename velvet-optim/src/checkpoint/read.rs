@@ -100,7 +100,7 @@ impl Velvet {
             parameter.beta_products = products;
             parameter.size = size;
         }
-        Ok(())
+        self.settle()
     }
 
     /// For each parameter its row in the header.
@@ -340,7 +340,7 @@ impl Reader<'_> {
             }
             if name == MASTER {
                 let values =
-                    parameter.var.as_detached_tensor().to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+                    parameter.var.as_detached_tensor().to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
                 return slot.data_of(&Values::F32(values.flatten_all()?.to_vec1()?));
             }
             if entry.slots.is_empty() {

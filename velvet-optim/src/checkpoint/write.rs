@@ -4,6 +4,7 @@ use super::header::{self, Averages, Entry, Header, Last};
 use super::{FORMAT, HEADER_KEY, PRODUCTS_KEY, SIZES_KEY};
 use crate::error::{Error, Result};
 use crate::parameter::{self, Naming};
+use crate::resident::Snapshot;
 use crate::state::{self, Data, Slot};
 use crate::velvet::Velvet;
 use candle_core::{DType, Device};
@@ -46,9 +47,13 @@ impl Velvet {
         };
         let file = temporary(folder).map_err(io)?;
         let file = file.into_temp_path();
-        let failure = RefCell::new(None);
-        safetensors::serialize_to_file(self.entries(&failure), Some(self.metadata()?), &file)
-            .map_err(|error| io(into_io(error)))?;
+        let (failure, snapshot) = (RefCell::new(None), self.snapshot()?);
+        safetensors::serialize_to_file(
+            self.entries(&failure, &snapshot),
+            Some(self.metadata(&snapshot)?),
+            &file,
+        )
+        .map_err(|error| io(into_io(error)))?;
         if let Some(error) = failure.take() {
             return Err(Error::Candle(error));
         }
@@ -63,22 +68,21 @@ impl Velvet {
     /// # Errors
     /// A tensor cannot be read from its device.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let failure = RefCell::new(None);
+        let (failure, snapshot) = (RefCell::new(None), self.snapshot()?);
         let bytes =
-            safetensors::serialize(self.entries(&failure), Some(self.metadata()?)).map_err(|error| {
-                Error::StateFormat {
+            safetensors::serialize(self.entries(&failure, &snapshot), Some(self.metadata(&snapshot)?))
+                .map_err(|error| Error::StateFormat {
                     origin: "state bytes".to_owned(),
                     key: "header".to_owned(),
                     problem: error.to_string(),
-                }
-            })?;
+                })?;
         match failure.take() {
             Some(error) => Err(Error::Candle(error)),
             None => Ok(bytes),
         }
     }
 
-    fn entries<'a>(&'a self, failure: &'a Failure) -> Vec<(String, Array<'a>)> {
+    fn entries<'a>(&'a self, failure: &'a Failure, snapshot: &Snapshot) -> Vec<(String, Array<'a>)> {
         let mut entries = Vec::new();
         for parameter in &self.parameters {
             for slot in &parameter.slots {
@@ -114,8 +118,8 @@ impl Velvet {
             let (shape, source) = (vec![self.parameters.len(), columns], Source::Bytes(Cow::Owned(bytes)));
             entries.push((key.to_owned(), Array { dtype: Dtype::F64, shape, source, failure }));
         };
-        table(PRODUCTS_KEY, 2, self.parameters.iter().flat_map(|p| p.beta_products).collect());
-        let sizes = self.parameters.iter().flat_map(|parameter| match parameter.size {
+        table(PRODUCTS_KEY, 2, snapshot.products.as_flattened().to_vec());
+        let sizes = snapshot.sizes.iter().flat_map(|size| match size {
             Some(size) => [size.change, size.weight, size.ratio],
             None => [f64::NAN; 3],
         });
@@ -123,7 +127,7 @@ impl Velvet {
         entries
     }
 
-    fn metadata(&self) -> Result<HashMap<String, String>> {
+    fn metadata(&self, snapshot: &Snapshot) -> Result<HashMap<String, String>> {
         let parameters = self
             .parameters
             .iter()
@@ -142,21 +146,22 @@ impl Velvet {
             })
             .collect::<Result<_>>()?;
         let [entropy_lr, perplexity_momentum, brake, polyak_loss, polyak_rate] =
-            self.adaptive.averages().map(|average| average.map(header::Bits::from));
+            snapshot.averages.map(|average| average.map(header::Bits::from));
+        let stats = snapshot.stats;
         let header = Header {
             format: FORMAT,
-            step: self.stats.step,
-            skipped: self.stats.skipped,
-            ignored_losses: self.stats.ignored_losses,
+            step: stats.step,
+            skipped: stats.skipped,
+            ignored_losses: stats.ignored_losses,
             lr: self.config.lr.into(),
             averages: Averages { entropy_lr, perplexity_momentum, brake, polyak_loss, polyak_rate },
             last: Last {
-                grad_norm: self.stats.grad_norm.map(Into::into),
-                clip_scale: self.stats.clip_scale.into(),
-                lr: self.stats.lr.into(),
-                beta1: self.stats.beta1.into(),
-                progress: self.stats.progress.map(Into::into),
-                update_ratio: self.stats.update_ratio.map(Into::into),
+                grad_norm: stats.grad_norm.map(Into::into),
+                clip_scale: stats.clip_scale.into(),
+                lr: stats.lr.into(),
+                beta1: stats.beta1.into(),
+                progress: stats.progress.map(Into::into),
+                update_ratio: stats.update_ratio.map(Into::into),
             },
             naming: match self.naming {
                 Naming::Named => header::Naming::Named,

@@ -29,6 +29,8 @@ const ROW_EPS: f64 = 1e-8;
 /// tuned for AdamW carry over. Under [`PerplexityMomentum`](crate::PerplexityMomentum) the momentum moves from
 /// `early_momentum` to `momentum` with the model's progress.
 ///
+/// On the CPU the products are candle's: the same bits for any number of threads, but not on any processor.
+///
 /// Not for embeddings, heads, norms and biases: see
 /// [`VelvetConfig::hidden_matrices`](crate::VelvetConfig::hidden_matrices).
 ///

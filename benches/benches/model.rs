@@ -1,0 +1,357 @@
+//! Training steps of the presets, and each fused operation against the machine's ceilings, in one run.
+//!
+//! ```text
+//! cargo bench -p vesper-benches --features cuda --bench model -- [small medium large] [ops] [reference]
+//! ```
+//!
+//! On CUDA: batches of 32 rows of 1024 tokens, f32 parameters, activations in bf16; elsewhere 4 rows of 128 in f32. A
+//! step is forward, backward and Velvet with clipping at norm 1. `ops` measures the operations at the shapes of the
+//! medium preset, `reference` takes the compositions of candle ops.
+//!
+//! A run writes `benches/record/<machine>/<date>-model.json`, or the file that `VESPER_BENCH_RECORD` names; the
+//! machine's name is that of its GPU or its processor's architecture, or `VESPER_BENCH_MACHINE`. Lines that other
+//! programs printed in the same session are taken into the record from the file that `VESPER_BENCH_PEERS` names.
+//! Without `--bench`, which cargo bench passes, everything runs once on a tiny model and nothing is written.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::VarMap;
+use serde::Serialize;
+use velvet_optim::{GradClip, Optimizer, Velvet, VelvetConfig};
+use vesper_model::ops::{
+    CrossEntropy, Heads, Path, Rope, causal_attention, cuda_device, embedding, gated_feed_forward, linear,
+    linear_cross_entropy, rms_norm, self_attention,
+};
+use vesper_model::{VesperConfig, VesperLM, trainable};
+
+/// A preset's training.
+#[derive(Serialize)]
+struct Training {
+    preset: String,
+    parameters: usize,
+    batch: usize,
+    t: usize,
+    compute: String,
+    path: String,
+    tokens_per_s: f64,
+    step_ms: f64,
+    forward_ms: f64,
+    forward_and_backward_ms: f64,
+    first_loss: f32,
+    last_loss: f32,
+    /// In use on the device by everything that has run in this process.
+    memory_gib: Option<f64>,
+}
+
+/// An operation, and what it would take at the ceiling that bounds it.
+#[derive(Serialize)]
+struct Operation {
+    name: String,
+    path: String,
+    forward_ms: f64,
+    forward_at_ceiling_ms: f64,
+    backward_ms: f64,
+    backward_at_ceiling_ms: f64,
+}
+
+#[derive(Serialize, Default)]
+struct Record {
+    bench: &'static str,
+    date: String,
+    machine: String,
+    copy_tb_per_s: Option<f64>,
+    product_tflop_per_s: Option<f64>,
+    training: Vec<Training>,
+    operations: Vec<Operation>,
+    /// What other programs printed about themselves in the same session.
+    peers: Vec<String>,
+}
+
+/// How long and how often things are measured.
+#[derive(Clone, Copy)]
+struct Effort {
+    warm: usize,
+    runs: usize,
+    batch: usize,
+    t: usize,
+    compute: DType,
+    path: Path,
+}
+
+/// Median seconds of `f`, with the device idle before and after.
+fn clock(device: &Device, effort: Effort, mut f: impl FnMut() -> Result<()>) -> Result<f64> {
+    for _ in 0..effort.warm {
+        f()?;
+    }
+    device.synchronize()?;
+    let mut samples = Vec::with_capacity(effort.runs);
+    for _ in 0..effort.runs {
+        let start = Instant::now();
+        f()?;
+        device.synchronize()?;
+        samples.push(start.elapsed().as_secs_f64());
+    }
+    samples.sort_by(f64::total_cmp);
+    Ok(samples.get(samples.len() / 2).copied().unwrap_or(f64::NAN))
+}
+
+/// Memory in use on the device by everything that runs there, GiB; the allocator keeps what the peak needed.
+#[cfg(feature = "cuda")]
+fn memory(device: &Device) -> Option<f64> {
+    let Device::Cuda(device) = device else { return None };
+    device.cuda_stream().context().bind_to_thread().ok()?;
+    let (free, total) = candle_core::cuda_backend::cudarc::driver::result::mem_get_info().ok()?;
+    Some((total - free) as f64 / (1u64 << 30) as f64)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn memory(_: &Device) -> Option<f64> {
+    None
+}
+
+fn ids(n: usize, vocab: usize, device: &Device) -> Result<Tensor> {
+    let ids: Vec<u32> = (0..n as u32).map(|i| i.wrapping_mul(2_654_435_761) % vocab as u32).collect();
+    Tensor::from_vec(ids, n, device)
+}
+
+fn train(
+    name: &str,
+    config: &VesperConfig,
+    device: &Device,
+    effort: Effort,
+) -> std::result::Result<Training, Box<dyn Error>> {
+    let varmap = VarMap::new();
+    let model = VesperLM::initialize(config, &varmap, 42, DType::F32, device)?;
+    let model = model.with_compute_dtype(effort.compute).with_path(effort.path);
+    let settings = VelvetConfig::default().with_lr(1e-4).with_clip(GradClip::GlobalNorm(1.0));
+    let mut optimizer = Velvet::named(trainable(config, &varmap)?, settings)?;
+    let rows = ids(effort.batch * (effort.t + 1), config.vocab_size, device)?;
+    let rows = rows.reshape((effort.batch, effort.t + 1))?;
+    let (inputs, targets) = (rows.narrow(1, 0, effort.t)?, rows.narrow(1, 1, effort.t)?.contiguous()?);
+    let inputs = inputs.contiguous()?;
+    let loss = || model.loss(&inputs, &targets).map(|out| out.loss).map_err(candle_core::Error::from);
+    let first: f32 = loss()?.to_dtype(DType::F32)?.to_scalar()?;
+    let forward = clock(device, effort, || loss().map(drop))?;
+    let backward = clock(device, effort, || loss()?.backward().map(drop))?;
+    let step = clock(device, effort, || {
+        let grads = loss()?.backward()?;
+        optimizer.step(&grads)
+    })?;
+    let last: f32 = loss()?.to_dtype(DType::F32)?.to_scalar()?;
+    let row = Training {
+        preset: name.into(),
+        parameters: config.num_parameters(),
+        batch: effort.batch,
+        t: effort.t,
+        compute: format!("{:?}", effort.compute),
+        path: format!("{:?}", effort.path),
+        tokens_per_s: (effort.batch * effort.t) as f64 / step,
+        step_ms: step * 1e3,
+        forward_ms: forward * 1e3,
+        forward_and_backward_ms: backward * 1e3,
+        first_loss: first,
+        last_loss: last,
+        memory_gib: memory(device),
+    };
+    println!(
+        "train {name} {:.1} M B{} T{} {} {}: {:.0} tok/s; step {:.2} ms, forward {:.2}, forward and backward {:.2}; loss {first:.3} to {last:.3}; memory {}",
+        row.parameters as f64 / 1e6,
+        row.batch,
+        row.t,
+        row.compute,
+        row.path,
+        row.tokens_per_s,
+        row.step_ms,
+        row.forward_ms,
+        row.forward_and_backward_ms,
+        row.memory_gib.map_or("unknown".into(), |gib| format!("{gib:.2} GiB")),
+    );
+    Ok(row)
+}
+
+/// Bytes a second of a copy, and floating-point operations a second of a large product.
+fn ceilings(device: &Device, effort: Effort, n: usize) -> Result<(f64, f64)> {
+    let x = Tensor::zeros((n, n), effort.compute, device)?;
+    let many = Tensor::zeros(16 * n * n, DType::F32, device)?;
+    let copy = clock(device, effort, || many.copy().map(drop))?;
+    let product = clock(device, effort, || x.matmul(&x).map(drop))?;
+    let ceilings = (2.0 * 64.0 * (n * n) as f64 / copy, 2.0 * (n as f64).powi(3) / product);
+    println!(
+        "ceilings: copy {:.3} TB/s, {:?} product {:.1} TFLOP/s",
+        ceilings.0 / 1e12,
+        effort.compute,
+        ceilings.1 / 1e12
+    );
+    Ok(ceilings)
+}
+
+/// What bounds an operation: its work, in the unit of its ceiling.
+#[derive(Clone, Copy)]
+enum Bound {
+    Bytes(f64),
+    Flops(f64),
+}
+
+fn operations(
+    config: &VesperConfig,
+    device: &Device,
+    effort: Effort,
+    (copy, product): (f64, f64),
+) -> Result<Vec<Operation>> {
+    let mut measured = Vec::new();
+    let (batch, t, dtype, path) = (effort.batch, effort.t, effort.compute, effort.path);
+    let (rows, d, ffn, vocab) = (batch * t, config.hidden_size, config.intermediate_size, config.vocab_size);
+    let heads =
+        Heads { query: config.num_attention_heads, kv: config.num_key_value_heads, dim: config.head_dim };
+    let var = |shape: &[usize], dtype: DType| -> Result<Tensor> {
+        let x = Tensor::randn(0f32, 0.5, shape, device)?.to_dtype(dtype)?;
+        Ok(Var::from_tensor(&x)?.as_tensor().clone())
+    };
+    let mut report =
+        |name: &str, forward: Bound, backward: Bound, f: &dyn Fn() -> Result<Tensor>| -> Result<()> {
+            let seconds = clock(device, effort, || f().map(drop))?;
+            let both = clock(device, effort, || f()?.backward().map(drop))?;
+            let at_ceiling = |bound: Bound| match bound {
+                Bound::Bytes(bytes) => bytes / copy,
+                Bound::Flops(flops) => flops / product,
+            };
+            let row = Operation {
+                name: name.into(),
+                path: format!("{path:?}"),
+                forward_ms: seconds * 1e3,
+                forward_at_ceiling_ms: at_ceiling(forward) * 1e3,
+                backward_ms: (both - seconds) * 1e3,
+                backward_at_ceiling_ms: at_ceiling(backward) * 1e3,
+            };
+            println!(
+                "{name} {path:?}: forward {:.3} ms ({:.3} at the ceiling), backward {:.3} ms ({:.3})",
+                row.forward_ms, row.forward_at_ceiling_ms, row.backward_ms, row.backward_at_ceiling_ms
+            );
+            measured.push(row);
+            Ok(())
+        };
+    let (wide, size) = ((rows * d) as f64, dtype.size_in_bytes() as f64);
+    let (x, w) = (var(&[batch, t, d], dtype)?, var(&[d], dtype)?);
+    report("rms_norm", Bound::Bytes(2.0 * wide * size), Bound::Bytes(3.0 * wide * size), &|| {
+        rms_norm(&x, &w, 1e-6, path)
+    })?;
+    let (table, tokens) = (var(&[vocab, d], DType::F32)?, ids(rows, vocab, device)?);
+    let table_bytes = 4.0 * (vocab * d) as f64;
+    report("embedding", Bound::Bytes(8.0 * wide), Bound::Bytes(4.0 * wide + table_bytes), &|| {
+        embedding(&table, &tokens, path)
+    })?;
+    let square = var(&[d, d], dtype)?;
+    let flops = 2.0 * wide * d as f64;
+    report("linear", Bound::Flops(flops), Bound::Flops(2.0 * flops), &|| linear(&x, &square, path))?;
+    let (gate_up, down) = (var(&[2 * ffn, d], dtype)?, var(&[d, ffn], dtype)?);
+    let flops = 6.0 * wide * ffn as f64;
+    report("gated_feed_forward", Bound::Flops(flops), Bound::Flops(2.0 * flops), &|| {
+        gated_feed_forward(&x, &gate_up, &down, config.hidden_act, path)
+    })?;
+    let (packed, rope) = (var(&[batch, t, heads.packed()], dtype)?, Rope::new(heads.dim, t, 1e4, device)?);
+    let scores = (batch * heads.query * heads.dim) as f64 * (t * (t + 1)) as f64; // 2 products of half the square
+    report("causal_attention", Bound::Flops(2.0 * scores), Bound::Flops(5.0 * scores), &|| {
+        causal_attention(&packed, heads, Some(&rope), path)
+    })?;
+    let (qkv, out) = (var(&[heads.packed(), d], dtype)?, var(&[d, heads.query * heads.dim], dtype)?);
+    let flops = 2.0 * wide * (heads.packed() + heads.query * heads.dim) as f64;
+    report(
+        "self_attention",
+        Bound::Flops(flops + 2.0 * scores),
+        Bound::Flops(2.0 * flops + 5.0 * scores),
+        &|| self_attention(&x, &qkv, &out, heads, Some(&rope), path),
+    )?;
+    let (hidden, weight) = (var(&[rows, d], dtype)?, var(&[vocab, d], dtype)?);
+    let flops = 2.0 * wide * vocab as f64;
+    // All three products are in the forward.
+    report("linear_cross_entropy", Bound::Flops(3.0 * flops), Bound::Bytes(4.0 * wide), &|| {
+        Ok(linear_cross_entropy(&hidden, &weight, &tokens, CrossEntropy::default(), path)?.loss)
+    })?;
+    Ok(measured)
+}
+
+/// The GPU's name, or that of the processor's architecture, fit for a file.
+fn machine(device: &Device) -> String {
+    #[cfg(feature = "cuda")]
+    let gpu = match device {
+        Device::Cuda(device) => device.cuda_stream().context().name().ok(),
+        _ => None,
+    };
+    #[cfg(not(feature = "cuda"))]
+    let gpu = device.is_cuda().then(|| "cuda".to_owned());
+    let name = std::env::var("VESPER_BENCH_MACHINE").ok().or(gpu);
+    let name = name.unwrap_or_else(|| std::env::consts::ARCH.into());
+    name.to_lowercase().split(|c: char| !c.is_ascii_alphanumeric()).collect::<Vec<_>>().join("-")
+}
+
+/// Today in UTC, `yyyy-mm-dd`.
+fn today() -> String {
+    let days = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs() / 86_400);
+    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    let (mut year, mut day) = (1970, days);
+    while day >= 365 + u64::from(leap(year)) {
+        day -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let mut month = 1;
+    for length in [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
+        if day < length {
+            break;
+        }
+        day -= length;
+        month += 1;
+    }
+    format!("{year}-{month:02}-{:02}", day + 1)
+}
+
+fn main() -> std::result::Result<(), Box<dyn Error>> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let has = |word: &str| words.iter().any(|w| w == word);
+    let path = if has("reference") { Path::Reference } else { Path::Fused };
+    let device = cuda_device(0).unwrap_or(Device::Cpu);
+    if !has("--bench") {
+        let mut config = VesperConfig::preset("nano")?.with_vocab(100);
+        config.num_hidden_layers = 1;
+        let effort = Effort { warm: 0, runs: 1, batch: 1, t: 8, compute: DType::F32, path };
+        train("nano", &config, &device, effort)?;
+        let ceilings = ceilings(&device, effort, 64)?;
+        operations(&config, &device, effort, ceilings)?;
+        return Ok(());
+    }
+    let effort = match device {
+        Device::Cpu => Effort { warm: 1, runs: 3, batch: 4, t: 128, compute: DType::F32, path },
+        _ => Effort { warm: 3, runs: 11, batch: 32, t: 1024, compute: DType::BF16, path },
+    };
+    let (date, machine) = (today(), machine(&device));
+    let mut record =
+        Record { bench: "model", date: date.clone(), machine: machine.clone(), ..Record::default() };
+    let named: Vec<&str> = VesperConfig::PRESETS.into_iter().filter(|name| has(name)).collect();
+    for name in if named.is_empty() && !has("ops") { vec!["small"] } else { named } {
+        record.training.push(train(name, &VesperConfig::preset(name)?, &device, effort)?);
+    }
+    if has("ops") {
+        let ceilings = ceilings(&device, effort, if device.is_cpu() { 1024 } else { 8192 })?;
+        record.copy_tb_per_s = Some(ceilings.0 / 1e12);
+        record.product_tflop_per_s = Some(ceilings.1 / 1e12);
+        record.operations = operations(&VesperConfig::preset("medium")?, &device, effort, ceilings)?;
+    }
+    if let Ok(path) = std::env::var("VESPER_BENCH_PEERS") {
+        record.peers = std::fs::read_to_string(path)?.lines().map(str::to_owned).collect();
+    }
+    let path = std::env::var("VESPER_BENCH_RECORD").map_or_else(
+        |_| {
+            let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("record").join(&machine);
+            folder.join(format!("{date}-model.json"))
+        },
+        PathBuf::from,
+    );
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
+    println!("{}", path.display());
+    Ok(())
+}
