@@ -101,13 +101,26 @@ fn a_prompt_longer_than_the_context_is_refused() {
     assert!(line.contains(&format!("at most {}", limit - 1)), "{line}");
 }
 
+/// A finished run whose model does not end a text by itself, with other settings too.
+fn endless(settings: &[(&str, &str, u64)]) -> tempfile::TempDir {
+    let folder = copy(finished());
+    let no_token = ("generation_config.json", "eos_token_id", 1_000_000);
+    for &(file, key, value) in settings.iter().chain([&no_token]) {
+        let file = folder.path().join("run/model").join(file);
+        let mut settings = json(&file);
+        settings[key] = value.into();
+        std::fs::write(&file, settings.to_string()).unwrap();
+    }
+    folder
+}
+
 #[test]
 fn a_text_that_fills_the_context_ends() {
+    let folder = endless(&[]);
     let limit = json(&finished().join("run/model/config.json"))["max_position_embeddings"].as_u64().unwrap();
     let args = ["--model", "run", "--prompt", "the", "--max-tokens", "18446744073709551615"];
-    let output = output(command("chat", finished(), &args));
+    let output = output(command("chat", folder.path(), &args));
     assert_eq!(output.code, Some(0), "{output:?}");
-    // Either the model ends its text or the context does; here it is too untrained to end.
     assert!(output.stderr.contains(&format!("reads at most {limit} tokens")), "{}", output.stderr);
 }
 
@@ -159,17 +172,8 @@ fn a_model_that_is_meant_to_be_greedy_draws_when_asked_to() {
 #[cfg(target_os = "linux")]
 #[test]
 fn ctrl_c_stops_the_answer_and_not_the_program() {
-    // A model whose answers do not end by themselves before the signal comes, on however fast a machine.
-    let folder = copy(finished());
-    for (file, key, value) in [
-        ("config.json", "max_position_embeddings", 100_000),
-        ("generation_config.json", "eos_token_id", 1_000_000), // no token has this id
-    ] {
-        let file = folder.path().join("run/model").join(file);
-        let mut settings = json(&file);
-        settings[key] = value.into();
-        std::fs::write(&file, settings.to_string()).unwrap();
-    }
+    // So long that the signal comes before the end, on however fast a machine.
+    let folder = endless(&[("config.json", "max_position_embeddings", 100_000)]);
     let chat = command("chat", folder.path(), &[]);
     let line = format!("'{}' --model run --max-tokens 100000", chat.get_program().display());
     let mut script = std::process::Command::new("script");
