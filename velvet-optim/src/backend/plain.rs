@@ -6,6 +6,7 @@ use crate::rounding;
 use crate::rule::{OrthogonalStep, Step};
 use crate::state::{Data, MASTER, Slot, dtype};
 use candle_core::{D, DType, Device, Tensor};
+use rayon::prelude::*;
 
 /// A matrix whose direction waits to be orthogonalised together with all others of its shape.
 struct Matrix<'a> {
@@ -77,36 +78,52 @@ fn elementwise(job: &mut Job<'_>, p: &Tensor, g: &Tensor, state: &mut [Tensor]) 
 }
 
 /// Orthogonalises and applies all directions.
-fn orthogonal(mut left: Vec<Matrix<'_>>, measured: &mut [Measured]) -> Result<()> {
-    while let Some(first) = left.first() {
-        let (direction, options) = (first.direction.clone(), first.step.options);
-        let Products { dtype, batched } = super::products(direction.device(), direction.dtype());
-        let (mut batch, others): (Vec<_>, Vec<_>) = left.into_iter().partition(|m| {
-            batched
-                && m.direction.dims() == direction.dims()
+fn orthogonal(matrices: Vec<Matrix<'_>>, measured: &mut [Measured]) -> Result<()> {
+    let (mut together, alone): (Vec<_>, Vec<_>) = matrices
+        .into_iter()
+        .partition(|m| super::products(m.direction.device(), m.direction.dtype()).batched);
+    // One matrix a thread: small products do not fill several.
+    let done = alone.into_par_iter().map(|matrix| {
+        let dtype = super::products(matrix.direction.device(), matrix.direction.dtype()).dtype;
+        let o = matrix.step.orthogonalise(&matrix.direction, dtype)?;
+        Ok((matrix.at, matrix.apply(&o)?))
+    });
+    for (at, part) in done.collect::<Result<Vec<_>>>()? {
+        measured[at] = part;
+    }
+    while let Some(first) = together.first() {
+        let (direction, step) = (first.direction.clone(), first.step);
+        let Products { dtype, .. } = super::products(direction.device(), direction.dtype());
+        let (batch, others): (Vec<_>, Vec<_>) = together.into_iter().partition(|m| {
+            m.direction.dims() == direction.dims()
                 && m.direction.dtype() == direction.dtype()
                 && m.direction.device().same_device(direction.device())
-                && m.step.options == options
+                && m.step.options == step.options
         });
-        left = others;
-        if batch.is_empty() {
-            batch.push(left.remove(0));
-        }
-        let step = batch[0].step;
+        together = others;
         let stacked = Tensor::stack(&batch.iter().map(|m| &m.direction).collect::<Vec<_>>(), 0)?;
         let stacked = step.orthogonalise(&stacked, dtype)?;
-        for (i, mut matrix) in batch.into_iter().enumerate() {
-            let o = stacked.get(i)?;
-            let mut state = tensors(matrix.job.slots)?;
-            let end = state.len() - usize::from(has_master(matrix.job.slots));
-            let rest = state.get_mut(1..end).unwrap_or_default();
-            let new = matrix.step.apply(&as_matrix(&matrix.p)?, &o, rest)?.reshape(matrix.p.shape())?;
-            state.truncate(end);
-            store(matrix.job.slots, state);
-            finish(&mut matrix.job, &matrix.p, &matrix.g, &new, &mut measured[matrix.at])?;
+        for (i, matrix) in batch.into_iter().enumerate() {
+            let at = matrix.at;
+            measured[at] = matrix.apply(&stacked.get(i)?)?;
         }
     }
     Ok(())
+}
+
+impl Matrix<'_> {
+    /// Updates the parameter by its orthogonalised direction.
+    fn apply(mut self, o: &Tensor) -> Result<Measured> {
+        let mut state = tensors(self.job.slots)?;
+        let end = state.len() - usize::from(has_master(self.job.slots));
+        let rest = state.get_mut(1..end).unwrap_or_default();
+        let new = self.step.apply(&as_matrix(&self.p)?, o, rest)?.reshape(self.p.shape())?;
+        state.truncate(end);
+        store(self.job.slots, state);
+        let mut measured = Measured::default();
+        finish(&mut self.job, &self.p, &self.g, &new, &mut measured)?;
+        Ok(measured)
+    }
 }
 
 /// Writes the new parameter, and its master copy where there is one.
