@@ -5,6 +5,9 @@ use crate::error::Result;
 use serde::{Deserialize, Serialize};
 
 /// Whether updates are limited relative to the weights that they change.
+///
+/// Off by default: with AdamW and no warm-up it did in the book's study what a warm-up does, and softened learning rates that were
+/// too high; beside orthogonalised momentum it was not measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
