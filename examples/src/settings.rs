@@ -139,7 +139,7 @@ pub struct Settings {
 /// steps, batch, seq, lr of a size
 fn defaults(size: &str) -> (u64, usize, usize, f64) {
     match size {
-        "nano" => (1000, 8, 256, 5e-3),
+        "nano" => (900, 8, 256, 6e-3),
         "tiny" => (2000, 16, 256, 2e-3),
         "small" => (4000, 32, 512, 1e-3),
         "medium" => (10_000, 32, 1024, 6e-4),

@@ -1,0 +1,162 @@
+//! Rules over elements: the bits of the CPU, whatever the gradients look like.
+
+use super::*;
+
+#[test]
+fn updates_over_elements_have_the_bits_of_the_cpus() {
+    let Some(device) = gpu("updates_over_elements_have_the_bits_of_the_cpus") else { return };
+    let shapes: [&[usize]; 10] =
+        [&[0], &[1], &[7], &[1023], &[2, CHUNK], &[CHUNK + 3], &[3, 5, 7], &[2, 0, 4], &[], &[129, 257]];
+    let types = [
+        (DType::F32, DType::F32),
+        (DType::BF16, DType::BF16),
+        (DType::BF16, DType::F32),
+        (DType::F16, DType::F16),
+        (DType::F16, DType::F32),
+        (DType::F32, DType::BF16),
+        (DType::BF16, DType::F16),
+    ];
+    let mut failures = Vec::new();
+    for (name, config) in configs() {
+        for (dtype, grads) in types {
+            let [cpu, cuda] = both(&shapes, dtype, grads, &config, &device);
+            let mut different = differences(&cpu, &cuda);
+            different.extend(different_stats(&cpu, &cuda));
+            if !different.is_empty() {
+                let failure = format!("{name}, {dtype:?} with {grads:?}: {}", different.join("; "));
+                eprintln!("{failure}");
+                failures.push(failure);
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{} cases differ: {failures:?}", failures.len());
+}
+
+#[test]
+fn rows_without_a_gradient_keep_weights_and_moments() {
+    let Some(device) = gpu("rows_without_a_gradient_keep_weights_and_moments") else { return };
+    for (dtype, width) in [(DType::F32, 64), (DType::F32, 37), (DType::BF16, 64), (DType::BF16, 36)] {
+        let config =
+            VelvetConfig { sparse_rows: SparseRows::Skip, update_norms: UpdateNorms::On, ..config() };
+        let run = |device: &Device| {
+            let vars = named(&[&[1000, width]], dtype, device);
+            let mut opt = Velvet::named(vars.clone(), config.clone()).unwrap();
+            for step in 1..4u64 {
+                let mut g = noise(step, 1000 * width);
+                for (row, g) in g.chunks_mut(width).enumerate() {
+                    if (row as u64 + step).is_multiple_of(3) {
+                        g.fill(if row % 2 == 0 { 0.0 } else { -0.0 });
+                    }
+                }
+                let g = Tensor::from_vec(g, (1000, width), device).unwrap().to_dtype(dtype).unwrap();
+                opt.try_step(&store([(&vars[0].1, g)])).unwrap();
+            }
+            opt
+        };
+        let (cpu, cuda) = (run(&Device::Cpu), run(&device));
+        assert_eq!(differences(&cpu, &cuda), Vec::<String>::new(), "{dtype:?} {width}");
+        assert_eq!(different_stats(&cpu, &cuda), Vec::<String>::new(), "{dtype:?} {width}");
+    }
+}
+
+#[test]
+fn many_tiny_parameters_are_all_updated() {
+    let Some(device) = gpu("many_tiny_parameters_are_all_updated") else { return };
+    let shapes: Vec<Vec<usize>> = (0..2000).map(|i| vec![i % 13 + 1, i % 3 + 1]).collect();
+    let shapes: Vec<&[usize]> = shapes.iter().map(Vec::as_slice).collect();
+    let config = config().with_clip(GradClip::GlobalNorm(1.0));
+    let [cpu, cuda] = both(&shapes, DType::F32, DType::F32, &config, &device);
+    assert_eq!(differences(&cpu, &cuda), Vec::<String>::new());
+    assert_eq!(different_stats(&cpu, &cuda), Vec::<String>::new());
+}
+
+#[test]
+fn gradients_that_are_views_are_read_as_their_elements() {
+    let Some(device) = gpu("gradients_that_are_views_are_read_as_their_elements") else { return };
+    let run = |device: &Device| {
+        let base = on(&tensor(5, &[6, 40], DType::F32), device);
+        let views = [
+            base.t().unwrap(),
+            base.narrow(1, 3, 17).unwrap(),
+            base.narrow(0, 2, 2).unwrap(),
+            base.flatten_all().unwrap().narrow(0, 3, 101).unwrap(), // contiguous, but not at a multiple of 16 bytes
+            base.narrow(0, 1, 1).unwrap().broadcast_as((5, 40)).unwrap(),
+        ];
+        let shapes: Vec<Vec<usize>> = views.iter().map(|view| view.dims().to_vec()).collect();
+        let vars = named(&shapes.iter().map(Vec::as_slice).collect::<Vec<_>>(), DType::F32, device);
+        let mut opt = Velvet::named(vars.clone(), config().with_clip(GradClip::GlobalNorm(1.0))).unwrap();
+        for _ in 0..3 {
+            opt.try_step(&store(vars.iter().map(|(_, var)| var).zip(views.clone()))).unwrap();
+        }
+        opt
+    };
+    let (cpu, cuda) = (run(&Device::Cpu), run(&device));
+    assert_eq!(differences(&cpu, &cuda), Vec::<String>::new());
+}
+
+#[test]
+fn a_gradient_that_shares_a_parameters_storage_is_read_before_it_is_written() {
+    let Some(device) = gpu("a_gradient_that_shares_a_parameters_storage") else { return };
+    let run = |device: &Device| {
+        let vars = named(&[&[33], &[33]], DType::F32, device);
+        let mut opt = Velvet::named(vars.clone(), config()).unwrap();
+        let first = vars[0].1.as_detached_tensor();
+        opt.try_step(&store([(&vars[0].1, first.clone()), (&vars[1].1, first)])).unwrap();
+        opt
+    };
+    assert_eq!(differences(&run(&Device::Cpu), &run(&device)), Vec::<String>::new());
+}
+
+#[test]
+fn masked_elements_stay_zero() {
+    let Some(device) = gpu("masked_elements_stay_zero") else { return };
+    for rule in [Rule::AdamW, Rule::Orthogonal(Orthogonal::default())] {
+        let vars = named(&[&[16, 24]], DType::F32, &device);
+        let mut opt = Velvet::named(vars.clone(), config().with_rule(rule)).unwrap();
+        train(&mut opt, &vars, DType::F32, 1..3);
+        let mask: Vec<u8> = (0..16 * 24).map(|i| u8::from(i % 3 != 0)).collect();
+        let mask = Tensor::from_vec(mask, (16, 24), &device).unwrap();
+        opt.set_mask("w0", Some(&mask)).unwrap();
+        train(&mut opt, &vars, DType::F32, 3..6);
+        let weights = values(&vars[0].1);
+        assert!(weights.iter().enumerate().all(|(i, w)| (i % 3 == 0) == (*w == 0.0)), "{rule:?}");
+        if rule == Rule::AdamW {
+            let moments = values(&opt.state().unwrap()["w0.exp_avg"]);
+            assert!(moments.iter().enumerate().all(|(i, m)| (i % 3 == 0) == (*m == 0.0)));
+        }
+    }
+}
+
+#[test]
+fn f64_parameters_and_the_plain_back_end_work_on_the_device() {
+    let Some(device) = gpu("f64_parameters_and_the_plain_back_end_work_on_the_device") else { return };
+    for (dtype, backend) in [(DType::F64, BackendChoice::Auto), (DType::F32, BackendChoice::Plain)] {
+        let config = adaptive().with_backend(backend);
+        let [cpu, cuda] = both(&[&[100], &[40, 5]], dtype, dtype, &config, &device);
+        let (a, b) = (all(&cpu), all(&cuda));
+        for (name, a) in &a {
+            for (x, y) in values(a).iter().zip(values(&b[name])) {
+                assert!((x - y).abs() < 1e-6, "{dtype:?} {backend:?} {name}: {x} {y}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rosenbrock_is_minimised() {
+    let Some(device) = gpu("rosenbrock_is_minimised") else { return };
+    let start = |x: f32| Var::from_tensor(&Tensor::new(x, &device).unwrap()).unwrap();
+    let (x, y) = (start(-1.2), start(1.0));
+    let rosenbrock = || -> candle_core::Result<Tensor> {
+        let valley = (y.as_tensor() - x.sqr()?)?.sqr()?;
+        (1.0 - x.as_tensor())?.sqr()? + (valley * 100.0)?
+    };
+    let mut opt =
+        Velvet::new(vec![x.clone(), y.clone()], VelvetConfig { weight_decay: 0.0, ..config() }).unwrap();
+    for step in 0..2000 {
+        opt.set_learning_rate(0.1 * (1.0 - f64::from(step) / 2000.0));
+        opt.backward_step(&rosenbrock().unwrap()).unwrap();
+    }
+    let loss = values(&rosenbrock().unwrap())[0];
+    assert!(loss < 1e-3, "{loss}");
+}

@@ -1,0 +1,209 @@
+//! The CUDA back end against the CPU's. Without a CUDA device every test says so and passes.
+
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test stops there")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod elementwise;
+mod orthogonal;
+mod run;
+
+use candle_core::cuda_backend::cudarc::driver::sys;
+use candle_core::{DType, Device, Tensor, Var};
+use common::{bits, config, noise, record_warnings, store, tensor};
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+use velvet_optim::{
+    BackendChoice, Brake, CautiousUpdate, DecayMode, EntropyLr, Error, GradClip, HalfParameters, Lion,
+    Momentum, NonFinite, Optimizer, Orthogonal, ParamGroup, PerplexityMomentum, PolyakCap, ProgressSignal,
+    RowMoment, Rule, Sgd, SparseRows, Training, TrustRegion, UpdateNorms, Velvet, VelvetConfig,
+};
+
+type Named = Vec<(String, Var)>;
+
+/// Elements of a block of the kernels.
+const CHUNK: usize = 4096;
+
+/// One device, with a stream of its own, for all tests.
+fn gpu(test: &str) -> Option<Device> {
+    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    let device = DEVICE.get_or_init(|| Device::new_cuda_with_stream(0).ok()).clone();
+    if device.is_none() {
+        eprintln!("{test}: skipped, there is no CUDA device");
+    }
+    device
+}
+
+fn on(tensor: &Tensor, device: &Device) -> Tensor {
+    tensor.to_device(device).unwrap()
+}
+
+/// Variables `w0`, `w1`, ... with values that depend on shape and position alone.
+fn named(shapes: &[&[usize]], dtype: DType, device: &Device) -> Named {
+    let var = |i: usize, shape: &[usize]| {
+        Var::from_tensor(&on(&tensor(i as u64 + 1, shape, dtype), device)).unwrap()
+    };
+    shapes.iter().enumerate().map(|(i, shape)| (format!("w{i}"), var(i, shape))).collect()
+}
+
+fn gradient(step: u64, i: usize, shape: &[usize], dtype: DType) -> Tensor {
+    tensor(step * 1000 + i as u64, shape, DType::F32).to_dtype(dtype).unwrap()
+}
+
+/// Steps on gradients and losses that depend on the step's number alone.
+fn train(opt: &mut Velvet, vars: &Named, grads: DType, steps: std::ops::Range<u64>) {
+    for step in steps {
+        let loss = 9.0 / (1.0 + 0.02 * step as f64);
+        opt.observe_values(loss, Some(loss - 0.01 * step as f64));
+        let grads = vars
+            .iter()
+            .enumerate()
+            .map(|(i, (_, var))| (var, on(&gradient(step, i, var.dims(), grads), var.device())));
+        opt.try_step(&store(grads)).unwrap();
+    }
+}
+
+fn host(tensor: &Tensor) -> Tensor {
+    on(tensor, &Device::Cpu)
+}
+
+fn values(tensor: &Tensor) -> Vec<f64> {
+    host(tensor).to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Everything an optimizer holds, by name.
+fn all(opt: &Velvet) -> BTreeMap<String, Tensor> {
+    let mut all: BTreeMap<_, _> = opt.parameters().map(|(name, var)| (name.to_owned(), host(var))).collect();
+    all.extend(opt.state().unwrap());
+    all
+}
+
+/// Names of what differs in its bits, with how many elements and the largest distance.
+fn differences(a: &Velvet, b: &Velvet) -> Vec<String> {
+    let (a, b) = (all(a), all(b));
+    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+    let differs = |(name, x): (&String, &Tensor)| {
+        let y = &b[name];
+        let count = bits(x).iter().zip(bits(y)).filter(|(x, y)| **x != *y).count();
+        let far = values(x).iter().zip(values(y)).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
+        (count > 0).then(|| format!("{name}{:?}: {count} of {}, by up to {far:e}", x.dims(), x.elem_count()))
+    };
+    a.iter().filter_map(differs).collect()
+}
+
+fn close(a: Option<f64>, b: Option<f64>) -> bool {
+    match (a, b) {
+        (Some(a), Some(b)) => (a - b).abs() <= 1e-12 * a.abs().max(b.abs()).max(1e-300),
+        (a, b) => a == b,
+    }
+}
+
+/// What of the statistics differs by more than 1e-12 of itself.
+fn different_stats(a: &Velvet, b: &Velvet) -> Vec<String> {
+    let (x, y) = (a.stats().unwrap(), b.stats().unwrap());
+    let mut different = Vec::new();
+    for (name, x, y) in [
+        ("step", Some(x.step as f64), Some(y.step as f64)),
+        ("grad_norm", x.grad_norm, y.grad_norm),
+        ("clip_scale", Some(x.clip_scale), Some(y.clip_scale)),
+        ("lr", Some(x.lr), Some(y.lr)),
+        ("beta1", Some(x.beta1), Some(y.beta1)),
+        ("progress", x.progress, y.progress),
+        ("update_ratio", x.update_ratio, y.update_ratio),
+        ("skipped", Some(x.skipped as f64), Some(y.skipped as f64)),
+        ("ignored", Some(x.ignored_losses as f64), Some(y.ignored_losses as f64)),
+    ] {
+        if !close(x, y) {
+            different.push(format!("{name}: {x:?} {y:?}"));
+        }
+    }
+    for ((name, x), (_, y)) in a.update_ratios().unwrap().into_iter().zip(b.update_ratios().unwrap()) {
+        if !close(Some(x), Some(y)) {
+            different.push(format!("ratio of {name}: {x} {y}"));
+        }
+    }
+    different
+}
+
+/// The same run on the CPU and on the device.
+fn both(
+    shapes: &[&[usize]],
+    dtype: DType,
+    grads: DType,
+    config: &VelvetConfig,
+    device: &Device,
+) -> [Velvet; 2] {
+    [&Device::Cpu, device].map(|device| {
+        let vars = named(shapes, dtype, device);
+        let mut opt = Velvet::named(vars.clone(), config.clone()).unwrap();
+        train(&mut opt, &vars, grads, 1..6);
+        opt
+    })
+}
+
+fn adaptive() -> VelvetConfig {
+    VelvetConfig {
+        entropy_lr: EntropyLr::WarmUp {
+            initial_loss: 9.0,
+            margin: 0.05,
+            nats: 3.0,
+            floor: 0.02,
+            decay: 0.8,
+            signal: ProgressSignal::Entropy,
+        },
+        perplexity_momentum: PerplexityMomentum::progress(8192),
+        brake: Brake::Gap { margin: 0.01, nats: 1.0, floor: 0.1, decay: 0.8 },
+        polyak: PolyakCap::Cap { lower_bound: 0.0, factor: 0.1, decay: 0.9 },
+        trust_region: TrustRegion::Relative { max_ratio: 1e-3, weight_floor: 1e-3 },
+        clip: GradClip::GlobalNorm(0.5),
+        ..config()
+    }
+}
+
+/// Every rule whose elements do not depend on each other, with each of its options.
+fn configs() -> Vec<(&'static str, VelvetConfig)> {
+    let nesterov = VelvetConfig { momentum: Momentum::Nesterov, ..config() };
+    let cautious = VelvetConfig { cautious_update: CautiousUpdate::Aligned, ..config() };
+    let decay = VelvetConfig { decay_mode: DecayMode::Cautious, weight_decay: 0.1, ..config() };
+    let sgd = |form| Rule::Sgd(Sgd { momentum: 0.9, form });
+    vec![
+        ("adamw", config()),
+        ("adamw, unchecked", config().with_non_finite(NonFinite::Unchecked)),
+        ("adamw, clip", config().with_clip(GradClip::GlobalNorm(0.5))),
+        ("adamw, measured", VelvetConfig { update_norms: UpdateNorms::On, ..config() }),
+        ("adamw, Nesterov", nesterov.clone()),
+        ("adamw, cautious", cautious.clone()),
+        ("adamw, cautious Nesterov", VelvetConfig { momentum: Momentum::Nesterov, ..cautious }),
+        ("adamw, cautious decay", decay.clone()),
+        (
+            "adamw, everything",
+            VelvetConfig {
+                cautious_update: CautiousUpdate::Aligned,
+                momentum: Momentum::Nesterov,
+                ..decay.clone()
+            },
+        ),
+        ("adamw, adaptive", adaptive()),
+        ("adamw, sparse rows", VelvetConfig { sparse_rows: SparseRows::Skip, ..config() }),
+        ("adamw, stochastic", config().with_half_parameters(HalfParameters::Stochastic { seed: 7 })),
+        ("adamw, masters", config().with_half_parameters(HalfParameters::Master)),
+        ("sgd", config().with_rule(sgd(Momentum::Averaged))),
+        (
+            "sgd, Nesterov, clip",
+            config().with_rule(sgd(Momentum::Nesterov)).with_clip(GradClip::GlobalNorm(0.1)),
+        ),
+        (
+            "sgd, cautious decay, measured",
+            VelvetConfig {
+                update_norms: UpdateNorms::On,
+                ..decay.clone().with_rule(sgd(Momentum::Averaged))
+            },
+        ),
+        ("lion", config().with_rule(Rule::Lion(Lion::default()))),
+        (
+            "lion, cautious decay, masters",
+            decay.with_rule(Rule::Lion(Lion::default())).with_half_parameters(HalfParameters::Master),
+        ),
+    ]
+}
