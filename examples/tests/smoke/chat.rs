@@ -175,7 +175,8 @@ fn ctrl_c_stops_the_answer_and_not_the_program() {
     // So long that the signal comes before the end, on however fast a machine.
     let folder = endless(&[("config.json", "max_position_embeddings", 100_000)]);
     let chat = command("chat", folder.path(), &[]);
-    let line = format!("'{}' --model run --max-tokens 100000", chat.get_program().display());
+    // `exec`, because some shells take Ctrl-C for themselves too and then hide how the program ended.
+    let line = format!("exec '{}' --model run --max-tokens 100000", chat.get_program().display());
     let mut script = std::process::Command::new("script");
     script.args(["-qfec", &line, "/dev/null"]).current_dir(folder.path()).env("TERM", "xterm");
     let Ok(mut child) = script.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn() else {
