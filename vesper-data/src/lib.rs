@@ -12,7 +12,7 @@ pub mod tokens;
 pub use batch::{Batch, BatchSampler, EvalBatches, SamplerConfig, SamplerState};
 pub use cache::{CacheKey, CacheStatus, TokenCache};
 pub use error::{DataError, Result};
-pub use source::{Document, Documents};
+pub use source::{Document, Documents, Sources};
 pub use tokenizer::{Encoded, TextTokenizer};
 pub use tokens::Tokens;
 

@@ -155,7 +155,8 @@ fn a_build_that_fails_keeps_the_file_that_was_there() {
 #[test]
 fn unknown_tokens_are_counted_over_all_documents() {
     let folder = tempfile::tempdir().unwrap();
-    let documents = [(vec![1], 2), (vec![], 3)].map(|(ids, unknown)| Ok(Encoded { ids, unknown }));
+    let documents =
+        [(vec![1], 2), (vec![], 3)].map(|(ids, unknown)| Ok(Encoded { ids, unknown, loss: None }));
     let cache = TokenCache::build(folder.path().join("tokens.bin"), key(300), documents).unwrap();
     assert_eq!((cache.unknown_tokens(), cache.len(), cache.is_empty()), (5, 1, false));
 }

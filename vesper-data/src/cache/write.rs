@@ -31,7 +31,7 @@ where
     let mut ends = Vec::new();
     let mut unknown = 0_u64;
     for document in documents {
-        let Encoded { ids, unknown: missed } = document?.into();
+        let Encoded { ids, unknown: missed, loss: _ } = document?.into();
         if let Some(&id) = ids.iter().find(|&&id| u64::from(id) >= key.vocab_size) {
             return Err(DataError::TokenRange { id: id.into(), vocab_size: key.vocab_size });
         }

@@ -43,7 +43,7 @@ fn next_document(lines: &mut Lines) -> Result<Option<Document>> {
         if text.trim().is_empty() {
             continue;
         }
-        return Ok(Some(Document { text, path: lines.path().clone(), line: lines.number() }));
+        return Ok(Some(Document { text, path: lines.path().clone(), line: lines.number(), loss: None }));
     }
     Ok(None)
 }

@@ -5,10 +5,12 @@
 mod discover;
 mod jsonl;
 mod lines;
+mod sources;
 mod text;
 
 use std::io::Read;
 use std::iter::FusedIterator;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,6 +20,7 @@ use crate::error::{DataError, Result};
 use discover::SourceFile;
 
 pub use jsonl::Jsonl;
+pub use sources::Sources;
 pub use text::{PlainText, SEPARATOR};
 
 /// Every format, with the ones for which a file's extension is looked up first.
@@ -32,6 +35,9 @@ pub struct Document {
     pub path: Arc<Path>,
     /// The line of the file on which the document starts, from 1.
     pub line: u64,
+    /// The byte ranges of [`Document::text`] that the loss is taken over, in order and apart from each other;
+    /// `None`: all of it.
+    pub loss: Option<Vec<Range<usize>>>,
 }
 
 impl AsRef<str> for Document {

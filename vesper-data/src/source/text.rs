@@ -84,7 +84,7 @@ impl TextReader {
             self.after_separator = separator.is_some();
             if !text.trim().is_empty() {
                 let line = start.unwrap_or(1);
-                return Ok(Some(Document { text, path: self.lines.path().clone(), line }));
+                return Ok(Some(Document { text, path: self.lines.path().clone(), line, loss: None }));
             }
             if separator.is_none() {
                 return Ok(None);

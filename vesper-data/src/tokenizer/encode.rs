@@ -1,6 +1,7 @@
 //! Encoding many documents in parallel, in their order.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -21,11 +22,14 @@ pub struct Encoded {
     /// How many unknown tokens there are among them; with a BPE that has none and leaves out what it does not
     /// know, the bytes left out.
     pub unknown: u64,
+    /// The ranges of [`Encoded::ids`] that are targets of the loss, in order and apart from each other; `None`:
+    /// all of them.
+    pub loss: Option<Vec<Range<usize>>>,
 }
 
 impl From<Vec<u32>> for Encoded {
     fn from(ids: Vec<u32>) -> Self {
-        Self { ids, unknown: 0 }
+        Self { ids, unknown: 0, loss: None }
     }
 }
 

@@ -53,7 +53,7 @@ impl Loss {
             Self::Unknown(unknown) => ids.iter().filter(|&&id| id == unknown).count() as u64,
             Self::Dropped => uncovered(text, &encoding),
         };
-        Ok(Encoded { ids, unknown })
+        Ok(Encoded { ids, unknown, loss: None })
     }
 }
 
