@@ -91,6 +91,18 @@ impl Parameter {
 }
 
 impl Parameter {
+    /// Keeps the elements at zero from now on where `kept`, of the parameter's shape and u8, is 0.
+    pub(crate) fn set_mask(&mut self, kept: &Tensor) -> Result<()> {
+        let values = self.var.as_detached_tensor();
+        self.var.set(&kept.where_cond(&values, &values.zeros_like()?)?)?;
+        let mask = kept.to_dtype(self.var.dtype())?.contiguous()?;
+        for slot in &mut self.slots {
+            slot.zero_where(&mask)?;
+        }
+        self.mask = Some(mask);
+        Ok(())
+    }
+
     /// Sets masked elements to zero again after an update that mixes elements.
     pub(crate) fn keep_masked(&self) -> Result<()> {
         if let (Some(mask), Rule::Orthogonal(_)) = (&self.mask, self.plan.rule) {

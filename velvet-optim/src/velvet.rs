@@ -271,7 +271,7 @@ impl Velvet {
     ///
     /// Weights, moments and master copies of such elements are set to zero at once and have no gradient from then on; an
     /// element whose mask is not zero is trained whatever its value. The mask has the parameter's shape and any type. It
-    /// is not part of the saved state.
+    /// is part of the saved state.
     ///
     /// # Errors
     /// There is no such parameter, or the mask has another shape.
@@ -304,13 +304,7 @@ impl Velvet {
             });
         }
         let kept = mask.detach().to_device(var.device())?.ne(0.0)?;
-        let values = var.as_detached_tensor();
-        var.set(&kept.where_cond(&values, &values.zeros_like()?)?)?;
-        let mask = kept.to_dtype(var.dtype())?.contiguous()?;
-        for slot in &mut parameter.slots {
-            slot.zero_where(&mask)?;
-        }
-        parameter.mask = Some(mask);
+        parameter.set_mask(&kept)?;
         if let Some(resident) = &mut self.resident {
             resident.invalidate();
         }

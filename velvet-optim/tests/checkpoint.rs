@@ -65,6 +65,41 @@ fn a_state_moves_between_back_ends_and_parameter_types() {
 }
 
 #[test]
+fn masks_are_saved_and_a_resumed_run_keeps_them() {
+    let mask = |cut: usize| {
+        let kept: Vec<u8> = (0..7 * 13).map(|i| u8::from(i % cut != 0)).collect();
+        Tensor::from_vec(kept, (7, 13), &Device::Cpu).unwrap()
+    };
+    for dtype in [DType::F32, DType::BF16] {
+        let shapes: [&[usize]; 2] = [&[7, 13], &[5]];
+        let whole = named(&shapes, dtype);
+        let mut opt = Velvet::named(whole.clone(), adaptive()).unwrap();
+        let name = whole[0].0.as_str();
+        opt.set_mask(name, Some(&mask(3))).unwrap();
+        train(&mut opt, &whole, 1, 3);
+        let bytes = opt.to_bytes().unwrap();
+
+        let rest = copy(&whole);
+        let mut resumed = Velvet::named(rest.clone(), adaptive()).unwrap();
+        resumed.set_mask(name, Some(&mask(2))).unwrap(); // the saved one takes its place
+        for ((_, var), (_, saved)) in rest.iter().zip(&whole) {
+            var.set(saved.as_tensor()).unwrap();
+        }
+        resumed.load_bytes(&bytes).unwrap();
+        assert_eq!(all_bits(&resumed), all_bits(&opt));
+        train(&mut opt, &whole, 4, 3);
+        train(&mut resumed, &rest, 4, 3);
+        assert_eq!(all_bits(&resumed), all_bits(&opt));
+        let values = common::bits(&rest[0].1);
+        assert!(values.iter().enumerate().all(|(i, &x)| (x == 0) == (i % 3 == 0)), "{values:?}");
+
+        let others: [&[usize]; 2] = [&[13, 7], &[5]];
+        let mut other = Velvet::named(named(&others, dtype), adaptive()).unwrap();
+        assert!(other.load_bytes(&bytes).is_err());
+    }
+}
+
+#[test]
 fn equal_states_give_equal_bytes() {
     let make = || {
         let vars = named(&SHAPES, DType::F32);

@@ -1,7 +1,7 @@
 //! Reading the state. No byte of a file is trusted.
 
 use super::header::{Bits, Entry, Header, Naming as SavedNaming};
-use super::{FORMAT, HEADER_KEY, PRODUCTS_KEY, SIZES_KEY};
+use super::{FORMAT, HEADER_KEY, MASK, PRODUCTS_KEY, SIZES_KEY};
 use crate::adaptive::Adaptive;
 use crate::error::{Error, Result};
 use crate::parameter::{self, Naming, Parameter, UpdateSize};
@@ -10,7 +10,7 @@ use crate::rule::SlotKind;
 use crate::state::{self, Data, MASTER, Slot, Values};
 use crate::stats::Stats;
 use crate::velvet::Velvet;
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, SafeTensors};
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
@@ -26,7 +26,8 @@ impl Velvet {
     /// does not. An adaptive part that the saved run did not use starts anew. Parameters may be of another type or on
     /// another device than those of the saved run, and their state may be kept in another format: values are then
     /// converted. A parameter that was frozen in the saved run starts with an empty state, and a master copy that
-    /// it did not have is made from the parameter as it is now.
+    /// it did not have is made from the parameter as it is now. A saved mask takes the place of the parameter's own; a mask
+    /// that was set here and not in the saved run stays.
     ///
     /// Named parameters must have the saved names and shapes. Parameters without names (made by
     /// [`new`](candle_nn::Optimizer::new)) may be in another order than they were, as those of
@@ -65,7 +66,8 @@ impl Velvet {
                 header.parameters.get(row).ok_or_else(|| reader.format(HEADER, "too few parameters"))?;
             let products = *products.get(row).ok_or_else(|| reader.format(PRODUCTS_KEY, "too few rows"))?;
             let size = *sizes.get(row).ok_or_else(|| reader.format(SIZES_KEY, "too few rows"))?;
-            loaded.push((reader.slots(&tensors, entry, parameter)?, products, size));
+            let mask = reader.mask(&tensors, entry, parameter)?;
+            loaded.push((reader.slots(&tensors, entry, parameter)?, products, size, mask));
         }
         let average = |bits: Option<Bits>| bits.map(f64::from);
         let lr = reader.finite("lr", header.lr)?;
@@ -93,12 +95,15 @@ impl Velvet {
             ignored_losses: header.ignored_losses,
         };
         self.missing.clear();
-        for (parameter, (data, products, size)) in self.parameters.iter_mut().zip(loaded) {
+        for (parameter, (data, products, size, mask)) in self.parameters.iter_mut().zip(loaded) {
             for (slot, data) in parameter.slots.iter_mut().zip(data) {
                 slot.data = data;
             }
             parameter.beta_products = products;
             parameter.size = size;
+            if let Some(kept) = mask {
+                parameter.set_mask(&kept)?;
+            }
         }
         self.settle()
     }
@@ -328,6 +333,21 @@ impl Reader<'_> {
                 sound.then_some(UpdateSize { change, weight, ratio })
             })
             .collect())
+    }
+
+    /// The mask of a parameter, on its device, where it was saved with one.
+    fn mask(
+        &self,
+        tensors: &SafeTensors<'_>,
+        entry: &Entry,
+        parameter: &Parameter,
+    ) -> Result<Option<Tensor>> {
+        let key = format!("{}.{MASK}", entry.name);
+        if tensors.tensor(&key).is_err() {
+            return Ok(None);
+        }
+        let bytes = self.bytes(tensors, &key, &entry.shape, Dtype::U8)?;
+        Ok(Some(Tensor::from_slice(bytes, entry.shape.as_slice(), parameter.var.device())?))
     }
 
     /// The state arrays of a parameter, in its own order and formats.

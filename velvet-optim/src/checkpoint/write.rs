@@ -1,13 +1,13 @@
 //! Writing the state.
 
 use super::header::{self, Averages, Entry, Header, Last};
-use super::{FORMAT, HEADER_KEY, PRODUCTS_KEY, SIZES_KEY};
+use super::{FORMAT, HEADER_KEY, MASK, PRODUCTS_KEY, SIZES_KEY};
 use crate::error::{Error, Result};
 use crate::parameter::{self, Naming};
 use crate::resident::Snapshot;
 use crate::state::{self, Data, Slot};
 use crate::velvet::Velvet;
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, View};
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -112,6 +112,10 @@ impl Velvet {
                     }
                 }
             }
+            if let Some(mask) = &parameter.mask {
+                let (dtype, shape, source) = (Dtype::U8, mask.dims().to_vec(), Source::Mask(mask));
+                entries.push((format!("{}.{MASK}", parameter.name), Array { dtype, shape, source, failure }));
+            }
         }
         let mut table = |key: &str, columns: usize, values: Vec<f64>| {
             let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -183,6 +187,7 @@ type Failure = RefCell<Option<candle_core::Error>>;
 
 enum Source<'a> {
     Slot(&'a Slot),
+    Mask(&'a Tensor),
     Bytes(Cow<'a, [u8]>),
 }
 
@@ -201,6 +206,11 @@ fn bytes(slot: &Slot) -> candle_core::Result<Cow<'_, [u8]>> {
             })
         }
     })
+}
+
+/// A mask as one byte an element, 0 or 1.
+fn mask_bytes(mask: &Tensor) -> candle_core::Result<Cow<'static, [u8]>> {
+    Ok(Cow::Owned(mask.ne(0.0)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?))
 }
 
 /// An array as safetensors wants to see it. Data is fetched when it is written, so that one array at a time is
@@ -222,19 +232,22 @@ impl View for Array<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        match &self.source {
-            Source::Bytes(bytes) => Cow::Borrowed(bytes),
-            Source::Slot(slot) => bytes(slot).unwrap_or_else(|error| {
-                *self.failure.borrow_mut() = Some(error);
-                Cow::Borrowed(&[])
-            }),
-        }
+        let fetched = match &self.source {
+            Source::Bytes(bytes) => return Cow::Borrowed(bytes),
+            Source::Slot(slot) => bytes(slot),
+            Source::Mask(mask) => mask_bytes(mask),
+        };
+        fetched.unwrap_or_else(|error| {
+            *self.failure.borrow_mut() = Some(error);
+            Cow::Borrowed(&[])
+        })
     }
 
     fn data_len(&self) -> usize {
         match &self.source {
             Source::Bytes(bytes) => bytes.len(),
             Source::Slot(slot) => slot.bytes_held(),
+            Source::Mask(mask) => mask.elem_count(),
         }
     }
 }
