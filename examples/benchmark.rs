@@ -117,7 +117,7 @@ struct Report {
 }
 
 fn main() -> ExitCode {
-    vesper_examples::run(|| benchmark(&Flags::parse()))
+    vesper_examples::run(|| benchmark(&vesper_examples::flags()?))
 }
 
 fn benchmark(flags: &Flags) -> Result<ExitCode> {

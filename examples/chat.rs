@@ -57,7 +57,7 @@ Write the beginning of a text and press Enter; the model goes on from there. An 
   /help   /quit (or Ctrl-D).   Ctrl-C stops an answer.";
 
 fn main() -> ExitCode {
-    vesper_examples::run(|| chat(&Flags::parse()))
+    vesper_examples::run(|| chat(&vesper_examples::flags()?))
 }
 
 fn chat(flags: &Flags) -> Result<ExitCode> {

@@ -10,7 +10,6 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use candle_core::DType;
 use candle_nn::{Optimizer as _, VarMap};
-use clap::Parser;
 use velvet_optim::{EntropyLr, PerplexityMomentum, Schedule, Span, Velvet, VelvetConfig};
 use vesper_data::{BatchSampler, SamplerConfig};
 use vesper_examples::checkpoint::{self, Checkpoint, State};
@@ -30,7 +29,7 @@ const FINAL_EVAL_TOKENS: usize = 65_536;
 
 fn main() -> ExitCode {
     vesper_examples::leave_the_threads_to_the_fused_operations();
-    vesper_examples::run(|| train(&Flags::parse()))
+    vesper_examples::run(|| train(&vesper_examples::flags()?))
 }
 
 fn train(flags: &Flags) -> Result<ExitCode> {

@@ -71,6 +71,23 @@ pub fn run(example: impl FnOnce() -> anyhow::Result<ExitCode>) -> ExitCode {
     }
 }
 
+/// The flags of the command line. `--help` and `--version` are answered at once.
+///
+/// # Errors
+/// Names the flag that is wrong and what it can be, in one line.
+pub fn flags<F: clap::Parser>() -> anyhow::Result<F> {
+    F::try_parse().map_err(|error| {
+        if !error.use_stderr() {
+            error.exit();
+        }
+        let text = error.render().to_string();
+        // The usage and the hint at --help are left out.
+        let text = text.split("\n\nUsage:").next().unwrap_or_default();
+        let text = text.split("\n\nFor more information").next().unwrap_or_default();
+        anyhow::anyhow!("{}", text.trim_start_matches("error: ").to_owned())
+    })
+}
+
 /// An error and its causes in one line, each cause once.
 fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
