@@ -133,6 +133,7 @@ impl<'a, M: NextLogits + ?Sized> Generator<'a, M> {
         if tokens.len() > limit {
             return Err(ModelError::SequenceTooLong { got: tokens.len(), limit });
         }
+        let sampler = sampler.with_prompt(tokens.len());
         Ok(Self {
             model,
             sampler,

@@ -4,23 +4,31 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::GenerationConfig;
+use super::processor::{self, History, LogitsProcessor};
 use crate::{ModelError, Result};
 
 /// Chooses tokens by the settings of a [`GenerationConfig`], reproducibly by its seed.
 ///
-/// The steps, in Hugging Face's order, for logits `l` of `(vocab,)`:
+/// The steps, in Hugging Face's order, for logits `l` of `(vocab,)`, each a [`LogitsProcessor`]:
 ///
 /// ```text
-/// repetition penalty  l_i <- l_i / r  if l_i > 0, else l_i * r     for every distinct i of the history
-/// greedy              argmax l, the lowest id among equals           (if so configured: ends here)
-/// temperature         w_i = exp((l_i - max l) / T)
-/// top-k               keeps the k largest l, lower ids first among equals
-/// top-p               keeps the smallest set of the largest w with sum(set) >= p * sum(kept by top-k)
-/// draw                P(i) = w_i / sum(w)                            over the tokens that are left
+/// RepetitionPenalty   l_i <- l_i / r  if l_i > 0, else l_i * r     for every distinct i of the history
+/// FrequencyPenalty    l_i <- l_i - f * count_i - p                 for every i that was generated
+/// NoRepeatNgram       excludes what would repeat n tokens
+/// BadWords            excludes the end of each unwanted sequence
+/// MinNewTokens        excludes the end of the text
+/// ForcedPrefix        leaves one token at the beginning of an answer
+/// one's own           with_processor, in their order
+/// greedy              argmax l, the lowest id among equals         (if so configured: ends here)
+/// Temperature         l_i <- (l_i - max l) / T
+/// TopK                keeps the k largest l, lower ids first among equals
+/// TopP                keeps the smallest set of the largest P with sum(set) >= p
+/// MinP                keeps P(i) >= p * max P
+/// Typical             keeps the P(i) whose surprise is nearest to the entropy
+/// draw                P(i) = exp(l_i) / sum(exp(l))                over the tokens that are left
 /// ```
 ///
-/// The weights are computed in f64. Subtracting the maximum before dividing keeps any temperature, however
-/// small, from overflowing. One draw takes one number of a ChaCha8 stream, whatever the settings.
+/// Probabilities are computed in f64. One draw takes one number of a ChaCha8 stream, whatever the settings.
 ///
 /// # Examples
 /// ```
@@ -36,28 +44,16 @@ use crate::{ModelError, Result};
 /// ```
 ///
 /// # References
-/// Repetition penalty: Keskar et al. 2019, [arXiv:1909.05858](https://arxiv.org/abs/1909.05858).
-/// Top-p: Holtzman et al. 2019, [arXiv:1904.09751](https://arxiv.org/abs/1904.09751).
-#[derive(Debug, Clone)]
+/// The order is that of `GenerationMixin._get_logits_processor` in Hugging Face's transformers; the processors name their
+/// own sources.
+#[derive(Debug)]
 pub struct Sampler {
-    /// `None`: greedy.
-    temperature: Option<f64>,
-    top_k: usize,
-    top_p: f64,
-    penalty: f64,
+    greedy: bool,
+    constraints: Vec<Box<dyn LogitsProcessor>>,
+    shapers: Vec<Box<dyn LogitsProcessor>>,
+    prompt: usize,
     vocab_limit: usize,
     rng: ChaCha8Rng,
-    /// Kept between calls for its memory: the candidates with their weights.
-    candidates: Vec<Candidate>,
-    /// Kept between calls for its memory, all false: the tokens of the history.
-    seen: Vec<bool>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Candidate {
-    id: u32,
-    logit: f32,
-    weight: f64,
 }
 
 impl Sampler {
@@ -68,14 +64,12 @@ impl Sampler {
     pub fn new(config: &GenerationConfig) -> Result<Self> {
         config.validate()?;
         Ok(Self {
-            temperature: (!config.is_greedy()).then_some(config.temperature),
-            top_k: config.top_k,
-            top_p: config.top_p,
-            penalty: config.repetition_penalty,
+            greedy: config.is_greedy(),
+            constraints: processor::constraints(config),
+            shapers: processor::shapers(config),
+            prompt: 0,
             vocab_limit: usize::MAX,
             rng: ChaCha8Rng::seed_from_u64(config.seed),
-            candidates: Vec::new(),
-            seen: Vec::new(),
         })
     }
 
@@ -85,10 +79,23 @@ impl Sampler {
         self
     }
 
+    /// Says how many tokens at the beginning of every history are the prompt (none, if this is not called): some
+    /// processors look at what was generated alone.
+    pub fn with_prompt(mut self, tokens: usize) -> Self {
+        self.prompt = tokens;
+        self
+    }
+
+    /// Adds a processor of one's own, after the constraints of the configuration and before the temperature.
+    pub fn with_processor(mut self, processor: impl LogitsProcessor + 'static) -> Self {
+        self.constraints.push(Box::new(processor));
+        self
+    }
+
     /// Chooses the next token.
     ///
-    /// `logits`: `(vocab,)`, changed in place by the repetition penalty. A score of minus infinity excludes its
-    /// token. `history`: the tokens so far, prompt included.
+    /// `logits`: `(vocab,)`, changed in place by the processors. A score of minus infinity excludes its token. `history`:
+    /// the tokens so far, prompt included.
     ///
     /// # Errors
     /// [`ModelError::InvalidLogits`] for NaN or plus infinity, or when no token is left;
@@ -100,99 +107,28 @@ impl Sampler {
         let limit = self.vocab_limit.min(logits.len());
         let possible = &mut logits[..limit];
         let best = argmax(possible)?;
-        if self.penalty != 1.0 {
-            self.penalize(possible, history);
+        let history = History::new(history, self.prompt);
+        self.constraints.iter_mut().for_each(|processor| processor.process(possible, history));
+        if self.greedy {
+            return if self.constraints.is_empty() { Ok(best) } else { argmax(possible) };
         }
-        match self.temperature {
-            None if self.penalty == 1.0 => Ok(best),
-            None => argmax(possible),
-            Some(temperature) => self.draw(possible, temperature),
-        }
+        self.shapers.iter_mut().for_each(|processor| processor.process(possible, history));
+        self.draw(possible)
     }
 
-    fn penalize(&mut self, logits: &mut [f32], history: &[u32]) {
-        self.seen.resize(logits.len(), false);
-        for &id in history {
-            // A history may hold tokens at or over the vocabulary's limit: they cannot be chosen anyway.
-            let (Some(logit), Some(seen)) = (logits.get_mut(id as usize), self.seen.get_mut(id as usize))
-            else {
-                continue;
-            };
-            if !*seen {
-                *seen = true;
-                *logit = penalized(*logit, self.penalty);
-            }
-        }
-        for &id in history {
-            if let Some(seen) = self.seen.get_mut(id as usize) {
-                *seen = false;
-            }
-        }
-    }
-
-    fn draw(&mut self, logits: &[f32], temperature: f64) -> Result<u32> {
+    fn draw(&mut self, logits: &[f32]) -> Result<u32> {
         let max = f64::from(logits[argmax(logits)? as usize]);
-        let mut kept = std::mem::take(&mut self.candidates);
-        kept.clear();
-        kept.extend(logits.iter().zip(0..).filter(|(logit, _)| **logit > f32::NEG_INFINITY).map(
-            |(&logit, id)| Candidate { id, logit, weight: ((f64::from(logit) - max) / temperature).exp() },
-        ));
-        if self.top_k > 0 && self.top_k < kept.len() {
-            kept.select_nth_unstable_by(self.top_k - 1, likelier_first);
-            kept.truncate(self.top_k);
-            // The selection leaves its survivors in no particular order, and the sum depends on the order.
-            kept.sort_unstable_by_key(|candidate| candidate.id);
-        }
-        if self.top_p < 1.0 {
-            keep_top_p(&mut kept, self.top_p);
-        }
-        let total = sum(&kept);
+        let weight = |&logit: &f32| (f64::from(logit) - max).exp();
+        let total: f64 = logits.iter().map(weight).sum();
         let target = self.rng.random::<f64>() * total;
         let mut cumulative = 0.0;
-        let chosen = kept.iter().find(|candidate| {
-            cumulative += candidate.weight;
+        let chosen = logits.iter().position(|logit| {
+            cumulative += weight(logit);
             target < cumulative
         });
         // The target may round up to the total itself: then the last token that has any weight is meant.
-        let chosen = chosen.or_else(|| kept.iter().rfind(|candidate| candidate.weight > 0.0));
-        let chosen = chosen.map(|candidate| candidate.id).ok_or_else(no_token);
-        self.candidates = kept;
-        chosen
-    }
-}
-
-/// Divides positive and multiplies other logits, so that a penalty over 1 always lowers them. Stays finite.
-fn penalized(logit: f32, penalty: f64) -> f32 {
-    let logit = f64::from(logit);
-    let changed = if logit > 0.0 { logit / penalty } else { logit * penalty };
-    if logit.is_finite() {
-        changed.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32
-    } else {
-        f32::NEG_INFINITY
-    }
-}
-
-fn likelier_first(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
-    b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
-}
-
-fn sum(candidates: &[Candidate]) -> f64 {
-    candidates.iter().map(|candidate| candidate.weight).sum()
-}
-
-fn keep_top_p(kept: &mut Vec<Candidate>, p: f64) {
-    let total = sum(kept);
-    // All tokens under this weight together hold less than 1 - p: they need not be sorted.
-    let floor = (1.0 - p) * total / kept.len() as f64;
-    kept.retain(|candidate| candidate.weight >= floor);
-    kept.sort_unstable_by(likelier_first);
-    let mut cumulative = 0.0;
-    let reached = kept.iter().position(|candidate| {
-        cumulative += candidate.weight;
-        cumulative >= p * total
-    });
-    if let Some(last) = reached {
-        kept.truncate(last + 1);
+        let chosen = chosen.or_else(|| logits.iter().rposition(|logit| weight(logit) > 0.0));
+        chosen.map(|id| id as u32).ok_or_else(no_token)
     }
 }
 

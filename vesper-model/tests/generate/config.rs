@@ -92,7 +92,7 @@ proptest! {
     ) {
         let config = GenerationConfig {
             do_sample: sample, temperature, top_k, top_p, repetition_penalty: penalty, max_new_tokens: tokens, seed,
-            bos_token_id: bos, eos_token_id: eos,
+            bos_token_id: bos, eos_token_id: eos, ..GenerationConfig::default()
         };
         let json = serde_json::to_string(&config).unwrap();
         prop_assert_eq!(parse(&json), config);

@@ -4,5 +4,6 @@
 
 mod config;
 mod generator;
+mod processors;
 mod sampler;
 mod stream;

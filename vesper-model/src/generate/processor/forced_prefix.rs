@@ -1,0 +1,27 @@
+use super::{History, LogitsProcessor};
+
+/// Forces the first generated tokens: at the n-th new token only the n-th of the prefix is left.
+#[derive(Debug, Clone)]
+pub struct ForcedPrefix {
+    prefix: Vec<u32>,
+}
+
+impl ForcedPrefix {
+    /// `prefix`: the tokens that every answer begins with.
+    pub fn new(prefix: Vec<u32>) -> Self {
+        Self { prefix }
+    }
+}
+
+impl LogitsProcessor for ForcedPrefix {
+    fn process(&mut self, scores: &mut [f32], history: History<'_>) {
+        let Some(&forced) = self.prefix.get(history.generated().len()) else { return };
+        // A forced token that the model does not have changes nothing.
+        if (forced as usize) < scores.len() {
+            scores.fill(f32::NEG_INFINITY);
+            if let Some(score) = scores.get_mut(forced as usize) {
+                *score = 0.0;
+            }
+        }
+    }
+}

@@ -1,0 +1,36 @@
+use super::{History, LogitsProcessor, exclude};
+
+/// Excludes every token that would repeat a run of `n` tokens of the history, the prompt's too.
+///
+/// If that would exclude all tokens that are left, nothing is excluded.
+#[derive(Debug, Clone)]
+pub struct NoRepeatNgram {
+    n: usize,
+}
+
+impl NoRepeatNgram {
+    /// Runs of `n` tokens appear once; 1 lets each token appear once, 0 allows everything.
+    pub fn new(n: usize) -> Self {
+        Self { n }
+    }
+}
+
+impl LogitsProcessor for NoRepeatNgram {
+    fn process(&mut self, scores: &mut [f32], history: History<'_>) {
+        let Some(open) = self.n.checked_sub(1).and_then(|n| history.last(n)) else { return };
+        let banned = history.tokens().windows(self.n).filter_map(|run| {
+            let (last, start) = run.split_last()?;
+            (start == open).then_some(*last)
+        });
+        let before = scores.to_vec();
+        banned.for_each(|id| exclude(scores, id));
+        restore_if_empty(scores, &before);
+    }
+}
+
+/// Takes an exclusion of everything back.
+pub(super) fn restore_if_empty(scores: &mut [f32], before: &[f32]) {
+    if scores.iter().all(|score| *score == f32::NEG_INFINITY) {
+        scores.copy_from_slice(before);
+    }
+}

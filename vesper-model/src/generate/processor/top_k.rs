@@ -1,0 +1,27 @@
+use super::{Candidate, History, LogitsProcessor, candidates, keep_only, likelier_first};
+
+/// Keeps the `k` likeliest tokens, the lower ids among equals.
+#[derive(Debug, Clone)]
+pub struct TopK {
+    k: usize,
+    /// Kept between calls for its memory.
+    scratch: Vec<Candidate>,
+}
+
+impl TopK {
+    /// `k`: at least 1; 0 keeps all.
+    pub fn new(k: usize) -> Self {
+        Self { k, scratch: Vec::new() }
+    }
+}
+
+impl LogitsProcessor for TopK {
+    fn process(&mut self, scores: &mut [f32], _history: History<'_>) {
+        candidates(scores, &mut self.scratch);
+        if self.k > 0 && self.k < self.scratch.len() {
+            self.scratch.select_nth_unstable_by(self.k - 1, likelier_first);
+            self.scratch.truncate(self.k);
+            keep_only(scores, &self.scratch);
+        }
+    }
+}
