@@ -36,6 +36,8 @@ pub(super) trait Real:
     fn read<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [Self]>>;
     /// Turns computed values into a storage of the wanted type.
     fn store(values: Vec<Self>, dtype: DType) -> Result<CpuStorage>;
+    /// Rounds values to those that the type can hold.
+    fn round(values: &mut [Self], dtype: DType);
 }
 
 fn range<'a, T>(data: &'a [T], layout: &Layout) -> Result<&'a [T]> {
@@ -118,6 +120,15 @@ impl Real for f32 {
             other => bail!("expected f32, bf16 or f16, got {other:?}"),
         })
     }
+
+    #[inline(always)]
+    fn round(values: &mut [Self], dtype: DType) {
+        match dtype {
+            DType::BF16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
+            DType::F16 => values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
+            _ => {}
+        }
+    }
 }
 
 impl Real for f64 {
@@ -157,6 +168,9 @@ impl Real for f64 {
     fn store(values: Vec<Self>, _dtype: DType) -> Result<CpuStorage> {
         Ok(CpuStorage::F64(values))
     }
+
+    #[inline(always)]
+    fn round(_values: &mut [Self], _dtype: DType) {}
 }
 
 /// Runs `f` on the elements of a contiguous CPU tensor.
