@@ -1,14 +1,16 @@
 //! Training steps of the presets, and each fused operation against the machine's ceilings, in one run.
 //!
 //! ```text
-//! cargo bench -p vesper-benches --features cuda --bench model -- [small medium large] [ops] [reference]
+//! cargo bench -p vesper-benches --features cuda --bench model -- [small medium large] [ops] [reference] [f32 bf16]
 //! ```
 //!
-//! On CUDA: batches of 32 rows of 1024 tokens, f32 parameters, activations in bf16; elsewhere 4 rows of 128 in f32. A
-//! step is forward, backward and Velvet with clipping at norm 1. `ops` measures the operations at the shapes of the
-//! medium preset, `reference` takes the compositions of candle ops.
+//! On CUDA: batches of 32 rows of 1024 tokens, f32 parameters, activations in bf16. Elsewhere rows of 128 tokens, 4 for
+//! the small preset and 2 for larger ones, in f32; `f32` and `bf16` name other activations, one run each. A step is
+//! forward, backward and Velvet with clipping at norm 1. `ops` measures the operations at the shapes of the medium
+//! preset, and what share of its step they take where that was measured before; `reference` takes the compositions of
+//! candle ops.
 //!
-//! A run writes `benches/record/<machine>/<date>-model.json`, or the file that `VESPER_BENCH_RECORD` names; the
+//! A run writes `benches/record/<machine>/<date>-model.json` (`-model-cpu.json` without a GPU), or the file that `VESPER_BENCH_RECORD` names; the
 //! machine's name is that of its GPU or its processor's architecture, or `VESPER_BENCH_MACHINE`. Lines that other
 //! programs printed in the same session are taken into the record from the file that `VESPER_BENCH_PEERS` names.
 //! Without `--bench`, which cargo bench passes, everything runs once on a tiny model and nothing is written.
@@ -22,8 +24,9 @@ use candle_nn::VarMap;
 use serde::Serialize;
 use velvet_optim::{GradClip, Optimizer, Velvet, VelvetConfig};
 use vesper_model::ops::{
-    CrossEntropy, Heads, Path, Rope, causal_attention, cuda_device, embedding, gated_feed_forward, linear,
-    linear_cross_entropy, rms_norm, self_attention,
+    CrossEntropy, Heads, Path, Philox, Rope, causal_attention, cuda_device, dropout, embedding,
+    gated_feed_forward, layer_norm, linear, linear_cross_entropy, residual_layer_norm, residual_rms_norm,
+    rms_norm, self_attention,
 };
 use vesper_model::{VesperConfig, VesperLM, trainable};
 
@@ -55,6 +58,10 @@ struct Operation {
     forward_at_ceiling_ms: f64,
     backward_ms: f64,
     backward_at_ceiling_ms: f64,
+    /// How often a training step of the medium preset runs it.
+    calls_per_step: usize,
+    /// The share of such a step that these calls take, both measured in this run.
+    share_of_step: Option<f64>,
 }
 
 #[derive(Serialize, Default)]
@@ -200,6 +207,7 @@ fn operations(
     device: &Device,
     effort: Effort,
     (copy, product): (f64, f64),
+    step_ms: Option<f64>,
 ) -> Result<Vec<Operation>> {
     let mut measured = Vec::new();
     let (batch, t, dtype, path) = (effort.batch, effort.t, effort.compute, effort.path);
@@ -210,56 +218,77 @@ fn operations(
         let x = Tensor::randn(0f32, 0.5, shape, device)?.to_dtype(dtype)?;
         Ok(Var::from_tensor(&x)?.as_tensor().clone())
     };
-    let mut report =
-        |name: &str, forward: Bound, backward: Bound, f: &dyn Fn() -> Result<Tensor>| -> Result<()> {
-            let seconds = clock(device, effort, || f().map(drop))?;
-            let both = clock(device, effort, || f()?.backward().map(drop))?;
-            let at_ceiling = |bound: Bound| match bound {
-                Bound::Bytes(bytes) => bytes / copy,
-                Bound::Flops(flops) => flops / product,
-            };
-            let row = Operation {
-                name: name.into(),
-                path: format!("{path:?}"),
-                forward_ms: seconds * 1e3,
-                forward_at_ceiling_ms: at_ceiling(forward) * 1e3,
-                backward_ms: (both - seconds) * 1e3,
-                backward_at_ceiling_ms: at_ceiling(backward) * 1e3,
-            };
-            println!(
-                "{name} {path:?}: forward {:.3} ms ({:.3} at the ceiling), backward {:.3} ms ({:.3})",
-                row.forward_ms, row.forward_at_ceiling_ms, row.backward_ms, row.backward_at_ceiling_ms
-            );
-            measured.push(row);
-            Ok(())
+    let mut report = |name: &str,
+                      calls: usize,
+                      forward: Bound,
+                      backward: Bound,
+                      f: &dyn Fn() -> Result<Tensor>|
+     -> Result<()> {
+        let seconds = clock(device, effort, || f().map(drop))?;
+        let both = clock(device, effort, || f()?.backward().map(drop))?;
+        let at_ceiling = |bound: Bound| match bound {
+            Bound::Bytes(bytes) => bytes / copy,
+            Bound::Flops(flops) => flops / product,
         };
-    let (wide, size) = ((rows * d) as f64, dtype.size_in_bytes() as f64);
+        let row = Operation {
+            name: name.into(),
+            path: format!("{path:?}"),
+            forward_ms: seconds * 1e3,
+            forward_at_ceiling_ms: at_ceiling(forward) * 1e3,
+            backward_ms: (both - seconds) * 1e3,
+            backward_at_ceiling_ms: at_ceiling(backward) * 1e3,
+            calls_per_step: calls,
+            share_of_step: step_ms.map(|step| calls as f64 * both * 1e3 / step),
+        };
+        println!(
+            "{name} {path:?}: forward {:.3} ms ({:.3} at the ceiling), backward {:.3} ms ({:.3}), {calls} a step, {}",
+            row.forward_ms,
+            row.forward_at_ceiling_ms,
+            row.backward_ms,
+            row.backward_at_ceiling_ms,
+            row.share_of_step.map_or("share unknown".into(), |share| format!("{:.1} % of it", share * 100.0)),
+        );
+        measured.push(row);
+        Ok(())
+    };
+    let (wide, size, layers) = ((rows * d) as f64, dtype.size_in_bytes() as f64, config.num_hidden_layers);
     let (x, w) = (var(&[batch, t, d], dtype)?, var(&[d], dtype)?);
-    report("rms_norm", Bound::Bytes(2.0 * wide * size), Bound::Bytes(3.0 * wide * size), &|| {
-        rms_norm(&x, &w, 1e-6, path)
+    let passes = |n: f64| Bound::Bytes(n * wide * size);
+    report("rms_norm", layers + 1, passes(2.0), passes(3.0), &|| rms_norm(&x, &w, 1e-6, path))?;
+    report("layer_norm", 0, passes(2.0), passes(3.0), &|| layer_norm(&x, &w, Some(&w), 1e-5, path))?;
+    let residual = var(&[batch, t, d], dtype)?;
+    // Only the norm is used after it, as if the sum's own gradient cost nothing.
+    report("residual_rms_norm", layers, passes(4.0), passes(3.0), &|| {
+        Ok(residual_rms_norm(&x, &residual, &w, 1e-6, path)?.1)
     })?;
+    report("residual_layer_norm", 0, passes(4.0), passes(3.0), &|| {
+        Ok(residual_layer_norm(&x, &residual, &w, Some(&w), 1e-5, path)?.1)
+    })?;
+    let random = Philox { seed: 42, offset: 0 };
+    report("dropout", 0, passes(2.0), passes(2.0), &|| dropout(&x, 0.1, random, path))?;
     let (table, tokens) = (var(&[vocab, d], DType::F32)?, ids(rows, vocab, device)?);
     let table_bytes = 4.0 * (vocab * d) as f64;
-    report("embedding", Bound::Bytes(8.0 * wide), Bound::Bytes(4.0 * wide + table_bytes), &|| {
+    report("embedding", 1, Bound::Bytes(8.0 * wide), Bound::Bytes(4.0 * wide + table_bytes), &|| {
         embedding(&table, &tokens, path)
     })?;
     let square = var(&[d, d], dtype)?;
     let flops = 2.0 * wide * d as f64;
-    report("linear", Bound::Flops(flops), Bound::Flops(2.0 * flops), &|| linear(&x, &square, path))?;
+    report("linear", 0, Bound::Flops(flops), Bound::Flops(2.0 * flops), &|| linear(&x, &square, path))?;
     let (gate_up, down) = (var(&[2 * ffn, d], dtype)?, var(&[d, ffn], dtype)?);
     let flops = 6.0 * wide * ffn as f64;
-    report("gated_feed_forward", Bound::Flops(flops), Bound::Flops(2.0 * flops), &|| {
+    report("gated_feed_forward", layers, Bound::Flops(flops), Bound::Flops(2.0 * flops), &|| {
         gated_feed_forward(&x, &gate_up, &down, config.hidden_act, path)
     })?;
     let (packed, rope) = (var(&[batch, t, heads.packed()], dtype)?, Rope::new(heads.dim, t, 1e4, device)?);
     let scores = (batch * heads.query * heads.dim) as f64 * (t * (t + 1)) as f64; // 2 products of half the square
-    report("causal_attention", Bound::Flops(2.0 * scores), Bound::Flops(5.0 * scores), &|| {
+    report("causal_attention", 0, Bound::Flops(2.0 * scores), Bound::Flops(5.0 * scores), &|| {
         causal_attention(&packed, heads, Some(&rope), path)
     })?;
     let (qkv, out) = (var(&[heads.packed(), d], dtype)?, var(&[d, heads.query * heads.dim], dtype)?);
     let flops = 2.0 * wide * (heads.packed() + heads.query * heads.dim) as f64;
     report(
         "self_attention",
+        layers,
         Bound::Flops(flops + 2.0 * scores),
         Bound::Flops(2.0 * flops + 5.0 * scores),
         &|| self_attention(&x, &qkv, &out, heads, Some(&rope), path),
@@ -267,7 +296,7 @@ fn operations(
     let (hidden, weight) = (var(&[rows, d], dtype)?, var(&[vocab, d], dtype)?);
     let flops = 2.0 * wide * vocab as f64;
     // All three products are in the forward.
-    report("linear_cross_entropy", Bound::Flops(3.0 * flops), Bound::Bytes(4.0 * wide), &|| {
+    report("linear_cross_entropy", 1, Bound::Flops(3.0 * flops), Bound::Bytes(4.0 * wide), &|| {
         Ok(linear_cross_entropy(&hidden, &weight, &tokens, CrossEntropy::default(), path)?.loss)
     })?;
     Ok(measured)
@@ -318,25 +347,39 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
         let effort = Effort { warm: 0, runs: 1, batch: 1, t: 8, compute: DType::F32, path };
         train("nano", &config, &device, effort)?;
         let ceilings = ceilings(&device, effort, 64)?;
-        operations(&config, &device, effort, ceilings)?;
+        operations(&config, &device, effort, ceilings, None)?;
         return Ok(());
     }
     let effort = match device {
-        Device::Cpu => Effort { warm: 1, runs: 3, batch: 4, t: 128, compute: DType::F32, path },
+        Device::Cpu => Effort { warm: 1, runs: 5, batch: 4, t: 128, compute: DType::F32, path },
         _ => Effort { warm: 3, runs: 11, batch: 32, t: 1024, compute: DType::BF16, path },
     };
     let (date, machine) = (today(), machine(&device));
     let mut record =
         Record { bench: "model", date: date.clone(), machine: machine.clone(), ..Record::default() };
     let named: Vec<&str> = VesperConfig::PRESETS.into_iter().filter(|name| has(name)).collect();
+    let computes: Vec<DType> =
+        [DType::F32, DType::BF16].into_iter().filter(|dtype| has(dtype.as_str())).collect();
+    let computes = if computes.is_empty() { vec![effort.compute] } else { computes };
+    // Two cores do not get through four rows of a larger model in good time.
+    let batch =
+        |name| if device.is_cpu() && !["nano", "tiny", "small"].contains(&name) { 2 } else { effort.batch };
     for name in if named.is_empty() && !has("ops") { vec!["small"] } else { named } {
-        record.training.push(train(name, &VesperConfig::preset(name)?, &device, effort)?);
+        for &compute in &computes {
+            let effort = Effort { compute, batch: batch(name), ..effort };
+            record.training.push(train(name, &VesperConfig::preset(name)?, &device, effort)?);
+        }
     }
     if has("ops") {
+        let effort = Effort { compute: computes[0], batch: batch("medium"), ..effort };
+        let of_medium =
+            |row: &&Training| row.preset == "medium" && row.compute == format!("{:?}", effort.compute);
+        let step_ms = record.training.iter().find(of_medium).map(|row| row.step_ms);
         let ceilings = ceilings(&device, effort, if device.is_cpu() { 1024 } else { 8192 })?;
         record.copy_tb_per_s = Some(ceilings.0 / 1e12);
         record.product_tflop_per_s = Some(ceilings.1 / 1e12);
-        record.operations = operations(&VesperConfig::preset("medium")?, &device, effort, ceilings)?;
+        let config = VesperConfig::preset("medium")?;
+        record.operations = operations(&config, &device, effort, ceilings, step_ms)?;
     }
     if let Ok(path) = std::env::var("VESPER_BENCH_PEERS") {
         record.peers = std::fs::read_to_string(path)?.lines().map(str::to_owned).collect();
@@ -344,7 +387,7 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     let path = std::env::var("VESPER_BENCH_RECORD").map_or_else(
         |_| {
             let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("record").join(&machine);
-            folder.join(format!("{date}-model.json"))
+            folder.join(format!("{date}-model{}.json", if device.is_cpu() { "-cpu" } else { "" }))
         },
         PathBuf::from,
     );

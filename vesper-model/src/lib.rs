@@ -12,4 +12,4 @@ pub use candle_core;
 pub use candle_nn;
 pub use config::{AdapterConfig, Projection, VesperConfig};
 pub use error::{ModelError, Result};
-pub use model::{Parameter, Session, VesperLM, initialize, trainable};
+pub use model::{Activations, Parameter, Session, VesperLM, initialize, trainable};

@@ -6,7 +6,9 @@ use era_act::Activation;
 
 use super::cache::LayerCache;
 use super::projection::Packed;
-use crate::ops::{Heads, Path, Rope, causal_attention, gated_feed_forward, rms_norm, self_attention};
+use crate::ops::{
+    Heads, Path, Rope, causal_attention, gated_feed_forward, residual_rms_norm, rms_norm, self_attention,
+};
 use crate::{Projection, VesperConfig};
 
 #[derive(Debug, Clone)]
@@ -48,7 +50,7 @@ impl Block {
 
     /// x: (batch, t, hidden) to the same shape
     pub(super) fn forward(&self, x: &Tensor, rope: &Rope, path: Path) -> Result<Tensor> {
-        let n = self.norm(x, &self.norm_attention, path)?;
+        let n = rms_norm(x, &self.norm_attention.to_dtype(x.dtype())?, self.eps, path)?;
         let attention = if let (Some(qkv), Some(output)) = (self.qkv.plain(), self.output.plain()) {
             let (qkv, output) = (qkv.to_dtype(x.dtype())?, output.to_dtype(x.dtype())?);
             self_attention(&n, &qkv, &output, self.heads, Some(rope), path)?
@@ -57,7 +59,7 @@ impl Block {
             let attention = causal_attention(&qkv, self.heads, Some(rope), path)?;
             self.output.forward(&attention, path)?
         };
-        self.feed_forward(&(x + attention)?, path)
+        self.feed_forward(x, &attention, path)
     }
 
     /// As [`Block::forward`], for rows that follow what the cache holds; without a gradient.
@@ -68,15 +70,16 @@ impl Block {
         cache: &mut LayerCache,
         path: Path,
     ) -> Result<Tensor> {
-        let n = self.norm(x, &self.norm_attention, path)?;
+        let n = rms_norm(x, &self.norm_attention.to_dtype(x.dtype())?, self.eps, path)?;
         let qkv = self.qkv.forward(&n, path)?;
         let attention = cache.attend(&qkv, self.heads, rope)?;
-        let x = (x + self.output.forward(&attention, path)?)?;
-        self.feed_forward(&x, path)
+        self.feed_forward(x, &self.output.forward(&attention, path)?, path)
     }
 
-    fn feed_forward(&self, x: &Tensor, path: Path) -> Result<Tensor> {
-        let n = self.norm(x, &self.norm_feed_forward, path)?;
+    /// The feed-forward of `x + attention`, and that sum.
+    fn feed_forward(&self, x: &Tensor, attention: &Tensor, path: Path) -> Result<Tensor> {
+        let weight = self.norm_feed_forward.to_dtype(x.dtype())?;
+        let (x, n) = residual_rms_norm(x, attention, &weight, self.eps, path)?;
         let out = if let (Some(gate_up), Some(down)) = (self.gate_up.plain(), self.down.plain()) {
             let (gate_up, down) = (gate_up.to_dtype(x.dtype())?, down.to_dtype(x.dtype())?);
             gated_feed_forward(&n, &gate_up, &down, self.activation, path)?
@@ -89,10 +92,6 @@ impl Block {
             self.down.forward(&inner, path)?
         };
         x + out
-    }
-
-    fn norm(&self, x: &Tensor, weight: &Tensor, path: Path) -> Result<Tensor> {
-        rms_norm(x, &weight.to_dtype(x.dtype())?, self.eps, path)
     }
 
     pub(super) fn detach(&self) -> Self {

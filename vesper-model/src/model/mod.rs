@@ -10,7 +10,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 
 use crate::ops::{
-    CrossEntropy, Heads, LossAndEntropy, Path, Rope, embedding, linear, linear_cross_entropy, rms_norm,
+    CrossEntropy, Heads, LossAndEntropy, Path, Rope, checkpoint, embedding, linear, linear_cross_entropy,
+    rms_norm,
 };
 use crate::{ModelError, Result, VesperConfig, hf};
 use block::Block;
@@ -18,6 +19,17 @@ use block::Block;
 pub(crate) use parameters::insert;
 pub use parameters::{Parameter, initialize, trainable};
 pub use session::Session;
+
+/// What a model keeps for its backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Activations {
+    /// What each operation needs.
+    #[default]
+    Keep,
+    /// The input of each block; the backward runs the blocks again ([`checkpoint`]). Less memory, about a third more
+    /// time.
+    Recompute,
+}
 
 /// A decoder-only language model.
 ///
@@ -62,6 +74,7 @@ pub struct VesperLM {
     rope: Rope,
     compute: DType,
     path: Path,
+    activations: Activations,
 }
 
 impl VesperLM {
@@ -89,6 +102,7 @@ impl VesperLM {
             rope: Rope::new(config.head_dim, config.max_position_embeddings, config.rope_theta, vb.device())?,
             compute: vb.dtype(),
             path: Path::Fused,
+            activations: Activations::Keep,
             config: config.clone(),
         })
     }
@@ -154,6 +168,12 @@ impl VesperLM {
     /// Runs the fused operations (default) or their candle reference.
     pub fn with_path(mut self, path: Path) -> Self {
         self.path = path;
+        self
+    }
+
+    /// Keeps all activations for the backward pass (default), or the blocks' inputs alone.
+    pub fn with_activations(mut self, activations: Activations) -> Self {
+        self.activations = activations;
         self
     }
 
@@ -228,7 +248,13 @@ impl VesperLM {
         }
         let mut h = embedding(&self.embed, ids, self.path)?.to_dtype(self.compute)?;
         for block in &self.blocks {
-            h = block.forward(&h, &self.rope, self.path)?;
+            h = match self.activations {
+                Activations::Keep => block.forward(&h, &self.rope, self.path)?,
+                Activations::Recompute => {
+                    let (block, rope, path) = (block.clone(), self.rope.clone(), self.path);
+                    checkpoint(move |x| block.forward(&x[0], &rope, path), &[&h])?
+                }
+            };
         }
         self.last_norm(&h)
     }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::matrix::{Into, Matrix, Threads, product};
 use super::real::{self, Real};
-use super::{Backend, Path, Rope, rope};
+use super::{Backend, Path, Rope, check_sizes, rope};
 
 /// Query rows handled at once: the scores in memory are `BLOCK x t` a thread, never `t x t`.
 const BLOCK: usize = 64;
@@ -63,6 +63,7 @@ pub fn causal_attention(qkv: &Tensor, heads: Heads, positions: Option<&Rope>, pa
     if width != heads.packed() {
         bail!("causal_attention: qkv of shape {:?} does not fit {heads:?}", qkv.shape());
     }
+    check_sizes("causal_attention", &[qkv.dims()])?;
     let op = CausalAttention::new(heads, positions, t)?;
     match path.backend(qkv) {
         Backend::Cpu => return qkv.contiguous()?.apply_op1(op),

@@ -7,28 +7,70 @@ use rayon::prelude::*;
 
 use super::matrix::{Into, Matrix, Threads, product};
 use super::real::{self, Real};
-use super::{Backend, Path};
+use super::{Backend, Path, check_sizes, checkpoint};
 
 /// At most this many logits are in memory at once (16 MiB in f32), but at least 64 rows.
 const LOGITS: usize = 4 << 20;
 
 /// Settings of [`linear_cross_entropy`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CrossEntropy {
     /// Rows with this target count neither in the loss nor in the gradient. Default `u32::MAX`.
     pub ignore_index: u32,
+    /// Weight of the mean square of the logits' log-sum-exp, which keeps the logits from drifting: 0 or more, 1e-4 in
+    /// PaLM. Default 0, without.
+    pub z_loss: f64,
+    /// How much of the target's probability is spread evenly over the whole vocabulary, 0 to 1. Default 0.
+    pub label_smoothing: f64,
 }
 
 impl Default for CrossEntropy {
     fn default() -> Self {
-        Self { ignore_index: u32::MAX }
+        Self { ignore_index: u32::MAX, z_loss: 0.0, label_smoothing: 0.0 }
+    }
+}
+
+impl CrossEntropy {
+    /// Sets the target whose rows do not count.
+    pub fn with_ignore_index(mut self, ignore_index: u32) -> Self {
+        self.ignore_index = ignore_index;
+        self
+    }
+
+    /// Sets the weight of the mean square of the logits' log-sum-exp.
+    pub fn with_z_loss(mut self, z_loss: f64) -> Self {
+        self.z_loss = z_loss;
+        self
+    }
+
+    /// Sets how much of the target's probability is spread over the vocabulary.
+    pub fn with_label_smoothing(mut self, label_smoothing: f64) -> Self {
+        self.label_smoothing = label_smoothing;
+        self
+    }
+
+    fn validate(self) -> Result<()> {
+        if !(self.z_loss.is_finite() && self.z_loss >= 0.0) {
+            bail!("linear_cross_entropy: a z_loss of {}, expected 0 or more", self.z_loss);
+        }
+        if !(0.0..=1.0).contains(&self.label_smoothing) {
+            bail!("linear_cross_entropy: a label_smoothing of {}, expected 0 to 1", self.label_smoothing);
+        }
+        Ok(())
+    }
+
+    /// Whether the loss is -ln p(target) and nothing more.
+    #[cfg(feature = "cuda")]
+    fn is_plain(self) -> bool {
+        self.z_loss == 0.0 && self.label_smoothing == 0.0
     }
 }
 
 /// What [`linear_cross_entropy`] returns.
 #[derive(Debug, Clone)]
 pub struct LossAndEntropy {
-    /// Mean of `-ln p(target)` over the rows that count, a scalar in nats, f32 (f64 for f64). 0 where no row counts.
+    /// Mean of `-ln p(target)` over the rows that count, with what [`CrossEntropy`] adds; a scalar in nats, f32 (f64
+    /// for f64). 0 where no row counts.
     pub loss: Tensor,
     /// Mean entropy of the predicted distributions over the same rows, a scalar in nats, without a gradient.
     pub entropy: Tensor,
@@ -38,19 +80,22 @@ pub struct LossAndEntropy {
 ///
 /// ```text
 /// hidden: (n, d)    weight: (vocab, d)    targets: (n), u32
-/// z = hidden weight^T    p = softmax(z)
-/// loss = mean of -ln p[target]    entropy = mean of -sum p ln p
-/// dz = (p - onehot(target)) / rows    dhidden = dz weight    dweight = dz^T hidden
+/// z = hidden weight^T    p = softmax(z)    lse = ln sum exp z
+/// q = (1 - label_smoothing) onehot(target) + label_smoothing / vocab
+/// loss = mean of (-sum q ln p + z_loss lse^2)    entropy = mean of -sum p ln p
+/// dz = (p - q + 2 z_loss lse p) / rows    dhidden = dz weight    dweight = dz^T hidden
 /// ```
 ///
-/// The fused path works through the rows in blocks and keeps at most about 4 million logits (268 million on CUDA) at
+/// By default q is the target alone and the loss the mean of `-ln p[target]`. The fused path works through the rows in blocks and keeps at most about 4 million logits (268 million on CUDA) at
 /// once; it computes both gradients in the forward pass, while the logits are at hand, and saves only them:
 /// `n d + vocab d` numbers instead of three times `n vocab`. Gradients are not computed for inputs that are not
-/// tracked. Accumulates in f32 for f32, bf16 and f16, in f64 for f64; on CUDA the logits are in the dtype.
+/// tracked. Accumulates in f32 for f32, bf16 and f16, in f64 for f64; on CUDA the logits are in the dtype. The reference
+/// works in blocks of about 4 million logits too and computes each of them again in the backward. On CUDA, `z_loss` and
+/// `label_smoothing` take the reference.
 ///
 /// # Errors
-/// Shapes that do not fit, two dtypes, or a target outside the vocabulary that is not `ignore_index`. On CUDA such a
-/// target makes the loss NaN instead, because the host would have to wait for the answer.
+/// Shapes that do not fit, two dtypes, settings outside their range, or a target outside the vocabulary that is not
+/// `ignore_index`. On CUDA such a target makes the loss NaN instead, because the host would have to wait for the answer.
 ///
 /// # Examples
 /// ```
@@ -64,6 +109,9 @@ pub struct LossAndEntropy {
 /// assert!((out.entropy.to_scalar::<f32>()? - 10f32.ln()).abs() < 1e-6);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
+///
+/// # References
+/// Szegedy et al. (label smoothing), arXiv 1512.00567; Chowdhery et al. (z-loss), arXiv 2204.02311.
 pub fn linear_cross_entropy(
     hidden: &Tensor,
     weight: &Tensor,
@@ -83,13 +131,15 @@ pub fn linear_cross_entropy(
     if hidden.dtype() != weight.dtype() {
         bail!("linear_cross_entropy: hidden is {:?} and the weight {:?}", hidden.dtype(), weight.dtype());
     }
+    settings.validate()?;
+    check_sizes("linear_cross_entropy", &[hidden.dims(), weight.dims()])?;
     match path.backend(hidden) {
         Backend::Cpu => {}
         #[cfg(feature = "cuda")]
-        Backend::Cuda => {
+        Backend::Cuda if settings.is_plain() => {
             return super::cuda::cross_entropy::linear_cross_entropy(hidden, weight, targets, settings);
         }
-        Backend::Reference => return reference(hidden, weight, targets, settings),
+        _ => return reference(hidden, weight, targets, settings),
     }
     let shared = Arc::new(Mutex::new(Saved::default()));
     let op = LinearCrossEntropy {
@@ -111,28 +161,61 @@ fn reference(
     settings: CrossEntropy,
 ) -> Result<LossAndEntropy> {
     let dtype = if hidden.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    let device = hidden.device();
-    let (vocab, _) = weight.dims2()?;
-    // Rows to ignore read class 0 and are multiplied by 0.
-    let ignored = targets.to_dtype(DType::U32)?.eq(settings.ignore_index)?;
-    let keep = (1.0 - ignored.to_dtype(dtype)?)?;
-    let zeros = Tensor::zeros(targets.dims(), DType::U32, device)?;
-    let targets = ignored.where_cond(&zeros, &targets.to_dtype(DType::U32)?)?;
-    let count = keep.sum_all()?.maximum(&Tensor::ones((), dtype, device)?)?;
-    if vocab == 0 || keep.elem_count() == 0 {
+    let ((n, _), (vocab, _)) = (hidden.dims2()?, weight.dims2()?);
+    if n == 0 || vocab == 0 {
         let zero = (hidden.sum_all()?.to_dtype(dtype)? * 0.0)?;
         return Ok(LossAndEntropy { entropy: zero.detach(), loss: zero });
     }
-    let logits = hidden.matmul(&weight.t()?)?.to_dtype(dtype)?;
+    let targets = targets.to_dtype(DType::U32)?;
+    let counted = (1.0 - targets.eq(settings.ignore_index)?.to_dtype(dtype)?)?.sum_all()?;
+    let counted = counted.maximum(&Tensor::ones((), dtype, hidden.device())?)?;
+    let block = (LOGITS / vocab).max(64);
+    let sums = if n <= block {
+        reference_sums(hidden, weight, &targets, settings)?
+    } else {
+        let mut sums = Tensor::zeros(2, dtype, hidden.device())?;
+        for start in (0..n).step_by(block) {
+            let rows = block.min(n - start);
+            let (hidden, targets) = (hidden.narrow(0, start, rows)?, targets.narrow(0, start, rows)?);
+            let block = checkpoint(
+                move |x| reference_sums(&x[0], &x[1], &x[2], settings),
+                &[&hidden, weight, &targets],
+            )?;
+            sums = (sums + block)?;
+        }
+        sums
+    };
+    Ok(LossAndEntropy { loss: (sums.get(0)? / &counted)?, entropy: (sums.get(1)?.detach() / &counted)? })
+}
+
+/// The sums of the loss and of the entropy over the rows that count, (2).
+fn reference_sums(
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &Tensor,
+    settings: CrossEntropy,
+) -> Result<Tensor> {
+    let dtype = if hidden.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    // Rows to ignore read class 0 and are multiplied by 0.
+    let ignored = targets.eq(settings.ignore_index)?;
+    let keep = (1.0 - ignored.to_dtype(dtype)?)?;
+    let targets = ignored.where_cond(&targets.zeros_like()?, targets)?;
+    let logits = hidden.matmul(&weight.t()?)?.to_dtype(dtype)?; // (n, vocab)
     let top = logits.max_keepdim(D::Minus1)?.detach();
     let shifted = logits.broadcast_sub(&top)?;
-    let log_p = shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)?;
-    let picked = log_p.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?;
-    let loss = ((picked * &keep)?.sum_all()?.neg()? / &count)?;
+    let log_sum = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
+    let log_p = shifted.broadcast_sub(&log_sum)?;
+    let mut loss = log_p.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?.neg()?; // (n)
+    if settings.label_smoothing > 0.0 {
+        let even = log_p.mean(D::Minus1)?.neg()?;
+        loss = ((loss * (1.0 - settings.label_smoothing))? + (even * settings.label_smoothing)?)?;
+    }
+    if settings.z_loss > 0.0 {
+        loss = (loss + ((log_sum + top)?.squeeze(1)?.sqr()? * settings.z_loss)?)?;
+    }
     let log_p = log_p.detach();
     let entropy = (log_p.exp()? * log_p)?.sum(D::Minus1)?.neg()?;
-    let entropy = ((entropy * keep)?.sum_all()? / count)?;
-    Ok(LossAndEntropy { loss, entropy })
+    Tensor::stack(&[(loss * &keep)?.sum_all()?, (entropy * keep)?.sum_all()?], 0)
 }
 
 /// What the forward pass leaves for the caller and for the backward pass.
@@ -198,7 +281,7 @@ impl LinearCrossEntropy {
                     }
                     real::simd(
                         #[inline(always)]
-                        || softmax_row(z, target, scale),
+                        || softmax_row(z, target, scale, self.settings),
                     )
                 })
                 .collect();
@@ -242,9 +325,17 @@ impl LinearCrossEntropy {
 
 /// Replaces a row of logits by its gradient; returns the row's loss and the entropy of its softmax.
 #[inline(always)]
-fn softmax_row<T: Real>(z: &mut [T], target: usize, scale: T) -> (f64, f64) {
+fn softmax_row<T: Real>(z: &mut [T], target: usize, scale: T, settings: CrossEntropy) -> (f64, f64) {
+    let CrossEntropy { z_loss, label_smoothing: smoothing, .. } = settings;
     let top = real::max(z);
-    let at_target = z[target] - top;
+    let at_target = (z[target] - top).to_f64();
+    // What the logits count for in sum q z, less the largest: only the target, or some of all.
+    let expected = if smoothing > 0.0 {
+        let even = real::fold(z.len(), |i| z[i] - top).to_f64() / z.len() as f64;
+        (1.0 - smoothing) * at_target + smoothing * even
+    } else {
+        at_target
+    };
     let mut weighted = [T::ZERO; 16];
     let chunks = z.len() / 16 * 16;
     let (body, rest) = z.split_at_mut(chunks);
@@ -268,12 +359,25 @@ fn softmax_row<T: Real>(z: &mut [T], target: usize, scale: T) -> (f64, f64) {
     }
     let (total, weighted) = (real::sum(&sums), real::sum(&weighted));
     let log_total = total.to_f64().ln();
-    let factor = scale / total;
-    for x in z.iter_mut() {
-        *x *= factor;
+    let log_sum_exp = log_total + top.to_f64();
+    let factor = scale * T::of(1.0 + 2.0 * z_loss * log_sum_exp) / total;
+    if smoothing > 0.0 {
+        let even = scale * T::of(smoothing / z.len() as f64);
+        for x in z.iter_mut() {
+            *x = *x * factor - even;
+        }
+    } else {
+        for x in z.iter_mut() {
+            *x *= factor;
+        }
     }
-    z[target] = z[target] - scale;
-    (log_total - at_target.to_f64(), log_total - weighted.to_f64() / total.to_f64())
+    z[target] = z[target] - scale * T::of(1.0 - smoothing);
+    let entropy = log_total - weighted.to_f64() / total.to_f64();
+    let mut loss = log_total - expected;
+    if z_loss > 0.0 {
+        loss += z_loss * log_sum_exp * log_sum_exp;
+    }
+    (loss, entropy)
 }
 
 impl CustomOp3 for LinearCrossEntropy {

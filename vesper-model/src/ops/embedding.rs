@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor
 use rayon::prelude::*;
 
 use super::real::{self, Real};
-use super::{Backend, Path};
+use super::{Backend, Path, check_sizes};
 
 /// Rows of a table.
 ///
@@ -36,6 +36,7 @@ pub fn embedding(table: &Tensor, ids: &Tensor, path: Path) -> Result<Tensor> {
     let (_, d) = table.dims2()?;
     let mut shape = ids.dims().to_vec();
     shape.push(d);
+    check_sizes("embedding", &[table.dims(), ids.dims(), &shape])?;
     let (table, ids) = (table.contiguous()?, ids.flatten_all()?);
     let rows = match path.backend(&table) {
         Backend::Cpu => table.apply_op2(&ids.contiguous()?, Gather)?,

@@ -7,7 +7,7 @@ use era_act::Activation;
 
 use super::matrix::{times, times_transposed, transposed_times};
 use super::real::{self, Real};
-use super::{Backend, Path, linear};
+use super::{Backend, Path, check_sizes, linear};
 
 /// Gated feed-forward.
 ///
@@ -57,6 +57,9 @@ pub fn gated_feed_forward(
     if gate_up.dtype() != x.dtype() || down.dtype() != x.dtype() {
         bail!("gated_feed_forward: {:?}, {:?} and {:?}", x.dtype(), gate_up.dtype(), down.dtype());
     }
+    let rows: &[usize] = &x.dims()[..x.rank() - 1];
+    check_sizes("gated_feed_forward", &[x.dims(), gate_up.dims(), down.dims()])?;
+    check_sizes("gated_feed_forward", &[&[rows, &[packed]].concat(), &[rows, &[out]].concat()])?;
     match path.backend(x) {
         Backend::Cpu => {
             let tracked = x.track_op() || gate_up.track_op() || down.track_op();

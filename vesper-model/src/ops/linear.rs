@@ -3,7 +3,7 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, D, Layout, MetalStorage, Result, Shape, Tensor};
 
-use super::Path;
+use super::{Path, check_sizes};
 
 /// `y = x W^T`.
 ///
@@ -41,6 +41,8 @@ pub fn linear(x: &Tensor, w: &Tensor, path: Path) -> Result<Tensor> {
             w.shape()
         );
     }
+    let rows: &[usize] = &x.dims()[..x.rank() - 1];
+    check_sizes("linear", &[x.dims(), w.dims(), &[rows, &[out]].concat()])?;
     match path {
         // A matrix may have any strides; the rows of more dimensions must follow each other.
         Path::Fused if x.rank() == 2 => x.apply_op2(w, Linear),

@@ -15,38 +15,56 @@
 //! | operation | replaces | saves for the backward |
 //! |---|---|---|
 //! | [`linear`] | `x.matmul(&w.t()?)` | its inputs |
+//! | [`FrozenLinear`] | a linear layer that is not trained | nothing: the weight is part of the layer |
 //! | [`rms_norm`] | `candle_nn::ops::rms_norm` | its inputs |
+//! | [`layer_norm`] | `candle_nn::ops::layer_norm` | its inputs |
+//! | [`residual_rms_norm`], [`residual_layer_norm`] | an addition and a norm | the sum |
+//! | [`dropout`] | `candle_nn::ops::dropout` | nothing: the mask is drawn again |
 //! | [`causal_attention`] | narrow, rope, matmul, softmax, matmul | the packed projection; on CUDA rotated, and a number a row and head |
 //! | [`self_attention`] | the above between its two projections | the same, and the attention's output |
 //! | [`gated_feed_forward`] | two products, an activation, a product | the packed product |
 //! | [`linear_cross_entropy`] | matmul and `candle_nn::loss::cross_entropy` | the two gradients; on CUDA that of the weight in f32 |
 //! | [`embedding`] | `candle_nn::Embedding` | the ids |
+//! | [`checkpoint`] | any part of a model | that part's inputs; it runs again in the backward |
+//!
+//! No operation takes a tensor of more than `u32::MAX` elements: it says so before it allocates anything.
 
 mod attention;
+mod checkpoint;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod device;
+mod dropout;
 mod embedding;
 mod feed_forward;
+mod layer_norm;
 mod linear;
 mod matrix;
+mod philox;
 mod real;
+mod residual;
 mod rms_norm;
 mod rope;
 mod self_attention;
 
 pub use attention::{Heads, causal_attention};
+pub use checkpoint::checkpoint;
 pub use cross_entropy::{CrossEntropy, LossAndEntropy, linear_cross_entropy};
 pub use device::{cuda_device, prepare_cuda_device};
+pub use dropout::dropout;
 pub use embedding::embedding;
 pub use feed_forward::gated_feed_forward;
+pub use flylora::FrozenLinear;
+pub use layer_norm::layer_norm;
 pub use linear::linear;
+pub use philox::Philox;
+pub use residual::{residual_layer_norm, residual_rms_norm};
 pub use rms_norm::rms_norm;
 pub use rope::{Rope, rope};
 pub use self_attention::self_attention;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 /// Which implementation an operation runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -80,4 +98,20 @@ impl Path {
             _ => Backend::Reference,
         }
     }
+}
+
+/// Refuses tensors of more than `u32::MAX` elements, before anything is allocated: candle's own kernels count in u32
+/// on CUDA, where such a size would wrap around without a word.
+fn check_sizes(operation: &str, shapes: &[&[usize]]) -> Result<()> {
+    for shape in shapes {
+        let elements = shape.iter().try_fold(1usize, |n, &size| n.checked_mul(size));
+        if shape.contains(&0) || elements.is_some_and(|n| n <= u32::MAX as usize) {
+            continue;
+        }
+        bail!(
+            "{operation}: a tensor of shape {shape:?} has more than the {} elements that are possible",
+            u32::MAX
+        );
+    }
+    Ok(())
 }

@@ -3,8 +3,10 @@
 use std::borrow::Cow;
 
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
 
 /// `f32` (for f32, bf16 and f16 tensors) or `f64` (for f64 tensors).
 pub(super) trait Real:
@@ -36,6 +38,8 @@ pub(super) trait Real:
     fn read<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [Self]>>;
     /// Turns computed values into a storage of the wanted type.
     fn store(values: Vec<Self>, dtype: DType) -> Result<CpuStorage>;
+    /// Rounds values to those that the type can hold.
+    fn round(values: &mut [Self], dtype: DType);
 }
 
 fn range<'a, T>(data: &'a [T], layout: &Layout) -> Result<&'a [T]> {
@@ -104,8 +108,12 @@ impl Real for f32 {
     fn read<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [Self]>> {
         Ok(match storage {
             CpuStorage::F32(data) => Cow::Borrowed(range(data, layout)?),
-            CpuStorage::BF16(data) => Cow::Owned(range(data, layout)?.iter().map(|v| v.to_f32()).collect()),
-            CpuStorage::F16(data) => Cow::Owned(range(data, layout)?.iter().map(|v| v.to_f32()).collect()),
+            CpuStorage::BF16(data) => {
+                Cow::Owned(convert(range(data, layout)?, |out, of| of.convert_to_f32_slice(out)))
+            }
+            CpuStorage::F16(data) => {
+                Cow::Owned(convert(range(data, layout)?, |out, of| of.convert_to_f32_slice(out)))
+            }
             _ => bail!("expected f32, bf16 or f16"),
         })
     }
@@ -113,10 +121,23 @@ impl Real for f32 {
     fn store(values: Vec<Self>, dtype: DType) -> Result<CpuStorage> {
         Ok(match dtype {
             DType::F32 => CpuStorage::F32(values),
-            DType::BF16 => CpuStorage::BF16(values.into_iter().map(bf16::from_f32).collect()),
-            DType::F16 => CpuStorage::F16(values.into_iter().map(f16::from_f32).collect()),
+            DType::BF16 => {
+                CpuStorage::BF16(convert(&values, |out: &mut [bf16], of| out.convert_from_f32_slice(of)))
+            }
+            DType::F16 => {
+                CpuStorage::F16(convert(&values, |out: &mut [f16], of| out.convert_from_f32_slice(of)))
+            }
             other => bail!("expected f32, bf16 or f16, got {other:?}"),
         })
+    }
+
+    #[inline(always)]
+    fn round(values: &mut [Self], dtype: DType) {
+        match dtype {
+            DType::BF16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
+            DType::F16 => values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
+            _ => {}
+        }
     }
 }
 
@@ -157,6 +178,22 @@ impl Real for f64 {
     fn store(values: Vec<Self>, _dtype: DType) -> Result<CpuStorage> {
         Ok(CpuStorage::F64(values))
     }
+
+    #[inline(always)]
+    fn round(_values: &mut [Self], _dtype: DType) {}
+}
+
+/// The values in another type, several tasks at once.
+fn convert<A: Sync, B: Copy + Default + Send>(values: &[A], f: impl Fn(&mut [B], &[A]) + Sync) -> Vec<B> {
+    const TASK: usize = 1 << 15;
+    let mut converted = vec![B::default(); values.len()];
+    converted.par_chunks_mut(TASK).zip(values.par_chunks(TASK)).for_each(|(out, of)| {
+        simd(
+            #[inline(always)]
+            || f(out, of),
+        );
+    });
+    converted
 }
 
 /// Runs `f` on the elements of a contiguous CPU tensor.

@@ -4,7 +4,8 @@ use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor
 use rayon::prelude::*;
 
 use super::real::{self, Real};
-use super::{Backend, Path};
+use super::residual::Normed;
+use super::{Backend, Path, check_sizes};
 
 /// Rows handled by one task; the gradient of the weight is summed a task at a time, in order.
 const ROWS: usize = 64;
@@ -37,14 +38,9 @@ const ROWS: usize = 64;
 /// # References
 /// Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
 pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64, path: Path) -> Result<Tensor> {
-    if w.rank() != 1 || w.dim(0)? != x.dim(D::Minus1)? {
-        bail!("rms_norm: a weight of shape {:?} for x of shape {:?}", w.shape(), x.shape());
-    }
-    if w.dtype() != x.dtype() {
-        bail!("rms_norm: x is {:?} and the weight {:?}", x.dtype(), w.dtype());
-    }
+    check("rms_norm", x, w)?;
     match path.backend(x) {
-        Backend::Cpu => return x.contiguous()?.apply_op2(&w.contiguous()?, RmsNorm { eps }),
+        Backend::Cpu => return fused(x, w, eps, Normed::default()),
         #[cfg(feature = "cuda")]
         Backend::Cuda => return super::cuda::rms_norm::rms_norm(x, w, eps),
         Backend::Reference => {}
@@ -56,8 +52,33 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64, path: Path) -> Result<Tensor> 
     x.broadcast_div(&(mean + eps)?.sqrt()?)?.broadcast_mul(&w)?.to_dtype(dtype)
 }
 
+pub(super) fn check(name: &str, x: &Tensor, w: &Tensor) -> Result<()> {
+    if w.rank() != 1 || w.dim(0)? != x.dim(D::Minus1)? {
+        bail!("{name}: a weight of shape {:?} for x of shape {:?}", w.shape(), x.shape());
+    }
+    if w.dtype() != x.dtype() {
+        bail!("{name}: x is {:?} and the weight {:?}", x.dtype(), w.dtype());
+    }
+    check_sizes(name, &[x.dims()])
+}
+
+/// On the CPU; `normed` may hold the result already.
+pub(super) fn fused(x: &Tensor, w: &Tensor, eps: f64, normed: Normed) -> Result<Tensor> {
+    x.contiguous()?.apply_op2(&w.contiguous()?, RmsNorm { eps, normed })
+}
+
+/// One row.
+#[inline(always)]
+pub(super) fn row<T: Real>(x: &[T], w: &[T], y: &mut [T], eps: T) {
+    let r = T::ONE / (real::fold(x.len(), |i| x[i] * x[i]) / T::of(x.len() as f64) + eps).sqrt();
+    for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
+        *y = x * r * w;
+    }
+}
+
 struct RmsNorm {
     eps: f64,
+    normed: Normed,
 }
 
 impl RmsNorm {
@@ -67,16 +88,13 @@ impl RmsNorm {
         if d == 0 {
             return y;
         }
-        let (eps, n) = (T::of(self.eps), T::of(d as f64));
+        let eps = T::of(self.eps);
         y.par_chunks_mut(ROWS * d).zip(x.par_chunks(ROWS * d)).for_each(|(y, x)| {
             real::simd(
                 #[inline(always)]
                 || {
                     for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                        let r = T::ONE / (real::fold(d, |i| x[i] * x[i]) / n + eps).sqrt();
-                        for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
-                            *y = x * r * w;
-                        }
+                        row(x, w, y, eps);
                     }
                 },
             );
@@ -166,6 +184,9 @@ impl CustomOp2 for RmsNorm {
         lw: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
+        if let Some(y) = self.normed.take() {
+            return Ok((y, lx.shape().clone()));
+        }
         match x.dtype() {
             DType::F64 => self.forward_storage::<f64>(x, lx, w, lw, DType::F64),
             dtype => self.forward_storage::<f32>(x, lx, w, lw, dtype),

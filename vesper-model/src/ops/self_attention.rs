@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, b
 use super::attention::CausalAttention;
 use super::matrix::{times, times_transposed, transposed_times};
 use super::real::{self, Real};
-use super::{Backend, Heads, Path, Rope, causal_attention, linear};
+use super::{Backend, Heads, Path, Rope, causal_attention, check_sizes, linear};
 
 /// Causal self-attention with its two projections.
 ///
@@ -43,7 +43,7 @@ pub fn self_attention(
     positions: Option<&Rope>,
     path: Path,
 ) -> Result<Tensor> {
-    let ((_, _, d), (packed, input), (_, width)) = (x.dims3()?, qkv.dims2()?, out.dims2()?);
+    let ((b, t, d), (packed, input), (columns, width)) = (x.dims3()?, qkv.dims2()?, out.dims2()?);
     if input != d || packed != heads.packed() || width != heads.query * heads.dim {
         bail!(
             "self_attention: x {:?}, qkv {:?} and out {:?} do not fit {heads:?}",
@@ -55,7 +55,9 @@ pub fn self_attention(
     if qkv.dtype() != x.dtype() || out.dtype() != x.dtype() {
         bail!("self_attention: {:?}, {:?} and {:?}", x.dtype(), qkv.dtype(), out.dtype());
     }
-    let attention = CausalAttention::new(heads, positions, x.dim(1)?)?;
+    let (inside, after) = ([b, t, packed], [b, t, columns]);
+    check_sizes("self_attention", &[x.dims(), qkv.dims(), out.dims(), &inside, &after])?;
+    let attention = CausalAttention::new(heads, positions, t)?;
     match path.backend(x) {
         Backend::Cpu => {
             let tracked = x.track_op() || qkv.track_op() || out.track_op();

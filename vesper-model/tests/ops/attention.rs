@@ -17,6 +17,7 @@ fn equals_its_reference_at_odd_shapes() {
         (1, 64, heads(4, 2, 8)),
         (2, 65, heads(6, 1, 4)),
         (1, 130, heads(2, 2, 10)),
+        (1, 1000, heads(5, 1, 2)),
         (0, 5, heads(2, 1, 4)),
     ];
     for (b, t, heads) in shapes {

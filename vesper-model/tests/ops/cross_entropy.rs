@@ -32,30 +32,108 @@ fn a_large_vocabulary_runs_in_several_blocks() {
     // 4 Mi logits a block: 150 rows of 32005 make two.
     let targets = targets(150, 32_005);
     let inputs = [random(1, &[150, 4]), random(2, &[32_005, 4])];
+    let settings = CrossEntropy::default().with_ignore_index(0).with_z_loss(1e-3).with_label_smoothing(0.1);
     let run = |fused| {
-        value_and_gradients(&inputs, DType::F32, |x| {
-            Ok(linear_cross_entropy(&x[0], &x[1], &targets, CrossEntropy::default(), path(fused))?.loss)
-        })
+        let (loss, mut gradients) = value_and_gradients(&inputs, DType::F32, |x| {
+            let out = linear_cross_entropy(&x[0], &x[1], &targets, settings, path(fused))?;
+            assert!((0.0..32_005f32.ln()).contains(&out.entropy.to_scalar::<f32>()?));
+            Ok(out.loss)
+        });
+        gradients.push(loss);
+        gradients
     };
-    let ((loss, gradients), (expected, expected_gradients)) = (run(true), run(false));
-    assert!(error(&loss, &expected) < 1e-5);
-    for (a, b) in gradients.iter().zip(&expected_gradients) {
+    // The reference of each half for itself has one block.
+    let parts = [(0, 75), (75, 75)].map(|(start, n)| {
+        let (hidden, targets) =
+            (inputs[0].narrow(0, start, n).unwrap(), targets.narrow(0, start, n).unwrap());
+        let out = linear_cross_entropy(&hidden, &inputs[1], &targets, settings, Path::Reference).unwrap();
+        let counted = targets.ne(0u32).unwrap().to_dtype(DType::F64).unwrap().sum_all().unwrap();
+        ((out.loss * &counted).unwrap(), counted)
+    });
+    let [(a, na), (b, nb)] = parts;
+    let whole = ((a + b).unwrap() / (na + nb).unwrap()).unwrap();
+    let (fused, reference) = (run(true), run(false));
+    assert!(error(&fused[2], &whole) < 1e-5);
+    for (a, b) in fused.iter().zip(&reference) {
         assert!(error(a, b) < 1e-5);
     }
+}
+
+/// Every combination of the two additions.
+fn settings() -> [CrossEntropy; 4] {
+    let plain = CrossEntropy::default();
+    let z = plain.with_z_loss(0.02);
+    [plain, z, plain.with_label_smoothing(0.1), z.with_label_smoothing(0.3)]
 }
 
 #[test]
 fn gradient_equals_finite_differences() {
     let targets = targets(6, 9);
     let inputs = [random(1, &[6, 4]), random(2, &[9, 4])];
-    finite_differences("cross-entropy", &inputs, |x| {
-        Ok(linear_cross_entropy(&x[0], &x[1], &targets, CrossEntropy::default(), Path::Fused)?.loss)
-    });
+    for settings in settings() {
+        for path in [Path::Fused, Path::Reference] {
+            finite_differences(&format!("{settings:?} {path:?}"), &inputs, |x| {
+                Ok(linear_cross_entropy(&x[0], &x[1], &targets, settings, path)?.loss)
+            });
+        }
+    }
+}
+
+#[test]
+fn z_loss_and_label_smoothing_equal_their_reference_at_odd_shapes() {
+    for settings in settings() {
+        for (n, vocab, d) in [(1, 1, 1), (17, 5, 3), (70, 131, 8), (3, 32_005, 4)] {
+            let targets = targets(n, vocab as u32);
+            let inputs = [(random(1, &[n, d]) * 3.0).unwrap(), (random(2, &[vocab, d]) * 3.0).unwrap()];
+            parity(&format!("{settings:?}"), &inputs, |x, fused| {
+                Ok(linear_cross_entropy(&x[0], &x[1], &targets, settings, path(fused))?.loss)
+            });
+        }
+    }
+}
+
+#[test]
+fn z_loss_and_label_smoothing_are_what_they_are_called() {
+    // Logits ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8 and a log-sum-exp of ln 8.
+    let hidden = Tensor::ones((1, 1), DType::F64, &Device::Cpu).unwrap();
+    let logits = [1f64, 2., 5.].map(f64::ln);
+    let weight = Tensor::new(&[[logits[0]], [logits[1]], [logits[2]]], &Device::Cpu).unwrap();
+    let targets = Tensor::new(&[2u32], &Device::Cpu).unwrap();
+    let loss = |settings, path| {
+        let out = linear_cross_entropy(&hidden, &weight, &targets, settings, path).unwrap();
+        let entropy = -[0.125f64, 0.25, 0.625].map(|p| p * p.ln()).iter().sum::<f64>();
+        assert!((out.entropy.to_scalar::<f64>().unwrap() - entropy).abs() < 1e-12);
+        out.loss.to_scalar::<f64>().unwrap()
+    };
+    let nll = (8f64 / 5.0).ln();
+    let even = -(0.125f64.ln() + 0.25f64.ln() + 0.625f64.ln()) / 3.0;
+    for path in [Path::Fused, Path::Reference] {
+        let [plain, z, smooth, both] = settings().map(|settings| loss(settings, path));
+        assert!((plain - nll).abs() < 1e-12);
+        assert!((z - (nll + 0.02 * 8f64.ln().powi(2))).abs() < 1e-12);
+        assert!((smooth - (0.9 * nll + 0.1 * even)).abs() < 1e-12);
+        assert!((both - (0.7 * nll + 0.3 * even + 0.02 * 8f64.ln().powi(2))).abs() < 1e-12);
+    }
+}
+
+#[test]
+fn settings_outside_their_range_are_refused() {
+    let targets = targets(2, 5);
+    for (settings, name) in [
+        (CrossEntropy::default().with_z_loss(-1.0), "z_loss"),
+        (CrossEntropy::default().with_z_loss(f64::NAN), "z_loss"),
+        (CrossEntropy::default().with_label_smoothing(1.5), "label_smoothing"),
+        (CrossEntropy::default().with_label_smoothing(-0.1), "label_smoothing"),
+    ] {
+        let out =
+            linear_cross_entropy(&random(1, &[2, 4]), &random(2, &[5, 4]), &targets, settings, Path::Fused);
+        assert!(out.unwrap_err().to_string().contains(name));
+    }
 }
 
 #[test]
 fn ignored_rows_count_neither_in_the_loss_nor_in_the_gradient() {
-    let settings = CrossEntropy { ignore_index: 3 };
+    let settings = CrossEntropy::default().with_ignore_index(3);
     let targets = Tensor::new(&[1u32, 3, 0, 3, 2], &Device::Cpu).unwrap();
     let inputs = [random(1, &[5, 4]), random(2, &[6, 4])];
     parity("ignore", &inputs, |x, fused| {

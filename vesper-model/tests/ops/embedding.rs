@@ -12,7 +12,7 @@ fn ids(n: usize, vocab: u32) -> Tensor {
 
 #[test]
 fn equals_its_reference() {
-    for (n, vocab, d) in [(1, 1, 1), (100, 7, 5), (33, 1000, 16), (0, 5, 3)] {
+    for (n, vocab, d) in [(1, 1, 1), (100, 7, 5), (33, 1000, 16), (1000, 32_005, 2), (0, 5, 3)] {
         let ids = ids(n, vocab as u32);
         parity("embedding", &[random(1, &[vocab, d])], |x, fused| embedding(&x[0], &ids, path(fused)));
     }

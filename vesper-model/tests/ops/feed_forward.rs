@@ -35,8 +35,14 @@ fn equals_its_reference_with_every_activation() {
 
 #[test]
 fn equals_its_reference_at_odd_shapes() {
-    let shapes =
-        [(&[1, 1][..], 1, 1), (&[1, 2, 33], 65, 7), (&[129, 40], 3, 40), (&[4], 5, 6), (&[2, 1, 3, 4], 6, 4)];
+    let shapes = [
+        (&[1, 1][..], 1, 1),
+        (&[1, 2, 33], 65, 7),
+        (&[129, 40], 3, 40),
+        (&[1, 1000, 5], 7, 3),
+        (&[4], 5, 6),
+        (&[2, 1, 3, 4], 6, 4),
+    ];
     for (shape, ffn, out) in shapes {
         parity("feed-forward", &inputs(shape, ffn, out), |x, fused| {
             gated_feed_forward(&x[0], &x[1], &x[2], Activation::Silu, path(fused))

@@ -5,7 +5,15 @@ use crate::common::{finite_differences, parity, path, random};
 
 #[test]
 fn equals_its_reference_at_odd_shapes() {
-    for (shape, out) in [(&[1, 1][..], 1), (&[3, 17], 5), (&[2, 5, 33], 65), (&[0, 8], 3), (&[7, 4], 0)] {
+    for (shape, out) in [
+        (&[1, 1][..], 1),
+        (&[3, 17], 5),
+        (&[2, 5, 33], 65),
+        (&[1, 1000, 3], 2),
+        (&[3, 4], 32_005),
+        (&[0, 8], 3),
+        (&[7, 4], 0),
+    ] {
         let inputs = [random(1, shape), random(2, &[out, shape[shape.len() - 1]])];
         parity("linear", &inputs, |x, fused| linear(&x[0], &x[1], path(fused)));
     }

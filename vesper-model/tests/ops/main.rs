@@ -3,10 +3,15 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod attention;
+mod checkpoint;
 mod common;
 mod cross_entropy;
+mod dropout;
 mod embedding;
 mod feed_forward;
+mod layer_norm;
 mod linear;
+mod residual;
 mod rms_norm;
 mod self_attention;
+mod sizes;

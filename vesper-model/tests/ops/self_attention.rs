@@ -30,6 +30,7 @@ fn equals_its_reference_at_odd_shapes() {
         (1, 64, 16, heads(4, 2, 8), 16),
         (2, 65, 5, heads(6, 1, 4), 3),
         (1, 130, 33, heads(2, 2, 10), 65),
+        (1, 1000, 3, heads(1, 1, 4), 2),
     ];
     for (b, t, d, heads, columns) in shapes {
         let (inputs, rope) = (inputs(b, t, d, heads, columns), rope(heads.dim, t + 3));

@@ -1,0 +1,245 @@
+//! Layer normalisation.
+
+use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::real::{self, Real};
+use super::residual::Normed;
+use super::{Backend, Path, check_sizes};
+
+/// Rows handled by one task; the gradients of weight and bias are summed a task at a time, in order.
+const ROWS: usize = 64;
+
+/// LayerNorm with a gradient, over the last dimension.
+///
+/// ```text
+/// x: (.., d)    w, b: (d)
+/// n = (x - mean(x)) r    r = 1 / sqrt(mean((x - mean(x))^2) + eps)    y = n w + b
+/// g = w dy    dx = r (g - mean(g) - n mean(g n))    dw = sum over rows of n dy    db = sum over rows of dy
+/// ```
+///
+/// Without a bias, `b` is 0. Computed in f32 for f32, bf16 and f16, in f64 for f64. Saves its inputs; mean and r are
+/// computed again in the backward, so it keeps no memory of its own. (`candle_nn::ops::layer_norm` and, with a bias,
+/// `LayerNorm::forward` have no gradient.)
+///
+/// # Errors
+/// A weight or bias whose length is not the last dimension of `x`, or different dtypes.
+///
+/// # Examples
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use vesper_model::ops::{Path, layer_norm};
+/// let x = Tensor::new(&[[1f32, 3.]], &Device::Cpu)?;
+/// let w = Tensor::new(&[1f32, 2.], &Device::Cpu)?;
+/// let b = Tensor::new(&[10f32, 20.], &Device::Cpu)?;
+/// let y = layer_norm(&x, &w, Some(&b), 0.0, Path::Fused)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[9., 22.]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # References
+/// Ba, Kiros and Hinton, Layer Normalization, arXiv 1607.06450.
+pub fn layer_norm(x: &Tensor, w: &Tensor, b: Option<&Tensor>, eps: f64, path: Path) -> Result<Tensor> {
+    check("layer_norm", x, w, b)?;
+    match path.backend(x) {
+        Backend::Cpu => return fused(x, w, b, eps, Normed::default()),
+        #[cfg(feature = "cuda")]
+        Backend::Cuda => {}
+        Backend::Reference => {}
+    }
+    reference(x, w, b, eps)
+}
+
+pub(super) fn check(name: &str, x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<()> {
+    for (what, tensor) in std::iter::once(("weight", w)).chain(b.map(|b| ("bias", b))) {
+        if tensor.rank() != 1 || tensor.dim(0)? != x.dim(D::Minus1)? {
+            bail!("{name}: a {what} of shape {:?} for x of shape {:?}", tensor.shape(), x.shape());
+        }
+        if tensor.dtype() != x.dtype() {
+            bail!("{name}: x is {:?} and the {what} {:?}", x.dtype(), tensor.dtype());
+        }
+    }
+    check_sizes(name, &[x.dims()])
+}
+
+/// On the CPU; `normed` may hold the result already.
+pub(super) fn fused(x: &Tensor, w: &Tensor, b: Option<&Tensor>, eps: f64, normed: Normed) -> Result<Tensor> {
+    let b = match b {
+        Some(b) => b.contiguous()?,
+        None => w.detach().zeros_like()?.contiguous()?,
+    };
+    x.contiguous()?.apply_op3(&w.contiguous()?, &b, LayerNorm { eps, normed })
+}
+
+pub(super) fn reference(x: &Tensor, w: &Tensor, b: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+    let dtype = x.dtype();
+    let compute = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let (x, w) = (x.to_dtype(compute)?, w.to_dtype(compute)?);
+    let d = x.dim(D::Minus1)?.max(1) as f64;
+    let centred = x.broadcast_sub(&(x.sum_keepdim(D::Minus1)? / d)?)?;
+    let variance = (centred.sqr()?.sum_keepdim(D::Minus1)? / d)?;
+    let y = centred.broadcast_div(&(variance + eps)?.sqrt()?)?.broadcast_mul(&w)?;
+    let y = match b {
+        Some(b) => y.broadcast_add(&b.to_dtype(compute)?)?,
+        None => y,
+    };
+    y.to_dtype(dtype)
+}
+
+/// Mean and 1 / sqrt(variance + eps) of a row.
+#[inline(always)]
+fn statistics<T: Real>(x: &[T], eps: T) -> (T, T) {
+    let n = T::of(x.len() as f64);
+    let mean = real::sum(x) / n;
+    let variance = real::fold(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / n;
+    (mean, T::ONE / (variance + eps).sqrt())
+}
+
+/// One row.
+#[inline(always)]
+pub(super) fn row<T: Real>(x: &[T], w: &[T], b: &[T], y: &mut [T], eps: T) {
+    let (mean, r) = statistics(x, eps);
+    for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(w).zip(b) {
+        *y = (x - mean) * r * w + b;
+    }
+}
+
+struct LayerNorm {
+    eps: f64,
+    normed: Normed,
+}
+
+impl LayerNorm {
+    fn forward<T: Real>(&self, x: &[T], w: &[T], b: &[T]) -> Vec<T> {
+        let d = w.len();
+        let mut y = vec![T::ZERO; x.len()];
+        if d == 0 {
+            return y;
+        }
+        let eps = T::of(self.eps);
+        y.par_chunks_mut(ROWS * d).zip(x.par_chunks(ROWS * d)).for_each(|(y, x)| {
+            real::simd(
+                #[inline(always)]
+                || {
+                    for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                        row(x, w, b, y, eps);
+                    }
+                },
+            );
+        });
+        y
+    }
+
+    /// Gradients of x, w and b.
+    fn backward<T: Real>(&self, x: &[T], w: &[T], dy: &[T]) -> [Vec<T>; 3] {
+        let d = w.len();
+        let mut dx = vec![T::ZERO; x.len()];
+        let (mut dw, mut db) = (vec![T::ZERO; d], vec![T::ZERO; d]);
+        if d == 0 {
+            return [dx, dw, db];
+        }
+        let (eps, n) = (T::of(self.eps), T::of(d as f64));
+        let partial: Vec<(Vec<T>, Vec<T>)> = dx
+            .par_chunks_mut(ROWS * d)
+            .zip(x.par_chunks(ROWS * d))
+            .zip(dy.par_chunks(ROWS * d))
+            .map(|((dx, x), dy)| {
+                let (mut dw, mut db) = (vec![T::ZERO; d], vec![T::ZERO; d]);
+                real::simd(
+                    #[inline(always)]
+                    || {
+                        let rows = dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d));
+                        for ((dx, x), dy) in rows {
+                            let (mean, r) = statistics(x, eps);
+                            let g = real::fold(d, |i| w[i] * dy[i]) / n;
+                            let gn = real::fold(d, |i| w[i] * dy[i] * (x[i] - mean)) * r / n;
+                            for i in 0..d {
+                                let normed = (x[i] - mean) * r;
+                                dx[i] = r * (w[i] * dy[i] - g - normed * gn);
+                                dw[i] += normed * dy[i];
+                                db[i] += dy[i];
+                            }
+                        }
+                    },
+                );
+                (dw, db)
+            })
+            .collect();
+        for (part_w, part_b) in partial {
+            for ((dw, db), (w, b)) in dw.iter_mut().zip(&mut db).zip(part_w.into_iter().zip(part_b)) {
+                *dw += w;
+                *db += b;
+            }
+        }
+        [dx, dw, db]
+    }
+
+    fn backward_tensors<T: Real>(
+        &self,
+        inputs: [&Tensor; 3],
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [x, w, _] = inputs;
+        let gradients = real::with_values::<T, _>(x, |xs| {
+            real::with_values::<T, _>(w, |ws| {
+                real::with_values::<T, _>(dy, |dys| Ok(self.backward::<T>(xs, ws, dys)))
+            })
+        })?;
+        let mut tensors = [None, None, None];
+        for ((tensor, input), gradient) in tensors.iter_mut().zip(inputs).zip(gradients) {
+            if input.track_op() {
+                *tensor = Some(real::tensor(gradient, input.shape(), input.dtype())?);
+            }
+        }
+        let [dx, dw, db] = tensors;
+        Ok((dx, dw, db))
+    }
+}
+
+impl CustomOp3 for LayerNorm {
+    fn name(&self) -> &'static str {
+        "vesper-layer-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+        b: &CpuStorage,
+        lb: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        let shape = lx.shape().clone();
+        if let Some(y) = self.normed.take() {
+            return Ok((y, shape));
+        }
+        let y = match x.dtype() {
+            DType::F64 => {
+                let y = self.forward::<f64>(&f64::read(x, lx)?, &f64::read(w, lw)?, &f64::read(b, lb)?);
+                f64::store(y, DType::F64)?
+            }
+            dtype => {
+                let y = self.forward::<f32>(&f32::read(x, lx)?, &f32::read(w, lw)?, &f32::read(b, lb)?);
+                f32::store(y, dtype)?
+            }
+        };
+        Ok((y, shape))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        match x.dtype() {
+            DType::F64 => self.backward_tensors::<f64>([x, w, b], &dy),
+            _ => self.backward_tensors::<f32>([x, w, b], &dy),
+        }
+    }
+}

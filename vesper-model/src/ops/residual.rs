@@ -1,0 +1,240 @@
+//! A residual sum and the norm that follows it, in one pass.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::real::{self, Real};
+use super::{Backend, Path, layer_norm, rms_norm};
+
+/// Rows handled by one task.
+const ROWS: usize = 64;
+
+/// A residual sum and its RMSNorm: `(s, y)`.
+///
+/// ```text
+/// x, residual: (.., d)    w: (d)
+/// s = x + residual    y = rms_norm(s, w)
+/// dx = dresidual = ds + what y gives to s
+/// ```
+///
+/// The same values as `x + residual` and [`rms_norm`](super::rms_norm()), without reading the sum again. Saves the
+/// sum, once for both, and `w`: not `x` and not `residual`. Both inputs get the same gradient, in the same memory.
+/// Computed in f32 for f32, bf16 and f16 (the sum rounded to the dtype before it is normalised), in f64 for f64.
+///
+/// # Errors
+/// Two different shapes or dtypes, or what [`rms_norm`](super::rms_norm()) refuses.
+///
+/// # Examples
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use vesper_model::ops::{Path, residual_rms_norm};
+/// let x = Tensor::new(&[[1f32, 3.]], &Device::Cpu)?;
+/// let residual = Tensor::new(&[[2f32, 1.]], &Device::Cpu)?;
+/// let w = Tensor::new(&[1f32, 1.], &Device::Cpu)?;
+/// let (sum, y) = residual_rms_norm(&x, &residual, &w, 0.0, Path::Fused)?;
+/// assert_eq!(sum.to_vec2::<f32>()?, [[3., 4.]]);
+/// assert!((y.to_vec2::<f32>()?[0][0] - 3.0 / 12.5f32.sqrt()).abs() < 1e-6);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn residual_rms_norm(
+    x: &Tensor,
+    residual: &Tensor,
+    w: &Tensor,
+    eps: f64,
+    path: Path,
+) -> Result<(Tensor, Tensor)> {
+    check_pair("residual_rms_norm", x, residual)?;
+    rms_norm::check("residual_rms_norm", x, w)?;
+    if path.backend(x) != Backend::Cpu {
+        let sum = (x + residual)?;
+        let y = rms_norm(&sum, w, eps, path)?;
+        return Ok((sum, y));
+    }
+    let (normed, norm) = (Normed::default(), Norm::Rms { w: w.detach().contiguous()? });
+    let sum = x
+        .contiguous()?
+        .apply_op2(&residual.contiguous()?, ResidualSum { norm, eps, normed: normed.clone() })?;
+    let y = rms_norm::fused(&sum, w, eps, normed)?;
+    Ok((sum, y))
+}
+
+/// A residual sum and its LayerNorm: `(s, y)`.
+///
+/// ```text
+/// x, residual: (.., d)    w, b: (d)
+/// s = x + residual    y = layer_norm(s, w, b)
+/// dx = dresidual = ds + what y gives to s
+/// ```
+///
+/// As [`residual_rms_norm`], with the norm of [`layer_norm`](super::layer_norm()).
+///
+/// # Errors
+/// Two different shapes or dtypes, or what [`layer_norm`](super::layer_norm()) refuses.
+///
+/// # Examples
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use vesper_model::ops::{Path, residual_layer_norm};
+/// let x = Tensor::new(&[[1f32, 3.]], &Device::Cpu)?;
+/// let residual = Tensor::new(&[[2f32, 2.]], &Device::Cpu)?;
+/// let w = Tensor::new(&[1f32, 2.], &Device::Cpu)?;
+/// let (sum, y) = residual_layer_norm(&x, &residual, &w, None, 0.0, Path::Fused)?;
+/// assert_eq!(sum.to_vec2::<f32>()?, [[3., 5.]]);
+/// assert_eq!(y.to_vec2::<f32>()?, [[-1., 2.]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn residual_layer_norm(
+    x: &Tensor,
+    residual: &Tensor,
+    w: &Tensor,
+    b: Option<&Tensor>,
+    eps: f64,
+    path: Path,
+) -> Result<(Tensor, Tensor)> {
+    check_pair("residual_layer_norm", x, residual)?;
+    layer_norm::check("residual_layer_norm", x, w, b)?;
+    if path.backend(x) != Backend::Cpu {
+        let sum = (x + residual)?;
+        let y = layer_norm(&sum, w, b, eps, path)?;
+        return Ok((sum, y));
+    }
+    let b = match b {
+        Some(b) => b.contiguous()?,
+        None => w.detach().zeros_like()?.contiguous()?,
+    };
+    let normed = Normed::default();
+    let norm = Norm::Layer { w: w.detach().contiguous()?, b: b.detach() };
+    let sum = x
+        .contiguous()?
+        .apply_op2(&residual.contiguous()?, ResidualSum { norm, eps, normed: normed.clone() })?;
+    let y = layer_norm::fused(&sum, w, Some(&b), eps, normed)?;
+    Ok((sum, y))
+}
+
+fn check_pair(name: &str, x: &Tensor, residual: &Tensor) -> Result<()> {
+    if x.shape() != residual.shape() {
+        bail!("{name}: x of shape {:?} and a residual of shape {:?}", x.shape(), residual.shape());
+    }
+    if x.dtype() != residual.dtype() {
+        bail!("{name}: x is {:?} and the residual {:?}", x.dtype(), residual.dtype());
+    }
+    Ok(())
+}
+
+/// The norm that the pass over the sum has computed, for the norm's own node of the graph to take.
+#[derive(Clone, Default)]
+pub(super) struct Normed(Arc<Mutex<Option<CpuStorage>>>);
+
+impl Normed {
+    fn put(&self, y: CpuStorage) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(y);
+    }
+
+    pub(super) fn take(&self) -> Option<CpuStorage> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+enum Norm {
+    Rms { w: Tensor },
+    Layer { w: Tensor, b: Tensor },
+}
+
+/// The sum, with the norm on the way.
+struct ResidualSum {
+    norm: Norm,
+    eps: f64,
+    normed: Normed,
+}
+
+impl ResidualSum {
+    fn run<T: Real>(
+        &self,
+        (x, lx): (&CpuStorage, &Layout),
+        (residual, lr): (&CpuStorage, &Layout),
+        dtype: DType,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (xs, rs) = (T::read(x, lx)?, T::read(residual, lr)?);
+        let d = lx.shape().dims().last().copied().unwrap_or(0);
+        let eps = T::of(self.eps);
+        let (sum, y) = match &self.norm {
+            Norm::Rms { w } => real::with_values::<T, _>(w, |w| {
+                Ok(rows::<T>(&xs, &rs, d, dtype, |s, y| rms_norm::row(s, w, y, eps)))
+            })?,
+            Norm::Layer { w, b } => real::with_values::<T, _>(w, |w| {
+                real::with_values::<T, _>(b, |b| {
+                    Ok(rows::<T>(&xs, &rs, d, dtype, |s, y| layer_norm::row(s, w, b, y, eps)))
+                })
+            })?,
+        };
+        self.normed.put(T::store(y, dtype)?);
+        Ok((T::store(sum, dtype)?, lx.shape().clone()))
+    }
+}
+
+/// The sums, rounded to `dtype`, and `norm(sum, y)` of each row.
+fn rows<T: Real>(
+    x: &[T],
+    residual: &[T],
+    d: usize,
+    dtype: DType,
+    norm: impl Fn(&[T], &mut [T]) + Sync,
+) -> (Vec<T>, Vec<T>) {
+    let (mut sum, mut y) = (vec![T::ZERO; x.len()], vec![T::ZERO; x.len()]);
+    if d == 0 {
+        return (sum, y);
+    }
+    let chunks = sum.par_chunks_mut(ROWS * d).zip(y.par_chunks_mut(ROWS * d));
+    chunks.zip(x.par_chunks(ROWS * d).zip(residual.par_chunks(ROWS * d))).for_each(
+        |((sum, y), (x, residual))| {
+            real::simd(
+                #[inline(always)]
+                || {
+                    let rows = sum.chunks_exact_mut(d).zip(y.chunks_exact_mut(d));
+                    for ((sum, y), (x, residual)) in rows.zip(x.chunks_exact(d).zip(residual.chunks_exact(d)))
+                    {
+                        for ((sum, &x), &residual) in sum.iter_mut().zip(x).zip(residual) {
+                            *sum = x + residual;
+                        }
+                        T::round(sum, dtype);
+                        norm(sum, y);
+                    }
+                },
+            );
+        },
+    );
+    (sum, y)
+}
+
+impl CustomOp2 for ResidualSum {
+    fn name(&self) -> &'static str {
+        "vesper-residual-sum"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        residual: &CpuStorage,
+        lr: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        match x.dtype() {
+            DType::F64 => self.run::<f64>((x, lx), (residual, lr), DType::F64),
+            dtype => self.run::<f32>((x, lx), (residual, lr), dtype),
+        }
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        _sum: &Tensor,
+        dsum: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let gradient = |input: &Tensor| input.track_op().then(|| dsum.clone());
+        Ok((gradient(x), gradient(residual)))
+    }
+}
