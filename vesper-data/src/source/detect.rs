@@ -77,7 +77,11 @@ fn by_content(input: &mut Input) -> Result<FormatKind> {
     Ok(match (name, extension(&path).as_deref()) {
         (Some(FormatKind::Text), Some("md")) => FormatKind::Text,
         (Some(FormatKind::Text), _) => {
-            if is_dialogue(input.peek(PEEK_TEXT)?) { FormatKind::Dialogue } else { FormatKind::Text }
+            if is_dialogue(input.peek(PEEK_TEXT)?) {
+                FormatKind::Dialogue
+            } else {
+                FormatKind::Text
+            }
         }
         // A name for lists of records, and for lines of them.
         (Some(FormatKind::Jsonl), Some("json")) => json(input.peek(PEEK_JSON)?).unwrap_or(FormatKind::Json),

@@ -62,8 +62,7 @@ impl Documents {
 
     pub(super) fn of_files(files: Vec<SourceFile>, first: PathBuf, context: Context) -> Self {
         let report = context.report.clone();
-        let files =
-            Files { files: files.into(), current: None, first, any: false, skipped: 0, context };
+        let files = Files { files: files.into(), current: None, first, any: false, skipped: 0, context };
         Self { reading: Reading::Files(files), report, counts: true, done: false }
     }
 

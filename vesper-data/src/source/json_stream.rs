@@ -181,9 +181,9 @@ impl JsonStream {
                 if scanner.is_scalar() {
                     return Ok(());
                 }
-                return Err(self.failed(format!(
-                    "the file ends within a value that starts on line {first_line}"
-                )));
+                return Err(
+                    self.failed(format!("the file ends within a value that starts on line {first_line}"))
+                );
             }
             let (used, end) = scanner.advance(chunk);
             let used_bytes = chunk.get(..used).unwrap_or_default();
@@ -247,7 +247,10 @@ impl Scanner {
                 }
                 b'"' => self.in_string = true,
                 b'{' | b'[' if self.open.len() == MAX_DEPTH => {
-                    return (at, Some(Err(format!("more than {MAX_DEPTH} lists and objects in one another"))));
+                    return (
+                        at,
+                        Some(Err(format!("more than {MAX_DEPTH} lists and objects in one another"))),
+                    );
                 }
                 b'{' | b'[' => self.open.push(closing(byte)),
                 b'}' | b']' => {

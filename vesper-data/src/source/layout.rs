@@ -46,8 +46,15 @@ impl Labels {
 
     /// French words.
     pub fn french() -> Self {
-        let words =
-            ["Système :", "Utilisateur :", "Assistant :", "Outil :", "Question :", "Réponse :", "Sans réponse."];
+        let words = [
+            "Système :",
+            "Utilisateur :",
+            "Assistant :",
+            "Outil :",
+            "Question :",
+            "Réponse :",
+            "Sans réponse.",
+        ];
         Self::of(words)
     }
 

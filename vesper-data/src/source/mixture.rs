@@ -1,17 +1,15 @@
 //! Several sources with weights.
 
-use rand::SeedableRng;
-use rand::distr::weighted::WeightedIndex;
-use rand::prelude::Distribution;
 use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{BrokenRecords, Document, Documents, ReadReport, Sources};
 use crate::error::{DataError, Result};
 
-/// The bytes of text that a draw is worth.
-const CREDIT: i64 = 4096;
+/// The most bytes of text by which chance puts a document off; a power of two.
+const DELAY: u64 = 1 << 14;
 
 /// What happens when a source of a mixture has no more documents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,13 +27,18 @@ pub enum WhenOut {
 
 /// Several sources, each with its share of the text.
 ///
-/// The weights are shares of bytes of text (so nearly of tokens), and need not add up to 1. The mixture draws a source
-/// at random, by the weights; each draw is worth 4096 bytes, and a source gives documents as long as it has some of
-/// that left. A long document overdraws; the draws that follow pay it back. So after any amount of text each source
-/// has given its share of it, within about one document.
+/// The weights are shares of bytes of text (so nearly of tokens), and need not add up to 1. The next document comes
+/// from the source for which
+///
+/// ```text
+/// (bytes given so far + delay) / weight
+/// ```
+///
+/// is least, where the delay is up to 16 KiB, drawn at random for each document. So after any amount of text each
+/// source has given its share of it, within the length of a document and the delay, in an order without a pattern.
 ///
 /// The draws depend on the seed alone (ChaCha with 8 rounds), so that the same sources, weights and seed give the same
-/// documents in the same order. One document of each source is in memory at a time.
+/// documents in the same order. One document is in memory at a time.
 ///
 /// # Examples
 ///
@@ -52,7 +55,7 @@ pub enum WhenOut {
 ///     let document = document?;
 ///     *(if *document.path == *a { &mut english } else { &mut french }) += document.text.len() as f64;
 /// }
-/// assert!((english / french - 3.0_f64).abs() < 0.8);
+/// assert!((english / french - 3.0_f64).abs() < 0.5);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -96,14 +99,19 @@ impl Mixture {
 
     pub(super) fn documents(&self, report: &ReadReport) -> Result<MixedDocuments> {
         self.validate()?;
-        let mut parts = Vec::new();
-        for (sources, _) in &self.parts {
-            let documents = sources.read(report.clone())?.uncounted();
-            parts.push(Part { sources: sources.clone(), documents, credit: 0, out: false });
+        // As with the order of windows: a saved run must find the same documents with every later version.
+        let mut key = [0; 32];
+        for (slot, byte) in key.iter_mut().zip(self.seed.to_le_bytes()) {
+            *slot = byte;
         }
-        let draws = draws(&self.parts, |_| true)?;
-        let random = ChaCha8Rng::seed_from_u64(self.seed);
-        Ok(MixedDocuments { mixture: self.clone(), parts, draws, random, current: None })
+        let mut random = ChaCha8Rng::from_seed(key);
+        let mut parts = Vec::new();
+        for (sources, weight) in &self.parts {
+            let documents = sources.read(report.clone())?.uncounted();
+            let (sources, delay) = (sources.clone(), draw(&mut random));
+            parts.push(Part { sources, weight: *weight, documents, given: 0, delay, out: false });
+        }
+        Ok(MixedDocuments { parts, random, when_out: self.when_out })
     }
 
     /// Adds to `digest` what decides which documents there are, but for the files' bytes.
@@ -121,76 +129,63 @@ impl Mixture {
     }
 }
 
-/// The draws among the parts for which `takes_part` holds.
-fn draws(parts: &[(Sources, f64)], takes_part: impl Fn(usize) -> bool) -> Result<WeightedIndex<f64>> {
-    let weights = parts.iter().enumerate().map(|(at, (_, weight))| if takes_part(at) { *weight } else { 0.0 });
-    WeightedIndex::new(weights).map_err(|error| DataError::Config {
-        name: "the weights of a mixture",
-        got: error.to_string(),
-        expected: "numbers above 0 with a finite sum",
-    })
+/// A delay.
+fn draw(random: &mut ChaCha8Rng) -> u64 {
+    random.next_u64() % DELAY
 }
 
 struct Part {
     sources: Sources,
+    weight: f64,
     documents: Documents,
-    /// The bytes of text that it may still give.
-    credit: i64,
+    /// The bytes of text that it gave so far.
+    given: u64,
+    /// By how much its next document is put off.
+    delay: u64,
     /// Whether it was read to its end.
     out: bool,
 }
 
+impl Part {
+    /// When it is its turn.
+    fn turn(&self) -> f64 {
+        (self.given + self.delay) as f64 / self.weight
+    }
+
+    /// Begins again. What is broken was reported the first time.
+    fn repeat(&mut self) -> Result<()> {
+        let mut again = self.sources.clone();
+        again.pass_over(BrokenRecords::Any);
+        self.documents = again.read(ReadReport::default())?.uncounted();
+        Ok(())
+    }
+}
+
 pub(super) struct MixedDocuments {
-    mixture: Mixture,
     parts: Vec<Part>,
-    draws: WeightedIndex<f64>,
     random: ChaCha8Rng,
-    /// The part that was drawn last, while it has credit left.
-    current: Option<usize>,
+    when_out: WhenOut,
 }
 
 impl MixedDocuments {
     pub(super) fn advance(&mut self) -> Result<Option<Document>> {
         loop {
-            let Some(at) = self.current else {
-                let at = self.draws.sample(&mut self.random);
-                if let Some(part) = self.parts.get_mut(at) {
-                    part.credit += CREDIT;
-                    self.current = (part.credit > 0).then_some(at);
-                }
-                continue;
-            };
-            let Some(part) = self.parts.get_mut(at) else { return Ok(None) };
+            let goes_on = self.when_out == WhenOut::GoOn;
+            let parts = self.parts.iter_mut().filter(|part| !(part.out && goes_on));
+            let Some(part) = parts.min_by(|a, b| a.turn().total_cmp(&b.turn())) else { return Ok(None) };
             if let Some(document) = part.documents.next() {
                 let document = document?;
-                part.credit -= i64::try_from(document.text.len()).unwrap_or(i64::MAX);
-                if part.credit <= 0 {
-                    self.current = None;
-                }
+                part.given += document.text.len() as u64;
+                part.delay = draw(&mut self.random);
                 return Ok(Some(document));
             }
             part.out = true;
-            let all_out = self.parts.iter().all(|part| part.out);
-            if all_out || self.mixture.when_out == WhenOut::Stop {
+            if self.when_out == WhenOut::Repeat {
+                part.repeat()?;
+            }
+            if self.when_out == WhenOut::Stop || self.parts.iter().all(|part| part.out) {
                 return Ok(None);
             }
-            if self.mixture.when_out == WhenOut::Repeat {
-                self.repeat(at)?;
-            } else {
-                let parts = &self.parts;
-                self.draws = draws(&self.mixture.parts, |at| parts.get(at).is_some_and(|part| !part.out))?;
-                self.current = None;
-            }
         }
-    }
-
-    /// Begins a part again. What is broken in it was reported the first time.
-    fn repeat(&mut self, at: usize) -> Result<()> {
-        if let Some(part) = self.parts.get_mut(at) {
-            let mut again = part.sources.clone();
-            again.pass_over(BrokenRecords::Any);
-            part.documents = again.read(ReadReport::default())?.uncounted();
-        }
-        Ok(())
     }
 }

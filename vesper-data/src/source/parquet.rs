@@ -82,7 +82,9 @@ fn open(path: &Path, context: &Context) -> Result<RowIter<'static>> {
     let wanted = projection(schema, context).map_err(|problem| unreadable(path, problem))?;
     let names: Vec<String> = wanted.get_fields().iter().map(|field| field.name().to_owned()).collect();
     check_codecs(path, &reader, &names)?;
-    guarded(path, || Ok(RowIter::from_file_into(Box::new(reader)).project(Some(wanted))?.with_batch_size(BATCH)))
+    guarded(path, || {
+        Ok(RowIter::from_file_into(Box::new(reader)).project(Some(wanted))?.with_batch_size(BATCH))
+    })
 }
 
 /// The columns that the text is made of, or which one is missing.
@@ -102,7 +104,9 @@ fn projection(schema: &Type, context: &Context) -> Result<Type, String> {
             Some(field) => fields.push(field.clone()),
             None if at < needed => {
                 let names = schema.get_fields().iter().map(|field| field.name());
-                return Err(no_field(first, "", names).replace("the field", "the column").replace("the fields", "the columns"));
+                return Err(no_field(first, "", names)
+                    .replace("the field", "the column")
+                    .replace("the fields", "the columns"));
             }
             None => {}
         }
@@ -140,7 +144,8 @@ fn check_codecs(path: &Path, reader: &SerializedFileReader<File>, columns: &[Str
     }
     let zstd = reader.metadata().row_groups().iter().flat_map(|group| group.columns()).any(|column| {
         let name = column.column_path().parts().first();
-        matches!(column.compression(), Compression::ZSTD(_)) && name.is_some_and(|name| columns.contains(name))
+        matches!(column.compression(), Compression::ZSTD(_))
+            && name.is_some_and(|name| columns.contains(name))
     });
     if zstd {
         let what = format!("{}: a Parquet file with zstd compression", path.display());

@@ -129,7 +129,9 @@ pub(super) fn document(
         Layout::Question => squad::record(&record, context, path, &place)?,
     };
     let line = match place() {
-        Place::Line(line) | Place::Row(line) | Place::Record { line, .. } | Place::Question { line, .. } => line,
+        Place::Line(line) | Place::Row(line) | Place::Record { line, .. } | Place::Question { line, .. } => {
+            line
+        }
     };
     let Rendered { text, loss } = rendered;
     if text.len() > settings.max_record() {
@@ -149,7 +151,10 @@ fn messages<'a>(value: &'a Value, name: &str, labels: &'a Labels) -> Result<Vec<
     for (at, message) in messages.iter().enumerate() {
         let place = format!("{name}.{at}");
         let Value::Object(fields) = message else {
-            return Err(format!("{place:?} is {}, expected an object with \"role\" and \"content\"", kind(message)));
+            return Err(format!(
+                "{place:?} is {}, expected an object with \"role\" and \"content\"",
+                kind(message)
+            ));
         };
         let field = |names: [&'static str; 2]| {
             names.into_iter().find_map(|name| Some((name, fields.get(name)?))).ok_or_else(|| {

@@ -268,7 +268,8 @@ mod tests {
             let text = message(settings.clone().with_records(path));
             assert!(text.starts_with(&format!("records is {path:?}: expected")), "{text}");
         }
-        let fields = Fields::Instruction { instruction: "a".into(), input: Some("".into()), output: "b".into() };
+        let fields =
+            Fields::Instruction { instruction: "a".into(), input: Some("".into()), output: "b".into() };
         assert!(settings.clone().with_fields(fields).validate().is_err());
     }
 }

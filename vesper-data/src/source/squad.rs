@@ -181,9 +181,7 @@ fn paragraph(value: Value, line: u64) -> Result<Paragraph, String> {
         return Err(format!("the paragraph is {}, expected an object", kind(&value)));
     };
     match fields.remove("qas") {
-        Some(Value::Array(questions)) => {
-            Ok(Paragraph { context, questions: questions.into_iter(), line })
-        }
+        Some(Value::Array(questions)) => Ok(Paragraph { context, questions: questions.into_iter(), line }),
         Some(other) => Err(format!("\"qas\" is {}, expected a list of questions", kind(&other))),
         None => Err(field::no_field("qas", "", fields.keys().map(String::as_str))),
     }
@@ -208,7 +206,9 @@ impl Source {
     fn turns(&self, text: &str, value: &Value, line: u64) -> Result<[Turn<'_>; 2]> {
         let place = || Place::Question { id: id(value), line };
         let question = Question::of(value).map_err(|problem| self.broken(place(), problem))?;
-        question.turns(text, &self.context, &self.path, place).map_err(|problem| self.broken(place(), problem))
+        question
+            .turns(text, &self.context, &self.path, place)
+            .map_err(|problem| self.broken(place(), problem))
     }
 
     /// A paragraph with one of its questions.
@@ -270,11 +270,13 @@ impl Question {
 
     /// A question of a table, with the answers as two lists: `{"text": [...], "answer_start": [...]}`.
     fn of_row(row: &Value) -> Result<Self, String> {
-        let Some(texts) = row.get("answers").and_then(|answers| answers.get("text")).and_then(Value::as_array)
+        let Some(texts) =
+            row.get("answers").and_then(|answers| answers.get("text")).and_then(Value::as_array)
         else {
             return Self::of(row);
         };
-        let starts = row.get("answers").and_then(|answers| answers.get("answer_start")).and_then(Value::as_array);
+        let starts =
+            row.get("answers").and_then(|answers| answers.get("answer_start")).and_then(Value::as_array);
         let start = |at: usize| starts.and_then(|starts| starts.get(at)).and_then(Value::as_i64);
         let mut answers = Vec::new();
         for (at, text) in texts.iter().enumerate() {

@@ -25,7 +25,8 @@ impl<R: BufRead> ZstdReader<R> {
                     return Ok(true);
                 }
                 Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
-                    length, ..
+                    length,
+                    ..
                 })) => {
                     let length = u64::from(length);
                     if copy(&mut self.source.by_ref().take(length), &mut sink())? < length {

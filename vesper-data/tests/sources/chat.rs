@@ -89,7 +89,10 @@ fn what_is_wrong_with_a_conversation_is_named() {
             r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}"#,
             "\"messages\" has no turn of an assistant",
         ),
-        (r#"{"messages": ["a"]}"#, "\"messages.0\" is a string, expected an object with \"role\" and \"content\""),
+        (
+            r#"{"messages": ["a"]}"#,
+            "\"messages.0\" is a string, expected an object with \"role\" and \"content\"",
+        ),
         (
             r#"{"messages": [{"content": "a"}]}"#,
             "the field \"messages.0.role\" is missing (the fields of \"messages.0\" are: \"content\")",
@@ -102,7 +105,10 @@ fn what_is_wrong_with_a_conversation_is_named() {
             r#"{"messages": [{"role": "narrator", "content": "a"}]}"#,
             "\"messages.0.role\" is \"narrator\", expected system, user, assistant or tool",
         ),
-        (r#"{"messages": [{"from": 1, "value": "a"}]}"#, "\"messages.0.from\" is a number, expected a string"),
+        (
+            r#"{"messages": [{"from": 1, "value": "a"}]}"#,
+            "\"messages.0.from\" is a number, expected a string",
+        ),
         (
             r#"{"messages": [{"role": "user", "content": 1}]}"#,
             "\"messages.0.content\" is a number, expected a string or a list of texts",

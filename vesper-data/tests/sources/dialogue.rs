@@ -8,7 +8,8 @@ use crate::{message_with, read_file, read_with, texts};
 
 #[test]
 fn each_conversation_is_a_document() {
-    let text = "\u{FEFF}\n\n[speaker001:] Bonjour.\r\n[speaker002:] Oui ?\n et alors\n \n\n[speaker001:] Fin.\n";
+    let text =
+        "\u{FEFF}\n\n[speaker001:] Bonjour.\r\n[speaker002:] Oui ?\n et alors\n \n\n[speaker001:] Fin.\n";
     let expected = [
         ("[speaker001:] Bonjour.\n[speaker002:] Oui ?\n et alors".to_owned(), 3),
         ("[speaker001:] Fin.".to_owned(), 8),
@@ -35,10 +36,15 @@ fn a_broken_conversation_is_passed_over_as_a_whole() {
     let settings = ReadSettings::default().with_format(FormatKind::Dialogue);
     let documents = read_with("a.txt", text, settings.clone().with_broken(BrokenRecords::AtMost(2))).unwrap();
     assert_eq!(texts(&documents), ["[a:] un", "[a:] quatre"]);
-    let error = read_with("a.txt", text, settings.with_broken(BrokenRecords::AtMost(1))).unwrap_err().to_string();
+    let error =
+        read_with("a.txt", text, settings.with_broken(BrokenRecords::AtMost(1))).unwrap_err().to_string();
     assert!(error.starts_with("more than 1 broken records, the last of them: "), "{error}");
     assert_eq!(
-        message_with("a.txt", b"[a:] un\n[b:] deux et trois\n", ReadSettings::default().with_max_record_bytes(20)),
+        message_with(
+            "a.txt",
+            b"[a:] un\n[b:] deux et trois\n",
+            ReadSettings::default().with_max_record_bytes(20)
+        ),
         ", line 1: the conversation has more than 20 bytes (max-record-bytes)"
     );
 }

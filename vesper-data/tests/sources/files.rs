@@ -176,7 +176,9 @@ fn a_pattern_stands_for_the_files_that_fit_it_in_order() {
     assert_eq!(find("d/**/g.*").unwrap(), ["g"]);
     let error = find("*.csv").unwrap_err();
     assert!(matches!(error, DataError::NoMatch { .. }));
-    assert!(error.to_string().starts_with("no file fits the pattern ") && error.to_string().ends_with("*.csv"));
+    assert!(
+        error.to_string().starts_with("no file fits the pattern ") && error.to_string().ends_with("*.csv")
+    );
     assert!(find("a**b").unwrap_err().to_string().starts_with("a pattern of files is "));
 }
 

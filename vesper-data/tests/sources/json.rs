@@ -37,7 +37,8 @@ fn a_list_within_a_document_is_found_at_its_path() {
         let documents = read_with("a.json", json, settings).unwrap();
         assert_eq!(texts(&documents), ["Un.", "Deux."]);
     }
-    let fails = |records: &str| message_with("a.json", json, settings().with_records(records).with_text("page.body"));
+    let fails =
+        |records: &str| message_with("a.json", json, settings().with_records(records).with_text("page.body"));
     assert_eq!(
         fails("items"),
         " cannot be read as JSON: line 1: the field \"items\" is missing (the fields are: \"data\", \"end\", \"version\")"
@@ -54,7 +55,10 @@ fn a_list_within_a_document_is_found_at_its_path() {
 fn a_path_that_is_not_there_is_named_with_what_is() {
     let line = br#"{"page": {"body": null, "title": "t"}, "n": 1}"#;
     let fails = |path: &str| message_with("a.jsonl", line, settings().with_text(path));
-    assert_eq!(fails("page.text"), ", line 1: the field \"page.text\" is missing (the fields of \"page\" are: \"body\", \"title\")");
+    assert_eq!(
+        fails("page.text"),
+        ", line 1: the field \"page.text\" is missing (the fields of \"page\" are: \"body\", \"title\")"
+    );
     assert_eq!(fails("page.body"), ", line 1: \"page.body\" is null, expected a string");
     assert_eq!(fails("page"), ", line 1: \"page\" is an object, expected a string");
     assert_eq!(fails("n.x"), ", line 1: \"n\" is a number, expected an object with \"x\"");
@@ -74,7 +78,10 @@ fn faults_of_records_are_named_with_their_number_and_line() {
         message("a.json", b"[{\"text\": \"\xE9\"}]"),
         ", record 1 (line 1): invalid JSON at column 11: invalid unicode code point"
     );
-    assert_eq!(message("a.json", b"[[]]"), ", record 1 (line 1): expected an object like {\"text\": \"...\"}, got a list");
+    assert_eq!(
+        message("a.json", b"[[]]"),
+        ", record 1 (line 1): expected an object like {\"text\": \"...\"}, got a list"
+    );
     assert_eq!(
         message("a.json", b"{\"data\": [{\"body\": \"a\"}]}"),
         ", record 1 (line 1): the field \"text\" is missing (the fields are: \"data\")"
@@ -89,11 +96,18 @@ fn a_document_that_is_cut_short_or_no_json_is_an_error_of_the_file() {
         ("[{\"text\": \"a\"}]\n[]", "line 2: expected the end of the file, got '['"),
         ("{\"text\": \"a\"", "line 1: the file ends within a value that starts on line 1"),
     ] {
-        assert_eq!(message("a.json", json.as_bytes()), format!(" cannot be read as JSON: {expected}"), "{json}");
+        assert_eq!(
+            message("a.json", json.as_bytes()),
+            format!(" cannot be read as JSON: {expected}"),
+            "{json}"
+        );
     }
     assert_eq!(message("a.json", b"[]"), " holds no text");
     assert_eq!(message("a.json", b" \n"), " holds no text");
-    assert_eq!(message("a.json", b"nonsense"), ", record 1 (line 1): invalid JSON at column 2: expected ident");
+    assert_eq!(
+        message("a.json", b"nonsense"),
+        ", record 1 (line 1): invalid JSON at column 2: expected ident"
+    );
 }
 
 #[test]
@@ -125,7 +139,11 @@ fn a_format_that_is_set_is_used_whatever_the_file_is() {
 
 #[test]
 fn of_a_folder_only_the_files_of_a_set_format_are_read() {
-    let folder = folder(&[("a.txt", b"text"), ("b.jsonl", b"{\"text\": \"line\"}"), ("c.json", b"[{\"text\": \"list\"}]")]);
+    let folder = folder(&[
+        ("a.txt", b"text"),
+        ("b.jsonl", b"{\"text\": \"line\"}"),
+        ("c.json", b"[{\"text\": \"list\"}]"),
+    ]);
     let read = |settings| {
         let sources = vesper_data::Sources::new([folder.path()]).with_settings(settings);
         sources.documents().unwrap().map(|document| document.unwrap().text).collect::<Vec<_>>()

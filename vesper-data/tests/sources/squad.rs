@@ -47,7 +47,8 @@ fn each_question_is_a_document_that_learns_the_first_answer() {
 
 #[test]
 fn a_paragraph_with_its_questions_is_running_text() {
-    let settings = ReadSettings::default().with_squad(SquadDocuments::Paragraphs).with_labels(Labels::french());
+    let settings =
+        ReadSettings::default().with_squad(SquadDocuments::Paragraphs).with_labels(Labels::french());
     let (documents, report) = read(&file(), settings);
     let documents = documents.unwrap();
     assert_eq!(
