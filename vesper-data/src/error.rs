@@ -5,6 +5,41 @@ use std::path::{Path, PathBuf};
 /// The result of every fallible function of this crate.
 pub type Result<T, E = DataError> = std::result::Result<T, E>;
 
+/// Which record of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Place {
+    /// The one that starts on this line, from 1.
+    Line(u64),
+    /// This row of a table, from 1.
+    Row(u64),
+    /// This element of a list, from 1.
+    Record {
+        /// Its number, from 1.
+        number: u64,
+        /// The line on which it starts, from 1.
+        line: u64,
+    },
+    /// A question.
+    Question {
+        /// Its id, as the file gives it.
+        id: String,
+        /// The line on which its paragraph starts, from 1.
+        line: u64,
+    },
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Line(line) => write!(f, "line {line}"),
+            Self::Row(row) => write!(f, "row {row}"),
+            Self::Record { number, line } => write!(f, "record {number} (line {line})"),
+            Self::Question { id, line } => write!(f, "question {id} (line {line})"),
+        }
+    }
+}
+
 /// What can go wrong between a text file and a batch.
 ///
 /// Every message is one line that names the file (and line) concerned, what was found and what was expected.
@@ -56,13 +91,69 @@ pub enum DataError {
         /// A guess at the encoding, or nothing.
         hint: &'static str,
     },
-    /// A line of a JSONL file is not an object with a "text" string.
-    #[error("{}, line {line}: {problem}", path.display())]
-    Jsonl {
+    /// A record of a file cannot be used.
+    #[error("{}, {place}: {problem}", path.display())]
+    Record {
         /// The file.
         path: PathBuf,
-        /// The line, from 1.
-        line: u64,
+        /// The record.
+        place: Place,
+        /// What was found and expected.
+        problem: String,
+    },
+    /// There are more records that cannot be used than the settings allow.
+    #[error("more than {limit} broken records, the last of them: {last}")]
+    TooManyBroken {
+        /// The number that is allowed.
+        limit: u64,
+        /// What is wrong with the one that is too many.
+        last: Box<DataError>,
+    },
+    /// A file is cut short, damaged, or not of the format that it is read as.
+    #[error("{} cannot be read as {format}: {problem}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The format, or the compression.
+        format: &'static str,
+        /// What was found and expected.
+        problem: String,
+    },
+    /// No file fits a pattern like `data/*.txt`.
+    #[error("no file fits the pattern {pattern}")]
+    NoMatch {
+        /// The pattern as it was named.
+        pattern: String,
+    },
+    /// Something needs a feature of this crate that the program was built without.
+    #[error("{what} needs a program built with vesper-data's feature \"{feature}\"")]
+    Feature {
+        /// What needs it.
+        what: String,
+        /// The feature.
+        feature: &'static str,
+    },
+    /// The Hugging Face hub asks for a permission, or for a name that exists.
+    #[error(
+        "the hub refuses the data set {dataset} (status {status}): log in, open {url}, and accept its conditions \
+         where it has some; then give a token of that account (from {tokens}) in the variable HF_TOKEN, or by \
+         \"hf auth login\""
+    )]
+    HubPermission {
+        /// The data set.
+        dataset: String,
+        /// The HTTP status: 401 or 403.
+        status: u16,
+        /// The data set's page.
+        url: String,
+        /// The page for tokens.
+        tokens: String,
+    },
+    /// A data set of the Hugging Face hub cannot be read.
+    #[error("cannot read {dataset} from the Hugging Face hub: {problem}")]
+    Hub {
+        /// The data set, as it was named.
+        dataset: String,
         /// What was found and expected.
         problem: String,
     },
@@ -170,6 +261,11 @@ impl DataError {
             return Self::Missing { path: path.to_path_buf() };
         }
         Self::Io { action, path: path.to_path_buf(), source }
+    }
+
+    /// Whether it concerns one record only, so that those behind it can still be read.
+    pub(crate) fn is_broken_record(&self) -> bool {
+        matches!(self, Self::Record { .. } | Self::InvalidUtf8 { .. })
     }
 }
 

@@ -11,8 +11,8 @@ pub mod tokens;
 
 pub use batch::{Batch, BatchSampler, EvalBatches, SamplerConfig, SamplerState};
 pub use cache::{CacheKey, CacheStatus, TokenCache};
-pub use error::{DataError, Result};
-pub use source::{Document, Documents, Sources};
+pub use error::{DataError, Place, Result};
+pub use source::{Document, Documents, Mixture, ReadSettings, Sources};
 pub use tokenizer::{Encoded, TextTokenizer};
 pub use tokens::Tokens;
 

@@ -1,18 +1,22 @@
 //! A file's lines as valid UTF-8, for the formats that are read line by line.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, Read};
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::error::{DataError, Result};
+use super::input::Input;
+use super::settings::too_long;
+use crate::error::{DataError, Place, Result};
 
 const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
 /// The lines of a file, each with its line break; a byte order mark at the start of the file is dropped.
+///
+/// After a line that is a broken record the next one can be read.
 pub(super) struct Lines {
-    reader: BufReader<File>,
-    path: Arc<Path>,
+    input: Input,
+    /// The most bytes that a line may have.
+    limit: usize,
     /// The number of lines read so far.
     line: u64,
     /// The number of bytes read so far.
@@ -20,14 +24,12 @@ pub(super) struct Lines {
 }
 
 impl Lines {
-    pub(super) fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|error| DataError::io("open", path, error))?;
-        let reader = BufReader::with_capacity(1 << 16, file);
-        Ok(Self { reader, path: path.into(), line: 0, offset: 0 })
+    pub(super) fn new(input: Input, limit: usize) -> Self {
+        Self { input, limit, line: 0, offset: 0 }
     }
 
     pub(super) fn path(&self) -> &Arc<Path> {
-        &self.path
+        self.input.path()
     }
 
     /// The number, from 1, of the line that was read last.
@@ -35,19 +37,36 @@ impl Lines {
         self.line
     }
 
+    /// That the record which starts on `line` cannot be used.
+    pub(super) fn broken(&self, line: u64, problem: String) -> DataError {
+        DataError::Record { path: self.path().to_path_buf(), place: Place::Line(line), problem }
+    }
+
     /// The next line, or `None` at the end of the file.
     pub(super) fn next_line(&mut self) -> Result<Option<String>> {
         let mut bytes = Vec::new();
-        let read = self
-            .reader
-            .read_until(b'\n', &mut bytes)
-            .map_err(|error| DataError::io("read", &self.path, error))?;
+        // One byte more than is allowed, to see that a line is too long.
+        let most = (self.limit as u64).saturating_add(1);
+        let mut read = self.read_until_break(most, &mut bytes)?;
         if read == 0 {
             return Ok(None);
         }
         self.line += 1;
         let start = self.offset;
+        let long = bytes.len() > self.limit;
+        let mut rest = Vec::new();
+        while long && !bytes.ends_with(b"\n") && !rest.ends_with(b"\n") {
+            rest.clear();
+            let more = self.read_until_break(1 << 16, &mut rest)?;
+            if more == 0 {
+                break;
+            }
+            read += more;
+        }
         self.offset += read as u64;
+        if long {
+            return Err(self.broken(self.line, too_long("line", self.limit)));
+        }
         let mut dropped = 0;
         if self.line == 1 && bytes.starts_with(BYTE_ORDER_MARK) {
             dropped = BYTE_ORDER_MARK.len();
@@ -55,11 +74,29 @@ impl Lines {
         }
         // A line break is never part of a longer UTF-8 sequence: a file is valid if each of its lines is.
         String::from_utf8(bytes).map(Some).map_err(|error| DataError::InvalidUtf8 {
-            path: self.path.to_path_buf(),
+            path: self.path().to_path_buf(),
             line: self.line,
             offset: start + (dropped + error.utf8_error().valid_up_to()) as u64,
             hint: encoding_hint(start, error.as_bytes()),
         })
+    }
+
+    /// Reads up to and with the next line break, but at most `most` bytes.
+    fn read_until_break(&mut self, most: u64, bytes: &mut Vec<u8>) -> Result<usize> {
+        let read = self.input.by_ref().take(most).read_until(b'\n', bytes);
+        read.map_err(|error| self.input.failed(error))
+    }
+
+    /// The next line, with `\n` for `\r\n` at its end.
+    pub(super) fn next_text_line(&mut self) -> Result<Option<String>> {
+        let mut line = self.next_line()?;
+        if let Some(line) = &mut line
+            && line.ends_with("\r\n")
+        {
+            line.truncate(line.len() - 2);
+            line.push('\n');
+        }
+        Ok(line)
     }
 }
 

@@ -1,44 +1,11 @@
-//! Reading documents from files and folders.
-// The helpers of tests may panic as the tests themselves do.
-#![allow(clippy::unwrap_used)]
+//! Text, JSONL, folders and patterns.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use vesper_data::source::content_digest;
-use vesper_data::{DataError, Document, Documents, Result};
+use vesper_data::source::{TextDocuments, content_digest};
+use vesper_data::{DataError, Document, Documents, Place, ReadSettings, Result, Sources};
 
-fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    for (name, bytes) in files {
-        let path = folder.path().join(name);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, bytes).unwrap();
-    }
-    folder
-}
-
-fn read(path: impl AsRef<Path>) -> Result<Vec<Document>> {
-    Documents::open(&[path.as_ref().to_path_buf()])?.collect()
-}
-
-/// The documents of one file with these bytes, and the lines on which they start.
-fn read_file(name: &str, bytes: &[u8]) -> Result<Vec<(String, u64)>> {
-    let folder = folder(&[(name, bytes)]);
-    let documents = read(folder.path().join(name))?;
-    Ok(documents.into_iter().map(|document| (document.text, document.line)).collect())
-}
-
-fn texts(documents: &[Document]) -> Vec<&str> {
-    documents.iter().map(|document| document.text.as_str()).collect()
-}
-
-/// The message of the error that reading a file with these bytes ends in, with the folder cut off.
-fn message(name: &str, bytes: &[u8]) -> String {
-    let folder = folder(&[(name, bytes)]);
-    let error = read(folder.path().join(name)).unwrap_err().to_string();
-    assert!(!error.contains('\n'), "{error}");
-    error.split(name).nth(1).unwrap_or_else(|| panic!("{name} is not named: {error}")).to_owned()
-}
+use crate::{folder, message, read, read_file, read_with, texts};
 
 #[test]
 fn a_text_file_is_one_document_as_it_is() {
@@ -88,7 +55,7 @@ fn jsonl_errors_name_the_line_and_what_is_wrong() {
         ("{}", ", line 3: the field \"text\" is missing (it has no fields)"),
         ("{\"text\": 5}", ", line 3: \"text\" is a number, expected a string"),
         ("{\"text\": null}", ", line 3: \"text\" is null, expected a string"),
-        ("[1]", ", line 3: expected an object like {\"text\": \"...\"}, got an array"),
+        ("[1]", ", line 3: expected an object like {\"text\": \"...\"}, got a list"),
         ("\"text\"", ", line 3: expected an object like {\"text\": \"...\"}, got a string"),
     ] {
         assert_eq!(message("a.jsonl", format!("{good}{line}").as_bytes()), expected);
@@ -112,7 +79,7 @@ fn documents_before_an_error_are_given_and_none_after_it() {
     let folder = folder(&[("a.jsonl", b"{\"text\": \"a\"}\nnonsense\n{\"text\": \"b\"}")]);
     let mut documents = Documents::open(&[folder.path().to_path_buf()]).unwrap();
     assert_eq!(documents.next().unwrap().unwrap().text, "a");
-    assert!(matches!(documents.next(), Some(Err(DataError::Jsonl { line: 2, .. }))));
+    assert!(matches!(documents.next(), Some(Err(DataError::Record { place: Place::Line(2), .. }))));
     assert!(documents.next().is_none());
 }
 
@@ -161,7 +128,7 @@ fn what_holds_no_text_is_an_error_that_says_so() {
     let pictures = folder(&[("a.jpg", b"x")]);
     let error = read(pictures.path()).unwrap_err().to_string();
     assert!(
-        error.ends_with("holds no readable file: expected at least one .txt, .text, .md or .jsonl"),
+        error.ends_with("holds no readable file: expected at least one .txt, .text, .md, .jsonl, .ndjson, .json or .parquet"),
         "{error}"
     );
     let blank = folder(&[("a.txt", b" "), ("b.txt", b"")]);
@@ -175,6 +142,82 @@ fn a_blank_file_after_a_good_one_is_still_reported_if_it_was_named() {
     let result: Result<Vec<Document>> = Documents::open(&paths).unwrap().collect();
     assert!(matches!(result, Err(DataError::NoText { path }) if path.ends_with("b.txt")));
     assert_eq!(texts(&read(folder.path()).unwrap()), ["a"]);
+}
+
+#[test]
+fn a_text_can_have_a_document_on_each_line() {
+    let settings = ReadSettings::default().with_text_documents(TextDocuments::Lines);
+    let text = b"\xEF\xBB\xBFUn.\r\n\n \nDeux.<|endoftext|>\nTrois.";
+    let documents = read_with("a.txt", text, settings).unwrap();
+    let found: Vec<(&str, u64)> = documents.iter().map(|d| (d.text.as_str(), d.line)).collect();
+    assert_eq!(found, [("Un.", 1), ("Deux.<|endoftext|>", 4), ("Trois.", 5)]);
+}
+
+#[test]
+fn a_pattern_stands_for_the_files_that_fit_it_in_order() {
+    let folder = folder(&[
+        ("b.txt", b"b"),
+        ("a.txt", b"a"),
+        ("a.log", b"log"),
+        (".c.txt", b"hidden"),
+        ("d/e.txt", b"e"),
+        ("d/f/g.txt", b"g"),
+        ("d/empty.txt", b""),
+    ]);
+    let find = |pattern: &str| {
+        let documents = read(folder.path().join(pattern))?;
+        Ok::<_, DataError>(documents.into_iter().map(|document| document.text).collect::<Vec<_>>())
+    };
+    assert_eq!(find("*.txt").unwrap(), ["a", "b"]);
+    assert_eq!(find("[bc].txt").unwrap(), ["b"]);
+    assert_eq!(find("*.l?g").unwrap(), ["log"]);
+    assert_eq!(find("**/*.txt").unwrap(), ["a", "b", "e", "g"]);
+    assert_eq!(find("d*").unwrap(), ["e", "g"]);
+    assert_eq!(find("d/**/g.*").unwrap(), ["g"]);
+    let error = find("*.csv").unwrap_err();
+    assert!(matches!(error, DataError::NoMatch { .. }));
+    assert!(
+        error.to_string().starts_with("no file fits the pattern ") && error.to_string().ends_with("*.csv")
+    );
+    assert!(find("a**b").unwrap_err().to_string().starts_with("a pattern of files is "));
+}
+
+#[test]
+fn a_file_with_a_star_in_its_name_is_found_by_that_name() {
+    let folder = folder(&[("[a].txt", b"brackets"), ("a.txt", b"a")]);
+    assert_eq!(texts(&read(folder.path().join("[a].txt")).unwrap()), ["brackets"]);
+}
+
+#[test]
+fn a_file_that_is_named_and_found_is_read_as_often_as_it_is_named() {
+    let folder = folder(&[("a.txt", b"a"), ("b.txt", b"b")]);
+    let paths = [folder.path().join("a.txt"), folder.path().to_path_buf(), folder.path().join("a.*")];
+    let sources = Sources::new(paths.clone());
+    assert_eq!(sources.paths(), paths);
+    assert_eq!(sources.files().unwrap().len(), 4);
+    let documents: Vec<Document> = sources.documents().unwrap().map(Result::unwrap).collect();
+    assert_eq!(texts(&documents), ["a", "a", "b", "a"]);
+}
+
+#[test]
+fn a_data_set_of_the_hub_is_not_taken_for_a_folder() {
+    if cfg!(feature = "hub") {
+        return;
+    }
+    let error = read("hf://datasets/etalab-ia/piaf").unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "hf://datasets/etalab-ia/piaf needs a program built with vesper-data's feature \"hub\""
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn a_pattern_does_not_go_round_in_links() {
+    let folder = folder(&[("a/b.txt", b"b")]);
+    std::os::unix::fs::symlink(folder.path(), folder.path().join("a/up")).unwrap();
+    std::os::unix::fs::symlink(folder.path().join("gone"), folder.path().join("a/gone.txt")).unwrap();
+    assert_eq!(texts(&read(folder.path().join("**/*.txt")).unwrap()), ["b"]);
 }
 
 #[cfg(unix)]
