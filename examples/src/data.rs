@@ -1,10 +1,12 @@
 //! From settings to tokens: the embedded stories or one's own text.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use vesper_data::cache::BuildPhase;
 use vesper_data::corpus::{Split, StoryCorpus};
-use vesper_data::{DataError, Documents, TextTokenizer, TokenCache, Tokens};
+use vesper_data::{CacheBuilder, DataError, Sources, TextTokenizer, Tokens};
 use vesper_model::{VesperConfig, hf};
 
 use crate::settings::Settings;
@@ -86,7 +88,7 @@ impl Data {
         };
         let encode = |stories: &[vesper_data::corpus::Story]| -> Result<Tokens> {
             let texts = stories.iter().map(|story| Ok::<_, DataError>(story.text.clone()));
-            Ok(Tokens::from_documents(tokenizer.encode_documents(texts).map(|d| d.map(|d| d.ids)))?)
+            Ok(Tokens::from_documents(tokenizer.encode_documents(texts))?)
         };
         let held_out = corpus.with_split(Split::HeldOut).take_stories(STORY_EVAL);
         let eval = encode(&held_out)?;
@@ -97,7 +99,7 @@ impl Data {
         let train = encode(&corpus.take_bytes((bytes as usize + 65_536).min(STORY_TRAIN_BYTES)))?;
         Ok(Self {
             name: "the embedded stories".into(),
-            unigram_entropy: train.unigram_entropy(),
+            unigram_entropy: train.unigram_entropy()?,
             floor: Some(vesper_data::corpus::floor_nats(&held_out) / eval.len().max(1) as f64),
             tokenizer,
             train,
@@ -112,28 +114,35 @@ impl Data {
         tokenizer: Option<TextTokenizer>,
         cache: &Path,
     ) -> Result<Self> {
-        let sources = &settings.data;
+        let sources = Sources::from(settings.data.as_slice());
         let tokenizer = if let Some(tokenizer) = tokenizer {
             tokenizer
         } else {
-            let texts = Documents::open(sources)?.map(|d| d.map(|d| d.text));
+            let texts = sources.documents()?.map(|d| d.map(|d| d.text));
             TextTokenizer::train_bpe(texts, settings.vocab_size.unwrap_or(default_vocab))?
         };
+        let name = settings.data.iter().map(|s| s.display().to_string()).collect::<Vec<_>>().join(", ");
         crate::files::create_dir(cache)?;
-        let (cache, status) = TokenCache::open_or_build(cache, sources, &tokenizer)?;
-        let name = sources.iter().map(|s| s.display().to_string()).collect::<Vec<_>>().join(", ");
+        let mut told = false;
+        let builder = CacheBuilder::new().on_progress(|progress| {
+            if progress.phase == BuildPhase::Waiting && !told {
+                told = true;
+                crate::note!("another program makes the tokens of {name}: waiting for it");
+            }
+            ControlFlow::Continue(())
+        });
+        let (cache, status) = builder.open_or_build(cache, &sources, &tokenizer)?;
+        // All of it, before a run of hours begins.
+        cache.verify()?;
         crate::say!("Tokens of {name}: cache {status}, {}", cache.path().display());
         if cache.unknown_tokens() > 0 {
             let share = 100.0 * cache.unknown_tokens() as f64 / cache.len().max(1) as f64;
             crate::note!("warning: the tokenizer does not know {share:.2} % of the tokens in {name}");
         }
         let digest = cache.key().content.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
-        let tokens = cache.tokens();
-        // A little text still needs a held-out window or two.
-        let share = EVAL_SHARE.max(2.0 * (settings.seq + 1) as f64 / tokens.len().max(1) as f64).min(0.5);
-        let (train, eval) = tokens.split(share).with_context(|| name.clone())?;
+        let (train, eval) = split(&cache.tokens(), settings.seq).with_context(|| name.clone())?;
         Ok(Self {
-            unigram_entropy: train.unigram_entropy(),
+            unigram_entropy: train.unigram_entropy()?,
             floor: None,
             digest: Some(digest),
             name,
@@ -141,5 +150,35 @@ impl Data {
             train,
             eval,
         })
+    }
+}
+
+/// What is trained on and what is held out: by document, so that the parts stay what they are when text is added; where
+/// there are too few documents for a part of about the right size, the end of the text is held out.
+fn split(tokens: &Tokens, seq: usize) -> Result<(Tokens, Tokens)> {
+    // A little text still needs a held-out window or two.
+    let share = EVAL_SHARE.max(2.0 * (seq + 1) as f64 / tokens.len().max(1) as f64).min(0.5);
+    let (train, eval) = tokens.split_documents(share, 0)?;
+    let asked = share * tokens.len() as f64;
+    if (asked / 2.0..asked * 2.0).contains(&(eval.len() as f64)) && train.len() > seq && eval.len() > seq {
+        return Ok((train, eval));
+    }
+    Ok(tokens.split(share)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_documents_are_divided_and_one_is_cut() {
+        let documents = |count: u32| Tokens::from_documents((0..count).map(|n| Ok(vec![n; 50]))).unwrap();
+        let (train, eval) = split(&documents(1000), 64).unwrap();
+        assert_eq!(train.len() + eval.len(), 50_000);
+        assert!((1250..5000).contains(&eval.len()) && eval.len() % 50 == 0, "{}", eval.len());
+        assert!(eval.get(0..1).unwrap() < eval.get(eval.len() - 50..eval.len() - 49).unwrap());
+        assert!(eval.get(0..1).unwrap()[0] < 500, "not the end alone");
+        let (train, eval) = split(&Tokens::from(vec![1_u32; 1000]), 16).unwrap();
+        assert_eq!((train.len(), eval.len()), (950, 50));
     }
 }

@@ -25,7 +25,7 @@ pub fn held_out_loss(
     let (mut sum, mut count) = (0.0, 0.0);
     for batch in batches {
         let batch = batch?;
-        let n = batch.inputs.elem_count() as f64; // the last batch may be smaller
+        let n = batch.counted as f64; // the last batch may be smaller, and answers may be all that counts
         let loss = model.loss(&batch.inputs, &batch.targets)?.loss;
         sum += f64::from(loss.to_scalar::<f32>()?) * n;
         count += n;

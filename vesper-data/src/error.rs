@@ -179,19 +179,20 @@ pub enum DataError {
         /// Its own message.
         problem: String,
     },
-    /// A cache file is damaged, or is no token cache.
-    #[error("{} is damaged ({problem}): delete the file to have it rebuilt", path.display())]
+    /// A file of a cache is damaged, or is none.
+    #[error("{} is damaged ({problem}): delete {} to have it rebuilt", path.display(), whole(path).display())]
     CacheDamaged {
         /// The file.
         path: PathBuf,
         /// What was found and expected.
         problem: String,
     },
-    /// A cache file comes from another version of the format.
+    /// A cache comes from another version of the format.
     #[error(
-        "{} is a token cache of version {found}, this program reads version {supported}: \
-         delete the file to have it rebuilt",
-        path.display()
+        "{} is of a token cache of version {found}, this program reads version {supported}: \
+         delete {} to have it rebuilt",
+        path.display(),
+        whole(path).display()
     )]
     CacheVersion {
         /// The file.
@@ -200,6 +201,20 @@ pub enum DataError {
         found: u32,
         /// The version that this program reads and writes.
         supported: u32,
+    },
+    /// The caller stopped the building of a cache.
+    #[error(
+        "the building of {} was stopped after {documents} documents ({tokens} tokens): started again, it goes on \
+         after the last of its shards that are finished",
+        path.display()
+    )]
+    Interrupted {
+        /// The cache's folder.
+        path: PathBuf,
+        /// The documents that were tokenised, those of the unfinished shard included.
+        documents: u64,
+        /// Their tokens.
+        tokens: u64,
     },
     /// A token id does not belong to the vocabulary.
     #[error("token id {id} is outside the vocabulary of {vocab_size} tokens")]
@@ -249,6 +264,25 @@ pub enum DataError {
         /// The value of this sampler.
         now: u64,
     },
+    /// A saved state counts in an order or a packing that this program does not have.
+    #[error(
+        "the saved data position counts in {name} \"{saved}\", this program has \"{now}\": \
+         finish the run with the version that began it, or begin a new one"
+    )]
+    StateOrder {
+        /// "the order" or "the packing".
+        name: &'static str,
+        /// The one of the saved state.
+        saved: String,
+        /// The one of this program.
+        now: &'static str,
+    },
+    /// The thread that prepares batches has ended.
+    #[error("no more batches are prepared: {problem}")]
+    Prefetch {
+        /// Why.
+        problem: String,
+    },
     /// candle could not place a batch on the device.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
@@ -276,6 +310,13 @@ impl From<DataError> for candle_core::Error {
             other => Self::wrap(other),
         }
     }
+}
+
+/// What to delete where this file of a cache is damaged: its folder, or the file where it stands alone.
+fn whole(path: &Path) -> &Path {
+    let of_cache = path.extension().is_some_and(|extension| extension == "shard")
+        || path.file_name().is_some_and(|name| name == crate::cache::MANIFEST);
+    path.parent().filter(|folder| of_cache && !folder.as_os_str().is_empty()).unwrap_or(path)
 }
 
 /// A message of another crate on one line.

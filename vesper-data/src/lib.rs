@@ -9,8 +9,11 @@ mod temporary;
 pub mod tokenizer;
 pub mod tokens;
 
-pub use batch::{Batch, BatchSampler, EvalBatches, SamplerConfig, SamplerState};
-pub use cache::{CacheKey, CacheStatus, TokenCache};
+pub use batch::{
+    Batch, BatchSampler, EvalBatches, PackedBatch, PackedSampler, PackedState, Prefetch, SamplerConfig,
+    SamplerState,
+};
+pub use cache::{BuildProgress, CacheBuilder, CacheKey, CacheStatus, TokenCache};
 pub use error::{DataError, Place, Result};
 pub use source::{Document, Documents, Mixture, ReadSettings, Sources};
 pub use tokenizer::{Encoded, TextTokenizer};

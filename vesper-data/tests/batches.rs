@@ -4,7 +4,8 @@
 
 use candle_core::Device;
 use proptest::prelude::*;
-use vesper_data::{BatchSampler, DataError, EvalBatches, SamplerConfig, SamplerState, Tokens};
+use vesper_data::tokens::IGNORE;
+use vesper_data::{BatchSampler, DataError, Encoded, EvalBatches, SamplerConfig, SamplerState, Tokens};
 
 fn counting(tokens: usize) -> Tokens {
     Tokens::from((0..tokens as u32).collect::<Vec<u32>>())
@@ -123,6 +124,14 @@ fn settings_that_give_no_batch_are_errors() {
     assert_eq!(new(100, 0, 10), "batch is 0: expected at least 1");
     assert_eq!(new(100, 1, 0), "seq is 0: expected at least 1");
     assert_eq!(new(100, 1, 100), "seq is 100: one window needs 101 tokens, the data has 100");
+    let ranks = |rank, world| {
+        let config = SamplerConfig::default().with_batch(4).with_seq(2).with_shard(rank, world);
+        BatchSampler::new(counting(100), config).map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!(ranks(0, 0), Err("world is 0: expected at least 1".into()));
+    assert_eq!(ranks(3, 3), Err("rank is 3: expected a number below world".into()));
+    assert_eq!(ranks(0, 1 << 30), Err("world is 1073741824: expected batch * world below 2^32".into()));
+    assert_eq!(ranks(2, 3), Ok(()));
     assert_eq!(new(0, 1, 1), "seq is 1: one window needs 2 tokens, the data has 0");
     assert_eq!(new(100, 1 << 20, 1 << 20), "batch is 1048576: expected batch * seq below 2^32");
     assert!(new(100, 2, usize::MAX).contains("expected batch * seq below 2^32"));
@@ -158,6 +167,21 @@ fn a_state_of_other_data_is_refused_and_changes_nothing() {
 }
 
 #[test]
+fn a_state_of_another_order_is_refused_by_name() {
+    let mut sampler = sampler(101, 2, 10, 3);
+    let mut value = serde_json::to_value(sampler.state()).unwrap();
+    assert_eq!(value["order"], vesper_data::batch::ORDER);
+    // States of versions that kept the order in a list do not name it.
+    value.as_object_mut().unwrap().remove("order");
+    let old: SamplerState = serde_json::from_value(value).unwrap();
+    assert_eq!(
+        sampler.restore(&old).unwrap_err().to_string(),
+        "the saved data position counts in the order \"fisher-yates-chacha8\", this program has \
+         \"feistel-chacha8-1\": finish the run with the version that began it, or begin a new one"
+    );
+}
+
+#[test]
 fn a_state_with_an_unknown_field_is_refused() {
     let mut value = serde_json::to_value(sampler(101, 2, 10, 3).state()).unwrap();
     value["shard"] = 1.into();
@@ -175,4 +199,74 @@ fn a_limited_evaluation_takes_the_first_windows() {
         [4, 1]
     );
     assert_eq!(batches.limit(500).windows(), 10);
+}
+
+#[test]
+fn targets_that_the_loss_leaves_out_are_ignored_and_counted() {
+    let answer = |ids: Vec<u32>, loss| Ok(Encoded { ids, unknown: 0, loss });
+    let documents = [
+        answer(vec![1, 2, 3, 4], Some(vec![2..4])),
+        answer(vec![5, 6], None),
+        answer(vec![7, 8, 9], Some(vec![])),
+    ];
+    let tokens = Tokens::from_documents(documents).unwrap();
+    let mut batches = EvalBatches::new(tokens, 2, 4, &Device::Cpu).unwrap();
+    let batch = batches.next().unwrap().unwrap();
+    assert_eq!(batch.inputs.to_vec2::<u32>().unwrap(), [[1, 2, 3, 4], [5, 6, 7, 8]]);
+    assert_eq!(batch.targets.to_vec2::<u32>().unwrap(), [[IGNORE, 3, 4, 5], [6, IGNORE, IGNORE, IGNORE]]);
+    assert_eq!(batch.counted, 4);
+}
+
+/// The windows of `steps` steps of all ranks, in the order of the ranks, and the state after them.
+fn steps(
+    tokens: &Tokens,
+    (batch, world): (usize, usize),
+    from: Option<&SamplerState>,
+    steps: usize,
+) -> (Vec<usize>, SamplerState) {
+    let mut ranks: Vec<BatchSampler> = (0..world)
+        .map(|rank| {
+            let config =
+                SamplerConfig::default().with_batch(batch).with_seq(3).with_seed(11).with_shard(rank, world);
+            let mut sampler = BatchSampler::new(tokens.clone(), config).unwrap();
+            if let Some(state) = from {
+                sampler.restore(state).unwrap();
+            }
+            sampler
+        })
+        .collect();
+    let windows =
+        (0..steps).flat_map(|_| ranks.iter_mut().flat_map(BatchSampler::next_windows).collect::<Vec<_>>());
+    let windows = windows.collect();
+    assert!(ranks.iter().all(|rank| rank.state() == ranks[0].state()));
+    (windows, ranks[0].state())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn ranks_share_each_epoch_however_their_number_and_the_batch_change_in_the_middle(
+        tokens in 4..200_usize,
+        runs in prop::collection::vec(((1..5_usize, 1..5_usize), 1..12_usize), 1..6),
+    ) {
+        let tokens = counting(tokens);
+        let (mut all, mut state) = (Vec::new(), None);
+        for (shape, count) in runs {
+            let (windows, after) = steps(&tokens, shape, state.as_ref(), count);
+            all.extend(windows);
+            state = Some(after);
+        }
+        let state = state.unwrap();
+        let windows = state.windows as usize;
+        // All ranks together read what one would read alone, so each window comes once an epoch.
+        prop_assert_eq!(state.epoch * state.windows + state.position, all.len() as u64);
+        let (alone, _) = steps(&tokens, (1, 1), None, all.len());
+        prop_assert_eq!(&all, &alone);
+        for epoch in all.chunks_exact(windows) {
+            let mut epoch = epoch.to_vec();
+            epoch.sort_unstable();
+            prop_assert_eq!(epoch, (0..windows).collect::<Vec<_>>());
+        }
+    }
 }

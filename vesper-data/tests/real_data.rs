@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use vesper_data::{CacheStatus, Document, Documents, TextTokenizer, TokenCache};
+use vesper_data::{CacheStatus, Document, Documents, Sources, TextTokenizer, TokenCache};
 
 /// The path of a file of the test data; without test data, says that `test` is skipped.
 fn data(test: &str, path: &str) -> Option<PathBuf> {
@@ -119,8 +119,8 @@ fn real_jsonl_and_separated_stories_are_read() {
 fn a_cache_of_real_stories_is_built_and_reused() {
     let test = "a_cache_of_real_stories_is_built_and_reused";
     let Some(source) = data(test, "french/debian/debian-faq-fr.txt") else { return };
-    let sources = [source];
-    let tokenizer = TextTokenizer::train_bpe(Documents::open(&sources).unwrap(), 1024).unwrap();
+    let sources = Sources::new([source]);
+    let tokenizer = TextTokenizer::train_bpe(sources.documents().unwrap(), 1024).unwrap();
     assert_eq!(tokenizer.vocab_size(), 1024);
     let folder = tempfile::tempdir().unwrap();
     let (cache, status) = TokenCache::open_or_build(folder.path(), &sources, &tokenizer).unwrap();
@@ -128,7 +128,8 @@ fn a_cache_of_real_stories_is_built_and_reused() {
     let (cache, status) = TokenCache::open_or_build(folder.path(), &sources, &tokenizer).unwrap();
     assert_eq!(status, CacheStatus::Reused);
     let tokens = cache.tokens();
-    let text = Documents::open(&sources).unwrap().next().unwrap().unwrap().text;
-    assert_eq!(tokenizer.decode(&tokens.to_vec()).unwrap(), text);
-    assert!((4.0..6.93).contains(&tokens.unigram_entropy()), "{}", tokens.unigram_entropy());
+    let text = sources.documents().unwrap().next().unwrap().unwrap().text;
+    assert_eq!(tokenizer.decode(&tokens.to_vec().unwrap()).unwrap(), text);
+    let entropy = tokens.unigram_entropy().unwrap();
+    assert!((4.0..6.93).contains(&entropy), "{entropy}");
 }

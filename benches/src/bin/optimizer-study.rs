@@ -15,7 +15,7 @@ use vesper_benches::study::arm::Arm;
 use vesper_benches::study::plan::{Plan, Record, Study};
 use vesper_benches::study::report::report;
 use vesper_benches::study::task::Setting;
-use vesper_data::{Documents, TextTokenizer, TokenCache};
+use vesper_data::{Documents, Sources, TextTokenizer, TokenCache};
 use vesper_model::VesperConfig;
 
 #[derive(Debug, Parser)]
@@ -123,7 +123,7 @@ fn tokens(data: &[PathBuf], vocab: usize, out: &Path) -> Result<()> {
     let texts = Documents::open(data)?.map(|document| document.map(|document| document.text));
     let tokenizer = TextTokenizer::train_bpe(texts, vocab)?;
     let folder = out.parent().unwrap_or(Path::new("."));
-    let (cache, _) = TokenCache::open_or_build(folder, data, &tokenizer)?;
+    let (cache, _) = TokenCache::open_or_build(folder, &Sources::from(data), &tokenizer)?;
     std::fs::rename(cache.path(), out).with_context(|| out.display().to_string())?;
     println!("{}: {} tokens of {} entries", out.display(), cache.len(), tokenizer.vocab_size());
     Ok(())
@@ -137,7 +137,7 @@ impl Run {
             other => bail!("--device {other}: expected cpu or cuda"),
         };
         let tokens = TokenCache::open(&self.tokens)?.tokens();
-        if tokens.max_id().is_some_and(|id| id as usize >= self.vocab) {
+        if tokens.max_id()?.is_some_and(|id| id as usize >= self.vocab) {
             bail!("--vocab {}: the text has larger tokens", self.vocab);
         }
         let (train, held_out) = tokens.split(0.05)?;

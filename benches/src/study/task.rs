@@ -144,7 +144,7 @@ impl Setting {
         let (mut sum, mut count) = (0.0, 0.0);
         for batch in batches.limit(self.eval_windows) {
             let batch = batch?;
-            let n = batch.inputs.elem_count() as f64; // the last batch may be smaller
+            let n = batch.counted as f64; // the last batch may be smaller
             sum += n * f64::from(model.loss(&batch.inputs, &batch.targets)?.loss.to_scalar::<f32>()?);
             count += n;
         }

@@ -211,8 +211,10 @@ fn a_real_tokenizer_is_used_as_it_is() {
 #[test]
 fn a_run_has_one_token_cache_and_no_temporary_files() {
     let run = finished().join("run");
-    only(&run.join("cache"), "tokens-", ".bin");
+    let cache = only(&run.join("cache"), "tokens-", "");
     assert_eq!(files(&run.join("cache")).len(), 1);
+    only(&cache, "", ".shard");
+    assert_eq!(files(&cache).len(), 3, "a manifest, a shard and the lock: {:?}", files(&cache));
     assert_eq!(files(&run).len(), 6);
 }
 

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use candle_core::Device;
 
-use super::{Batch, check_batch, gather, window_count};
+use super::host::HostBatch;
+use super::{Batch, check_batch, window_count};
 use crate::error::Result;
 use crate::tokens::Tokens;
 
@@ -70,7 +71,8 @@ impl Iterator for EvalBatches {
         let end = self.left.start.saturating_add(self.batch).min(self.left.end);
         let indices: Vec<usize> = (self.left.start..end).collect();
         self.left.start = end;
-        Some(gather(&self.tokens, self.seq, &indices, &self.device))
+        let batch = HostBatch::gather(&self.tokens, self.seq, &indices);
+        Some(batch.and_then(|mut batch| batch.place(&self.device)))
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {

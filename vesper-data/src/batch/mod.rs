@@ -1,16 +1,27 @@
-//! Windows of tokens as batches of inputs and targets: shuffled and resumable for training, in order for
-//! evaluation.
+//! Tokens as batches of inputs and targets: windows of the stream or packed documents, shuffled and resumable for
+//! training, in order for evaluation.
+//!
+//! A target that does not count is [`IGNORE`](crate::tokens::IGNORE), in every kind of batch.
 
 mod eval;
+mod host;
 mod order;
+mod pack;
+mod packed;
+mod prefetch;
 mod sampler;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use crate::error::{DataError, Result};
-use crate::tokens::Tokens;
 
 pub use eval::EvalBatches;
+pub use host::{HostBatch, HostPackedBatch};
+pub use order::ORDER;
+pub(crate) use order::mix;
+pub use pack::{BLOCK_DOCUMENTS, PACKING};
+pub use packed::{PackedBatch, PackedSampler, PackedState};
+pub use prefetch::{BatchSource, Prefetch};
 pub use sampler::{BatchSampler, SamplerConfig, SamplerState};
 
 /// Inputs and the tokens that follow them.
@@ -18,8 +29,11 @@ pub use sampler::{BatchSampler, SamplerConfig, SamplerState};
 pub struct Batch {
     /// Token ids, `(batch, seq)`, u32.
     pub inputs: Tensor,
-    /// The token after each input, `(batch, seq)`, u32: `targets[b][t] = inputs[b][t + 1]`.
+    /// The token after each input, `(batch, seq)`, u32: `targets[b][t] = inputs[b][t + 1]`, or
+    /// [`IGNORE`](crate::tokens::IGNORE) where that token is no target of the loss.
     pub targets: Tensor,
+    /// How many targets count: the weight of the batch's mean loss in a mean over several batches.
+    pub counted: usize,
 }
 
 /// How many windows of `seq` inputs (and one target more) `tokens` tokens hold.
@@ -51,19 +65,22 @@ fn check_batch(batch: usize, seq: usize) -> Result<()> {
     }
 }
 
-/// Puts windows `indices` side by side; window `i` covers tokens `i * seq ..= (i + 1) * seq`.
-fn gather(tokens: &Tokens, seq: usize, indices: &[usize], device: &Device) -> Result<Batch> {
-    let mut window = vec![0; seq + 1];
-    let mut inputs: Vec<u32> = Vec::with_capacity(indices.len() * seq);
-    let mut targets: Vec<u32> = Vec::with_capacity(indices.len() * seq);
-    for &index in indices {
-        tokens.read_into(index * seq, &mut window)?;
-        inputs.extend(window.iter().take(seq));
-        targets.extend(window.iter().skip(1));
+/// Refuses a saved state that counts differently from this program.
+fn check_names(names: &[(&'static str, &str, &'static str)]) -> Result<()> {
+    for &(name, saved, now) in names {
+        if saved != now {
+            return Err(DataError::StateOrder { name, saved: saved.to_owned(), now });
+        }
     }
-    let shape = (indices.len(), seq);
-    Ok(Batch {
-        inputs: Tensor::from_vec(inputs, shape, device)?,
-        targets: Tensor::from_vec(targets, shape, device)?,
-    })
+    Ok(())
+}
+
+/// Refuses a saved state of other data.
+fn check_numbers(numbers: &[(&'static str, u64, u64)]) -> Result<()> {
+    for &(name, saved, now) in numbers {
+        if saved != now {
+            return Err(DataError::State { name, saved, now });
+        }
+    }
+    Ok(())
 }

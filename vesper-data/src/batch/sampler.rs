@@ -3,8 +3,10 @@
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
-use super::order::epoch_order;
-use super::{Batch, check_batch, gather, window_count};
+use super::host::HostBatch;
+use super::order::{ORDER, Permutation, Use, first_order};
+use super::prefetch::BatchSource;
+use super::{Batch, check_batch, check_names, check_numbers, window_count};
 use crate::error::{DataError, Result};
 use crate::tokens::Tokens;
 
@@ -12,17 +14,22 @@ use crate::tokens::Tokens;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SamplerConfig {
-    /// Windows a batch. Default 8, at least 1.
+    /// Windows, or packed rows, a batch of this rank. Default 8, at least 1.
     pub batch: usize,
-    /// Tokens a window. Default 256, at least 1.
+    /// Tokens a window or row. Default 256, at least 1.
     pub seq: usize,
-    /// Chooses the order of the windows. Default 0, any number.
+    /// Chooses the order of the windows or rows. Default 0, any number.
     pub seed: u64,
+    /// Which of the programs that train together this is, from 0. Default 0, below `world`.
+    pub rank: usize,
+    /// How many programs train together. Default 1, at least 1. At each step, rank `r` takes the `r`-th `batch` of
+    /// the next `world * batch` windows or rows: all ranks must have the same `batch`, `world`, `seq` and `seed`.
+    pub world: usize,
 }
 
 impl Default for SamplerConfig {
     fn default() -> Self {
-        Self { batch: 8, seq: 256, seed: 0 }
+        Self { batch: 8, seq: 256, seed: 0, rank: 0, world: 1 }
     }
 }
 
@@ -45,34 +52,62 @@ impl SamplerConfig {
         self
     }
 
+    /// Sets which of how many programs that train together this is.
+    pub fn with_shard(mut self, rank: usize, world: usize) -> Self {
+        self.rank = rank;
+        self.world = world;
+        self
+    }
+
     /// Checks every field against its range.
     ///
     /// # Errors
     ///
     /// [`DataError::Config`] that names the field.
     pub fn validate(&self) -> Result<()> {
-        check_batch(self.batch, self.seq)
+        check_batch(self.batch, self.seq)?;
+        let wrong =
+            |name, got: usize, expected| Err(DataError::Config { name, got: got.to_string(), expected });
+        if self.world == 0 {
+            return wrong("world", self.world, "at least 1");
+        }
+        if self.rank >= self.world {
+            return wrong("rank", self.rank, "a number below world");
+        }
+        match self.batch.checked_mul(self.world) {
+            Some(rows) if u32::try_from(rows).is_ok() => Ok(()),
+            _ => wrong("world", self.world, "batch * world below 2^32"),
+        }
+    }
+
+    /// How many windows of a step come before, and after, those of this rank.
+    pub(super) fn others(&self) -> (usize, usize) {
+        (self.batch * self.rank, self.batch * (self.world - self.rank).saturating_sub(1))
     }
 }
 
-/// Where a [`BatchSampler`] is: all that is needed to go on with the same batches.
+/// Where a [`BatchSampler`] is: all that is needed to go on with the same windows, with any batch size and number of
+/// ranks.
 ///
 /// The last three fields do not say where the sampler is but what it samples from, so that a state cannot be
-/// restored onto other data unnoticed.
+/// restored onto other data unnoticed. States of ranks that made the same number of steps are equal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SamplerState {
+    /// The algorithm of the shuffle, [`ORDER`](super::ORDER).
+    #[serde(default = "first_order")]
+    pub order: String,
     /// The seed of the order.
     pub seed: u64,
     /// The epoch, from 0.
     pub epoch: u64,
-    /// How many windows of the epoch were used.
+    /// How many windows of the epoch were used, by all ranks.
     pub position: u64,
     /// Tokens a window.
     pub seq: u64,
     /// Windows an epoch.
     pub windows: u64,
-    /// A digest of a few thousand of the data's tokens.
+    /// A digest of the data.
     pub data: u64,
 }
 
@@ -84,9 +119,10 @@ pub struct SamplerState {
 ///           targets tokens[i * seq + 1 ..= (i + 1) * seq]
 /// ```
 ///
-/// Each token but the first and up to `seq` at the end is a target exactly once an epoch. The order depends on
-/// the seed and the epoch alone. A batch that begins near the end of an epoch goes on with the first windows
-/// of the next one, so that every batch is full and every window is used.
+/// Each token but the first and up to `seq` at the end is a target exactly once an epoch, unless the loss leaves it
+/// out. The order depends on the seed and the epoch alone, and is computed as it is needed: it takes no memory. A
+/// batch that begins near the end of an epoch goes on with the first windows of the next one, so that every batch is
+/// full and every window is used.
 ///
 /// # Examples
 ///
@@ -118,8 +154,7 @@ pub struct BatchSampler {
     windows: usize,
     data: u64,
     epoch: u64,
-    position: usize,
-    order: Vec<usize>,
+    position: u64,
 }
 
 impl BatchSampler {
@@ -127,14 +162,13 @@ impl BatchSampler {
     ///
     /// # Errors
     ///
-    /// [`DataError::Config`] for a batch or a sequence of 0, [`DataError::TooFewTokens`] where the data does
+    /// [`DataError::Config`] for a setting out of its range, [`DataError::TooFewTokens`] where the data does
     /// not fill one window.
     pub fn new(tokens: Tokens, config: SamplerConfig) -> Result<Self> {
         config.validate()?;
         let windows = window_count(tokens.len(), config.seq)?;
-        let data = digest(&tokens);
-        let order = epoch_order(windows, config.seed, 0);
-        Ok(Self { tokens, config, windows, data, epoch: 0, position: 0, order })
+        let data = tokens.digest()?;
+        Ok(Self { tokens, config, windows, data, epoch: 0, position: 0 })
     }
 
     /// The configuration; its seed is the one of the state that was restored last, if any was.
@@ -152,73 +186,72 @@ impl BatchSampler {
         self.epoch
     }
 
-    /// The next batch, on `device`: inputs and targets of shape `(batch, seq)`.
+    /// The next batch of this rank, on `device`: inputs and targets of shape `(batch, seq)`.
     ///
     /// # Errors
     ///
-    /// [`DataError::Candle`] where the device cannot take the batch. The sampler then stays where it was.
+    /// [`DataError::CacheDamaged`], or [`DataError::Candle`] where the device cannot take the batch. The sampler then
+    /// stays where it was.
     pub fn next_batch(&mut self, device: &Device) -> Result<Batch> {
-        let before = self.state();
-        let indices = self.next_windows();
-        let batch = gather(&self.tokens, self.config.seq, &indices, device);
+        let before = (self.epoch, self.position);
+        let batch = self.prepare().and_then(|mut host| host.place(device));
         if batch.is_err() {
-            self.restore(&before)?;
+            (self.epoch, self.position) = before;
         }
         batch
     }
 
     /// Moves on by one batch without making it: gives the indices of its windows.
     pub fn next_windows(&mut self) -> Vec<usize> {
+        let (before, after) = self.config.others();
+        self.advance(before);
         let mut indices = Vec::with_capacity(self.config.batch);
         while indices.len() < self.config.batch {
-            let wanted = self.config.batch - indices.len();
-            let rest = self.order.get(self.position..).unwrap_or_default();
-            let taken = rest.len().min(wanted);
-            indices.extend(rest.iter().take(taken));
-            self.position += taken;
-            if self.position >= self.windows {
-                self.start_epoch(self.epoch.wrapping_add(1));
-            }
+            let rest = self.windows as u64 - self.position;
+            let wanted = (self.config.batch - indices.len()).min(rest as usize);
+            let order = Permutation::new(self.windows as u64, self.config.seed, self.epoch, Use::Windows);
+            indices.extend((self.position..).take(wanted).map(|place| order.at(place) as usize));
+            self.advance(wanted);
         }
+        self.advance(after);
         indices
     }
 
-    fn start_epoch(&mut self, epoch: u64) {
-        self.epoch = epoch;
-        self.position = 0;
-        self.order = epoch_order(self.windows, self.config.seed, epoch);
+    /// Moves on by `count` windows, less than 2^32 of them.
+    fn advance(&mut self, count: usize) {
+        let windows = self.windows as u64;
+        let position = self.position + count as u64;
+        self.epoch = self.epoch.wrapping_add(position / windows);
+        self.position = position % windows;
     }
 
     /// Where the sampler is.
     pub fn state(&self) -> SamplerState {
         SamplerState {
+            order: ORDER.to_owned(),
             seed: self.config.seed,
             epoch: self.epoch,
-            position: self.position as u64,
+            position: self.position,
             seq: self.config.seq as u64,
             windows: self.windows as u64,
             data: self.data,
         }
     }
 
-    /// Goes to where a sampler of the same data was; its seed is taken over, the batch size may differ.
+    /// Goes to where a sampler of the same data was; its seed is taken over, the batch size and the ranks may differ.
     ///
     /// # Errors
     ///
-    /// [`DataError::State`] where the state is of other data, of another sequence length, or was altered; the
-    /// sampler then stays where it was.
+    /// [`DataError::StateOrder`] where the state is of another shuffle, [`DataError::State`] where it is of other
+    /// data, of another sequence length, or was altered; the sampler then stays where it was.
     pub fn restore(&mut self, state: &SamplerState) -> Result<()> {
+        check_names(&[("the order", &state.order, ORDER)])?;
         let now = self.state();
-        let checks = [
+        check_numbers(&[
             ("seq", state.seq, now.seq),
             ("the number of windows", state.windows, now.windows),
             ("the digest of the data", state.data, now.data),
-        ];
-        for (name, saved, now) in checks {
-            if saved != now {
-                return Err(DataError::State { name, saved, now });
-            }
-        }
+        ])?;
         if state.position >= now.windows {
             return Err(DataError::State {
                 name: "the position (below)",
@@ -226,33 +259,32 @@ impl BatchSampler {
                 now: now.windows,
             });
         }
-        if (state.seed, state.epoch) != (now.seed, now.epoch) {
-            self.config.seed = state.seed;
-            self.start_epoch(state.epoch);
-        }
-        self.position = state.position as usize;
+        self.config.seed = state.seed;
+        (self.epoch, self.position) = (state.epoch, state.position);
         Ok(())
     }
 }
 
-/// A 64-bit FNV-1a hash of up to 4096 evenly spaced tokens and the length: enough to notice other data, and
-/// quick for any size.
-fn digest(tokens: &Tokens) -> u64 {
-    const SAMPLES: usize = 4096;
-    let len = tokens.len();
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    let mut add = |value: u64| {
-        for byte in value.to_le_bytes() {
-            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+impl BatchSource for BatchSampler {
+    type Host = HostBatch;
+    type Batch = Batch;
+    type State = SamplerState;
+
+    fn prepare(&mut self) -> Result<HostBatch> {
+        let before = (self.epoch, self.position);
+        let indices = self.next_windows();
+        let host = HostBatch::gather(&self.tokens, self.config.seq, &indices);
+        if host.is_err() {
+            (self.epoch, self.position) = before;
         }
-    };
-    add(len as u64);
-    let mut id = [0];
-    for sample in 0..SAMPLES.min(len) {
-        let position = (sample as u128 * len as u128 / SAMPLES.min(len) as u128) as usize;
-        if tokens.read_into(position, &mut id).is_ok() {
-            add(id[0].into());
-        }
+        host
     }
-    hash
+
+    fn place(host: &mut HostBatch, device: &Device) -> Result<Batch> {
+        host.place(device)
+    }
+
+    fn state(&self) -> SamplerState {
+        Self::state(self)
+    }
 }

@@ -1,32 +1,41 @@
-//! A memory-mapped file of token ids, so that a data set is tokenised once.
+//! Token ids in memory-mapped files, so that a data set is tokenised once.
 //!
-//! The file names the sources' bytes and the tokenizer it was made from (by SHA-256): when either changes,
-//! [`TokenCache::open_or_build`] makes it anew. All bytes are covered by checksums, which are verified each
-//! time the file is opened: that reads it once, at about 1 GB/s on a processor with SHA instructions.
+//! A cache is a folder: a manifest that says what it was made from (by SHA-256), and shards that hold the ids, an
+//! index of the documents and the ranges that the loss leaves out. The byte layout is in the book's page
+//! "The format of the token cache".
+//!
+//! [`TokenCache::open_or_build`] makes the cache anew when its sources or the tokenizer change. Opening reads headers
+//! alone. Each shard has its checksums, which are verified when the shard is first used, or all at once by
+//! [`TokenCache::verify`], at 1 GB/s and more on a processor with SHA instructions.
 
-mod header;
-mod open;
+mod build;
+mod fields;
+mod lock;
+mod manifest;
+mod shard;
+mod stamp;
 mod write;
 
-use std::fs::File;
-use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::Mmap;
-use sha2::{Digest, Sha256};
+use rayon::prelude::*;
 
 use crate::error::{DataError, Result};
 use crate::tokenizer::Encoded;
 use crate::tokens::Tokens;
-use header::{HEADER_BYTES, Header, HeaderError, VERSION, Width};
+use manifest::Manifest;
+use shard::Shard;
+use write::Plan;
 
-pub use open::{CacheStatus, RebuildReason};
+pub use build::{BuildPhase, BuildProgress, CacheBuilder, CacheStatus, RebuildReason};
+pub(crate) use manifest::MANIFEST;
 
 /// What a cache was made from: two caches with equal keys hold equal tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheKey {
-    /// SHA-256 over the sources' bytes, as [`crate::source::content_digest`] computes it.
+    /// SHA-256 over the sources: how they are read, and the length and SHA-256 of each file.
     pub content: [u8; 32],
     /// SHA-256 of the tokenizer, as [`crate::TextTokenizer::fingerprint`] computes it.
     pub tokenizer: [u8; 32],
@@ -34,194 +43,260 @@ pub struct CacheKey {
     pub vocab_size: u64,
 }
 
-/// An open cache file: cheap to clone, since the map is shared.
+/// An open cache: cheap to clone, since the maps are shared.
 ///
 /// # Safety of the memory map
 ///
-/// The file is mapped, not read. A program that changes or shortens it while it is mapped changes the ids
-/// under this program, or has the system stop it: leave an open cache alone. This crate itself never writes
-/// into a finished cache; it puts a new file in its place. On Windows the system refuses that as long as the
-/// old file is open, so drop every [`TokenCache`] and [`Tokens`] of a cache before it is built again.
+/// The shards are mapped, not read. A program that changes or shortens one while it is mapped changes the ids under
+/// this program, or has the system stop it: leave an open cache alone. This crate itself never writes into a finished
+/// shard; a cache that is made anew gets new ones. On Windows the old ones stay as long as they are open, and are
+/// removed by the next build.
 ///
 /// # Examples
 ///
 /// ```
-/// use vesper_data::{CacheKey, Encoded, TokenCache};
+/// use vesper_data::{CacheKey, TokenCache};
 ///
 /// # let folder = tempfile::tempdir()?;
-/// # let path = folder.path().join("tokens.bin");
+/// # let path = folder.path().join("tokens");
 /// let key = CacheKey { content: [0; 32], tokenizer: [0; 32], vocab_size: 100 };
 /// TokenCache::build(&path, key, [Ok(vec![5, 99, 0]), Ok(vec![7, 0])])?;
 ///
 /// let cache = TokenCache::open(&path)?;
-/// assert_eq!(cache.tokens().to_vec(), [5, 99, 0, 7, 0]);
+/// assert_eq!(cache.tokens().to_vec()?, [5, 99, 0, 7, 0]);
 /// assert_eq!(cache.document_count(), 2);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct TokenCache {
-    map: Arc<Mmap>,
-    header: Header,
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
     path: PathBuf,
+    manifest: Manifest,
+    shards: Vec<Shard>,
 }
 
 impl TokenCache {
-    /// Opens a cache and verifies all of it.
+    /// Opens a cache: reads its manifest and the headers of its shards, and nothing else.
     ///
     /// # Errors
     ///
-    /// [`DataError::Missing`], [`DataError::CacheVersion`] for a file of another version of the format, and
-    /// [`DataError::CacheDamaged`] for a file that is cut short, changed, or something else altogether.
+    /// [`DataError::Missing`], [`DataError::CacheVersion`] for a cache of another version of the format, and
+    /// [`DataError::CacheDamaged`] for a file of it that is missing, cut short, or something else altogether. What is
+    /// wrong inside of a shard comes up when it is first used: see [`verify`](Self::verify).
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let (file, header) = open_header(path)?;
-        // SAFETY: the map is read-only and its length is the file's, which `open_header` has compared with
-        // the header. What is left is the file changing while it is mapped: the type's documentation rules it
-        // out, and this crate replaces cache files instead of writing into them.
-        let map = unsafe { Mmap::map(&file) }.map_err(|error| DataError::io("map", path, error))?;
-        let cache = Self { map: Arc::new(map), header, path: path.to_path_buf() };
-        cache.verify()?;
-        Ok(cache)
+        let manifest = Manifest::read(path)?;
+        Self::open_shards(path, manifest)
     }
 
-    /// Writes a cache of `documents` to `path` and opens it.
-    ///
-    /// The file appears under its name only when it is complete: it is written to a temporary file in the
-    /// same folder (created where missing), synchronised and renamed.
+    fn open_shards(path: &Path, manifest: Manifest) -> Result<Self> {
+        let plan = Plan::new(path, manifest.key, manifest.shard_tokens);
+        let count = manifest.shards.len();
+        let (mut tokens, mut documents) = (0, 0);
+        let mut shards = Vec::with_capacity(count);
+        for (index, entry) in manifest.shards.iter().enumerate() {
+            let file = plan.shard_path(index as u64);
+            let shard = Shard::open(&file, manifest.key.vocab_size).map_err(|error| match error {
+                DataError::Missing { path } => {
+                    DataError::CacheDamaged { path, problem: format!("shard {index} of {count} is missing") }
+                }
+                other => other,
+            })?;
+            let header = shard.header();
+            let expected = (manifest.width, index as u64, tokens, documents);
+            if (header.width, header.index, header.first_token, header.first_document) != expected
+                || header.entry() != *entry
+            {
+                return Err(shard.damaged("it is not the one that the manifest names"));
+            }
+            tokens += header.tokens;
+            documents += header.documents;
+            shards.push(shard);
+        }
+        Ok(Self { inner: Arc::new(Inner { path: path.to_path_buf(), manifest, shards }) })
+    }
+
+    /// Writes a cache of `documents` into the folder `path` (created where missing) and opens it: see
+    /// [`CacheBuilder::build`].
     ///
     /// # Errors
     ///
     /// The first error of the iterator, [`DataError::TokenRange`] for an id not below `key.vocab_size`, or
-    /// [`DataError::Io`] where the file cannot be written.
+    /// [`DataError::Io`] where a file cannot be written.
     pub fn build<I, T>(path: impl AsRef<Path>, key: CacheKey, documents: I) -> Result<Self>
     where
         I: IntoIterator<Item = Result<T>>,
         T: Into<Encoded>,
     {
-        let path = path.as_ref();
-        write::write(path, key, documents)?;
-        Self::open(path)
+        CacheBuilder::new().build(path, key, documents)
     }
 
-    /// Where the file is.
+    /// Reads the whole cache and verifies it: every checksum, every id and every document's end. What was verified
+    /// before, here or on first use, is not read again.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::CacheDamaged`] that names the first shard that is damaged.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use vesper_data::{CacheKey, TokenCache};
+    ///
+    /// # let folder = tempfile::tempdir()?;
+    /// # let path = folder.path().join("tokens");
+    /// let key = CacheKey { content: [0; 32], tokenizer: [0; 32], vocab_size: 100 };
+    /// TokenCache::build(&path, key, [Ok(vec![5, 99, 0])])?;
+    /// TokenCache::open(&path)?.verify()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn verify(&self) -> Result<()> {
+        let results: Vec<Result<()>> = self
+            .inner
+            .shards
+            .par_iter()
+            .map(|shard| shard.verify_index().and_then(|()| shard.verify_ids()))
+            .collect();
+        results.into_iter().collect()
+    }
+
+    /// The folder of the cache.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.inner.path
+    }
+
+    /// The files of the shards, in order.
+    pub fn shards(&self) -> impl ExactSizeIterator<Item = &Path> {
+        self.inner.shards.iter().map(Shard::path)
     }
 
     /// What the cache was made from.
     pub fn key(&self) -> CacheKey {
-        self.header.key
+        self.inner.manifest.key
     }
 
     /// The number of tokens.
     pub fn len(&self) -> usize {
-        // The file's length was compared with the header, so the count fits the address space.
-        self.header.tokens as usize
+        // The shards' lengths were compared with the counts, so these fit the address space.
+        self.inner.manifest.tokens as usize
     }
 
     /// Whether there is no token at all.
     pub fn is_empty(&self) -> bool {
-        self.header.tokens == 0
+        self.inner.manifest.tokens == 0
     }
 
     /// The number of documents.
     pub fn document_count(&self) -> usize {
-        self.header.documents as usize
+        self.inner.manifest.documents as usize
     }
 
     /// How many times the tokenizer met text that it had no token for: lost text, where it is not 0.
     pub fn unknown_tokens(&self) -> u64 {
-        self.header.unknown
+        self.inner.manifest.unknown
     }
 
-    /// The stream of ids, which keeps the file open.
+    /// How many records of the sources were broken and passed over.
+    pub fn skipped_records(&self) -> u64 {
+        self.inner.manifest.skipped
+    }
+
+    /// The bytes of the documents' text; 0 where the cache was not made from text.
+    pub fn text_bytes(&self) -> u64 {
+        self.inner.manifest.text_bytes
+    }
+
+    /// Whether the loss leaves out some of the tokens: see [`Encoded::loss`].
+    pub fn has_ignored(&self) -> bool {
+        self.inner.shards.iter().any(Shard::has_ignored)
+    }
+
+    /// The stream of ids, which keeps the files open.
     pub fn tokens(&self) -> Tokens {
         Tokens::from_cache(self.clone())
     }
 
-    /// One past the last position of document `index`.
-    pub(crate) fn document_end(&self, index: usize) -> Option<usize> {
-        let start = HEADER_BYTES.checked_add(self.header.id_bytes()? as usize)?;
-        let (bytes, _) = self.map.get(start..)?.as_chunks::<8>();
-        bytes.get(index).map(|end| u64::from_le_bytes(*end) as usize)
+    /// The shard with the token at `position`, where there is one.
+    fn shard_of(&self, position: usize) -> Option<&Shard> {
+        let shards = &self.inner.shards;
+        let after = shards.partition_point(|shard| shard.tokens().start <= position);
+        // Shards without tokens start where the next one does.
+        shards.get(after.checked_sub(1)?).filter(|shard| shard.tokens().contains(&position))
     }
 
-    /// Writes ids `start..start + out.len()` into `out`; says whether the cache has them.
-    pub(crate) fn read_into(&self, start: usize, out: &mut [u32]) -> bool {
-        let Some(end) = start.checked_add(out.len()).filter(|&end| end <= self.len()) else { return false };
-        let bytes_at = |token: usize| HEADER_BYTES + token * self.header.width.bytes();
-        let Some(bytes) = self.map.get(bytes_at(start)..bytes_at(end)) else { return false };
-        match self.header.width {
-            Width::Two => {
-                let (ids, _) = bytes.as_chunks::<2>();
-                out.iter_mut().zip(ids).for_each(|(out, id)| *out = u16::from_le_bytes(*id).into());
-            }
-            Width::Four => {
-                let (ids, _) = bytes.as_chunks::<4>();
-                out.iter_mut().zip(ids).for_each(|(out, id)| *out = u32::from_le_bytes(*id));
-            }
-        }
-        true
+    fn shard_of_document(&self, index: usize) -> Option<&Shard> {
+        let shards = &self.inner.shards;
+        let after = shards.partition_point(|shard| shard.documents().start <= index);
+        shards.get(after.checked_sub(1)?).filter(|shard| shard.documents().contains(&index))
     }
 
-    fn damaged(&self, problem: impl Into<String>) -> DataError {
-        DataError::CacheDamaged { path: self.path.clone(), problem: problem.into() }
+    /// Where document `index`, which must exist, ends.
+    pub(crate) fn document_end(&self, index: usize) -> Result<usize> {
+        let shard = self.shard_of_document(index).ok_or_else(|| self.no_document(index))?;
+        let (end, _) = shard.document(index - shard.documents().start)?;
+        Ok(shard.tokens().start + end)
     }
 
-    /// Checks everything behind the header: the checksum, each id and each document's end.
-    fn verify(&self) -> Result<()> {
-        let payload =
-            self.map.get(HEADER_BYTES..).ok_or_else(|| self.damaged("it was cut while it was opened"))?;
-        if Sha256::digest(payload)[..] != self.header.payload_digest[..] {
-            return Err(self.damaged("the checksum of its tokens does not match"));
-        }
-        // The checksum guards against accidents, the rest against a file that was made wrong on purpose.
-        let mut ids = vec![0; 1 << 16];
-        let mut position = 0;
-        while position < self.len() {
-            let take = (self.len() - position).min(ids.len());
-            let chunk = ids.get_mut(..take).unwrap_or_default();
-            self.read_into(position, chunk);
-            if let Some(&id) = chunk.iter().find(|&&id| u64::from(id) >= self.header.key.vocab_size) {
-                let size = self.header.key.vocab_size;
-                return Err(self.damaged(format!("it holds id {id}, expected ids below {size}")));
+    /// The hash of document `index`, which must exist.
+    pub(crate) fn document_hash(&self, index: usize) -> Result<u64> {
+        let shard = self.shard_of_document(index).ok_or_else(|| self.no_document(index))?;
+        shard.document(index - shard.documents().start).map(|(_, hash)| hash)
+    }
+
+    fn no_document(&self, index: usize) -> DataError {
+        let (start, len) = (index as u64, self.document_count() as u64);
+        DataError::Range { start, end: start.saturating_add(1), len }
+    }
+
+    /// The first document that ends past `position`.
+    pub(crate) fn document_after(&self, position: usize) -> Result<usize> {
+        match self.shard_of(position) {
+            Some(shard) => {
+                let tokens = shard.tokens();
+                Ok(shard.documents().start + shard.document_after(position - tokens.start)?)
             }
-            position += take;
+            None => Ok(self.document_count()),
         }
-        let mut last = 0;
-        for index in 0..self.document_count() {
-            let end = self.document_end(index).unwrap_or(usize::MAX);
-            if end < last || end > self.len() {
-                return Err(self.damaged(format!(
-                    "document {index} ends at token {end}, expected {last} to {}",
-                    self.len()
-                )));
-            }
-            last = end;
-        }
-        if self.document_count() > 0 && last != self.len() {
-            return Err(self.damaged(format!("its documents end at {last} of {} tokens", self.len())));
+    }
+
+    /// Writes ids `start..start + out.len()`, which must exist, into `out`.
+    pub(crate) fn read_into(&self, start: usize, out: &mut [u32]) -> Result<()> {
+        self.in_shards(start..start.saturating_add(out.len()), &mut |shard, part| {
+            let own = part.start - shard.tokens().start;
+            shard.read(own, out.get_mut(part.start - start..part.end - start).unwrap_or_default())
+        })
+    }
+
+    /// Hands the parts of `range` that the loss leaves out to `f`.
+    pub(crate) fn ignored(&self, range: Range<usize>, f: &mut dyn FnMut(Range<usize>)) -> Result<()> {
+        self.in_shards(range, &mut |shard, part| {
+            let first = shard.tokens().start;
+            shard.ignored(part.start - first..part.end - first, &mut |own| {
+                f(own.start + first..own.end + first)
+            })
+        })
+    }
+
+    /// Calls `f` with each shard that has a part of `range`, and that part.
+    fn in_shards(
+        &self,
+        range: Range<usize>,
+        f: &mut dyn FnMut(&Shard, Range<usize>) -> Result<()>,
+    ) -> Result<()> {
+        let mut position = range.start;
+        while position < range.end {
+            let Some(shard) = self.shard_of(position) else {
+                let (start, end) = (range.start as u64, range.end as u64);
+                return Err(DataError::Range { start, end, len: self.len() as u64 });
+            };
+            let end = range.end.min(shard.tokens().end);
+            f(shard, position..end)?;
+            position = end;
         }
         Ok(())
     }
-}
-
-/// Opens a file and reads its header; the file's length fits it.
-fn open_header(path: &Path) -> Result<(File, Header)> {
-    let read = |error| DataError::io("read", path, error);
-    let mut file = File::open(path).map_err(|error| DataError::io("open", path, error))?;
-    let metadata = file.metadata().map_err(read)?;
-    let mut bytes = Vec::with_capacity(HEADER_BYTES);
-    (&mut file).take(HEADER_BYTES as u64).read_to_end(&mut bytes).map_err(read)?;
-    let header = Header::parse(&bytes, metadata.len()).map_err(|error| match error {
-        HeaderError::Version(found) => {
-            DataError::CacheVersion { path: path.to_path_buf(), found, supported: VERSION }
-        }
-        HeaderError::Damaged(problem) => DataError::CacheDamaged { path: path.to_path_buf(), problem },
-    })?;
-    if usize::try_from(metadata.len()).is_err() {
-        let problem = format!("it has {} bytes, more than this machine can map", metadata.len());
-        return Err(DataError::CacheDamaged { path: path.to_path_buf(), problem });
-    }
-    Ok((file, header))
 }
