@@ -158,6 +158,14 @@ pub enum DataError {
         /// The value of this sampler.
         now: u64,
     },
+    /// No model size follows from what was asked.
+    #[error("no size for {asked}: {problem}")]
+    Sizing {
+        /// What was asked: a budget, or sizes.
+        asked: String,
+        /// Why there is no answer.
+        problem: String,
+    },
     /// candle could not place a batch on the device.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

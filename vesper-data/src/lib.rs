@@ -4,6 +4,8 @@ pub mod batch;
 pub mod cache;
 pub mod corpus;
 mod error;
+pub mod french;
+pub mod sizing;
 pub mod source;
 mod temporary;
 pub mod tokenizer;
@@ -13,7 +15,7 @@ pub use batch::{Batch, BatchSampler, EvalBatches, SamplerConfig, SamplerState};
 pub use cache::{CacheKey, CacheStatus, TokenCache};
 pub use error::{DataError, Result};
 pub use source::{Document, Documents, Sources};
-pub use tokenizer::{Encoded, TextTokenizer};
+pub use tokenizer::{Encoded, TextTokenizer, TrainConfig};
 pub use tokens::Tokens;
 
 /// The version of candle whose [`Tensor`](candle_core::Tensor) and [`Device`](candle_core::Device) this
