@@ -18,7 +18,7 @@ pub const MIN_VOCAB_SIZE: usize = 257;
 /// Pairs that are rarer than this are not merged.
 const MIN_COUNT: u64 = 2;
 
-/// After how many tokens the progress is told.
+/// After how many merges the progress is told.
 const REPORT: usize = 256;
 
 /// Longer words, such as data in the text, are cut: they would take long and teach nothing.
@@ -161,7 +161,7 @@ pub(super) fn train(
     let mut merged: HashMap<Pair, u32> = HashMap::new();
     let last = layout.last();
     while tokens.len() + last.len() < vocab_size {
-        if tokens.len().is_multiple_of(REPORT) {
+        if merges.len().is_multiple_of(REPORT) {
             progress(TrainProgress::Merging { tokens: tokens.len(), vocab_size });
         }
         let Some(pair) = pairs.pop() else { break };
