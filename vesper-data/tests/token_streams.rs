@@ -66,11 +66,13 @@ fn streams_of(tokenizer: &str) {
         let (mut digest, mut count, mut tokens) = (Sha256::new(), 0, 0);
         for encoded in loaded.encode_documents(documents) {
             let ids = encoded.unwrap().ids;
-            ids.iter().for_each(|id| digest.update(id.to_le_bytes()));
+            for id in &ids {
+                digest.update(id.to_le_bytes());
+            }
             count += 1;
             tokens += ids.len();
         }
-        let hex = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let hex = digest.finalize().iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
         assert_eq!(
             (count, tokens),
             (row["documents"].as_u64().unwrap(), usize::try_from(row["tokens"].as_u64().unwrap()).unwrap()),
@@ -95,9 +97,25 @@ fn llamas_streams_are_those_of_python() {
     streams_of("models/stories260K");
 }
 
-/// Where the folder that `VESPER_TRAINED` names is set, also leaves there what the script checks in Python.
+/// Whether two JSON values are equal, numbers but for the last digits, in which logarithms differ between systems.
+fn alike(a: &Value, b: &Value) -> bool {
+    match (a, b) {
+        (Value::Array(a), Value::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| alike(a, b)),
+        (Value::Object(a), Value::Object(b)) => {
+            a.len() == b.len() && a.iter().all(|(key, a)| b.get(key).is_some_and(|b| alike(a, b)))
+        }
+        (Value::Number(a), Value::Number(b)) => {
+            let (a, b) = (a.as_f64().unwrap(), b.as_f64().unwrap());
+            (a - b).abs() <= 1e-9 * a.abs()
+        }
+        _ => a == b,
+    }
+}
+
+/// `golden/trained.json` has tokenizers that were trained here, with ids that the script has checked in Python. Where
+/// `VESPER_TRAINED` names a folder, it is written there, for the script to check it again.
 #[test]
-fn trained_tokenizers_are_written_as_python_reads_them() {
+fn trained_tokenizers_are_those_that_python_read_and_agreed_with() {
     let text =
         "Le chat noir, l'été, dort ; le chien, lui, ne dort pas. Où est l’oiseau ? Il est là-bas. ".repeat(9);
     let cases = ["Le chat dort.", "l'été  là-bas\n ?", "un 🦊 <mask> </s>", "", "ﬁn… de l’oiseau"];
@@ -115,22 +133,24 @@ fn trained_tokenizers_are_written_as_python_reads_them() {
             .iter()
             .map(|text| {
                 let ids = tokenizer.encode(text).unwrap();
-                let around = tokenizer.encode_with_special_tokens(text).unwrap();
-                let (begin, end) = (tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>"));
-                let expected: Vec<u32> = begin.into_iter().chain(ids.clone()).chain(end).collect();
-                assert_eq!(around, expected);
-                serde_json::json!({"text": text, "with_special_tokens": around,
-                    "decoded": tokenizer.decode(&ids).unwrap(), "ids": ids})
+                serde_json::json!({
+                    "text": text,
+                    "with_special_tokens": tokenizer.encode_with_special_tokens(text).unwrap(),
+                    "decoded": tokenizer.decode(&ids).unwrap(),
+                    "ids": ids,
+                })
             })
             .collect();
         let folder = tempfile::tempdir().unwrap();
         tokenizer.save(folder.path().join("t.json")).unwrap();
-        let saved = std::fs::read(folder.path().join("t.json")).unwrap();
-        let json: Value = serde_json::from_slice(&saved).unwrap();
-        rows.push(serde_json::json!({"tokenizer": json, "cases": cases}));
+        let saved: Value =
+            serde_json::from_slice(&std::fs::read(folder.path().join("t.json")).unwrap()).unwrap();
+        rows.push(serde_json::json!({"tokenizer": saved, "cases": cases}));
     }
+    let rows = Value::from(rows);
     if let Some(folder) = std::env::var_os("VESPER_TRAINED") {
-        let path = PathBuf::from(folder).join("trained.json");
-        std::fs::write(path, Value::from(rows).to_string()).unwrap();
+        std::fs::write(PathBuf::from(folder).join("trained.json"), rows.to_string() + "\n").unwrap();
     }
+    let golden: Value = serde_json::from_str(include_str!("golden/trained.json")).unwrap();
+    assert!(alike(&rows, &golden), "{rows}");
 }

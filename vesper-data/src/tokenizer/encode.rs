@@ -277,6 +277,7 @@ impl Encoded {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "a document with one range that counts")]
 mod tests {
     use super::*;
     use crate::tokenizer::Segments;
@@ -354,7 +355,9 @@ mod tests {
 
     /// Ranges of bytes, in order and apart, from any numbers.
     fn ranges(text: &str, mut numbers: Vec<usize>) -> Vec<Range<usize>> {
-        numbers.iter_mut().for_each(|number| *number %= text.len() + 1);
+        for number in &mut numbers {
+            *number %= text.len() + 1;
+        }
         numbers.sort_unstable();
         numbers.dedup();
         numbers.chunks_exact(2).map(|pair| pair[0]..pair[1]).collect()

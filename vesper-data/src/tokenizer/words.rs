@@ -122,8 +122,8 @@ mod tests {
         let tokenizer = super::super::train::TrainConfig::default().skeleton().unwrap();
         let mut counter = Counter::new(&tokenizer, Segments::ByteLevel, 100);
         for round in 0..20 {
-            let rare: String = (0..30).map(|word| format!(" rare{}", 30 * round + word)).collect();
-            counter.add(&[format!("{rare} often")]).unwrap();
+            let rare: Vec<String> = (0..30).map(|word| format!("rare{}", 30 * round + word)).collect();
+            counter.add(&[format!("{} often", rare.join(" "))]).unwrap();
             assert!(counter.counts.len() <= 100 + 62, "{}", counter.counts.len());
         }
         assert_eq!(counter.counts.get("Ġoften"), Some(&20));

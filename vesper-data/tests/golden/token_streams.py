@@ -4,7 +4,7 @@ of the Rust crate), and the ids that it gives with tokenizers that this crate tr
 Run, with VESPER_DATA naming the folder of real data:
 
     python3 token_streams.py > token_streams.json
-    python3 token_streams.py trained.json   # checks a tokenizer that the crate trained and saved
+    python3 token_streams.py trained.json   # checks tokenizers that the crate trained and saved
 """
 
 import hashlib
