@@ -1,4 +1,4 @@
-//! Line charts as SVG.
+//! Line and bar charts as SVG.
 
 use std::path::Path;
 
@@ -74,6 +74,79 @@ fn draw(title: &str, (x_name, y_name): (&str, &str), lines: &[Line]) -> Result<S
     Ok(svg)
 }
 
+/// A bar of a chart, from 0 up.
+#[derive(Debug, Clone, Copy)]
+pub struct Bar {
+    /// Where it begins on the x axis.
+    pub left: f64,
+    /// Where it ends.
+    pub right: f64,
+    /// Its height.
+    pub height: f64,
+}
+
+/// Draws bars and writes the file; `label` names a place on the x axis.
+///
+/// # Errors
+/// Nothing to draw, or a file that cannot be written.
+pub fn write_bars(
+    path: &Path,
+    title: &str,
+    names: (&str, &str),
+    bars: &[Bar],
+    label: impl Fn(f64) -> String,
+) -> Result<()> {
+    let svg = draw_bars(title, names, bars, label).map_err(|error| anyhow!("{}: {error}", path.display()))?;
+    files::write(path, svg.as_bytes())
+}
+
+fn draw_bars(
+    title: &str,
+    (x_name, y_name): (&str, &str),
+    bars: &[Bar],
+    label: impl Fn(f64) -> String,
+) -> Result<String> {
+    let left = bars.iter().map(|bar| bar.left).fold(f64::INFINITY, f64::min);
+    let right = bars.iter().map(|bar| bar.right).fold(f64::NEG_INFINITY, f64::max);
+    let high = bars.iter().map(|bar| bar.height).fold(0.0, f64::max);
+    if !(left < right && high.is_finite()) {
+        return Err(anyhow!("nothing to draw"));
+    }
+    let failed = |error: &dyn std::fmt::Display| anyhow!("{error}");
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
+        area.fill(&WHITE).map_err(|e| failed(&e))?;
+        let mut chart = ChartBuilder::on(&area)
+            .caption(title, ("sans-serif", 18))
+            .margin(12)
+            .x_label_area_size(42)
+            .y_label_area_size(56)
+            .build_cartesian_2d(left..right, 0.0..high.max(1.0) * 1.05)
+            .map_err(|e| failed(&e))?;
+        chart
+            .configure_mesh()
+            .disable_x_mesh()
+            .x_labels(bars.len() + 1)
+            .x_label_formatter(&|x| label(*x))
+            .x_desc(x_name)
+            .y_desc(y_name)
+            .draw()
+            .map_err(|e| failed(&e))?;
+        let style = Palette99::pick(0).filled();
+        let gap = 0.04 * (right - left) / bars.len() as f64;
+        chart
+            .draw_series(
+                bars.iter()
+                    .filter(|bar| bar.height > 0.0)
+                    .map(|bar| Rectangle::new([(bar.left + gap, 0.0), (bar.right - gap, bar.height)], style)),
+            )
+            .map_err(|e| failed(&e))?;
+        area.present().map_err(|e| failed(&e))?;
+    }
+    Ok(svg)
+}
+
 /// The loss of a run: every step, its moving average, held-out loss, and the two lines to compare it with.
 pub fn loss_lines(records: &[Record], unigram_entropy: f64, floor: Option<f64>) -> Vec<Line> {
     let xs = || records.iter().map(|r| r.step as f64);
@@ -117,5 +190,14 @@ mod tests {
         let svg = draw("t", ("x", "y"), &[line]).unwrap();
         assert!(svg.starts_with("<svg") && svg.contains("a &lt; b") && !svg.contains("NaN"));
         assert!(draw("t", ("x", "y"), &[]).is_err());
+    }
+
+    #[test]
+    fn bars_have_the_labels_of_their_places() {
+        let bars = [2.0, 5.0].map(|left| Bar { left, right: left + 1.0, height: left });
+        let svg = draw_bars("a < b", ("x", "y"), &bars, |x| format!("at {x}")).unwrap();
+        assert!(svg.contains("a &lt; b") && svg.contains("at 3"), "{svg}");
+        assert_eq!(svg.matches("<rect").count(), 1 + bars.len());
+        assert!(draw_bars("t", ("x", "y"), &[], |x| x.to_string()).is_err());
     }
 }

@@ -4,6 +4,7 @@
 pub mod chart;
 pub mod checkpoint;
 pub mod data;
+pub mod dataset;
 pub mod device;
 pub mod evaluate;
 pub mod export;

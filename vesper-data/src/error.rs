@@ -283,6 +283,14 @@ pub enum DataError {
         /// Why.
         problem: String,
     },
+    /// No model size follows from what was asked.
+    #[error("no size for {asked}: {problem}")]
+    Sizing {
+        /// What was asked: a budget, or sizes.
+        asked: String,
+        /// Why there is no answer.
+        problem: String,
+    },
     /// candle could not place a batch on the device.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

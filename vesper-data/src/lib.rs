@@ -4,6 +4,8 @@ pub mod batch;
 pub mod cache;
 pub mod corpus;
 mod error;
+pub mod french;
+pub mod sizing;
 pub mod source;
 mod temporary;
 pub mod tokenizer;
@@ -16,7 +18,7 @@ pub use batch::{
 pub use cache::{BuildProgress, CacheBuilder, CacheKey, CacheStatus, TokenCache};
 pub use error::{DataError, Place, Result};
 pub use source::{Document, Documents, Mixture, ReadSettings, Sources};
-pub use tokenizer::{Encoded, TextTokenizer};
+pub use tokenizer::{Encoded, TextTokenizer, TrainConfig};
 pub use tokens::Tokens;
 
 /// The version of candle whose [`Tensor`](candle_core::Tensor) and [`Device`](candle_core::Device) this

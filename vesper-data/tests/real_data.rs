@@ -26,6 +26,8 @@ fn camembert_gives_the_published_ids() {
     assert_eq!((tokenizer.bos_id(), tokenizer.eos_id()), (Some(5), Some(6)));
     let ids = tokenizer.encode("J'aime le camembert !").unwrap();
     assert_eq!(ids, [121, 11, 660, 16, 730, 25543, 110, 83]);
+    let around = tokenizer.encode_with_special_tokens("J'aime le camembert !").unwrap();
+    assert_eq!(around, [5, 121, 11, 660, 16, 730, 25543, 110, 83, 6]);
     assert_eq!(tokenizer.decode(&ids).unwrap(), "J'aime le camembert !");
     assert_eq!(tokenizer.encode_counted("un 🦊 et un 猫").unwrap().unknown, 2);
 }
@@ -99,6 +101,42 @@ fn a_book_encoded_in_pieces_has_the_ids_of_the_whole() {
         let pieces = tokenizer.encode_documents([Ok(&book)]).next().unwrap().unwrap();
         let whole = tokenizer.encode_document(&book.text).unwrap();
         assert!(pieces == whole, "{text}: {} and {} ids", pieces.ids.len(), whole.ids.len());
+    }
+}
+
+/// The text that counts in the loss, as its tokens have it.
+#[test]
+fn an_answer_of_piaf_is_what_its_tokens_say() {
+    let test = "an_answer_of_piaf_is_what_its_tokens_say";
+    let Some(path) = data(test, "squad/piaf-ml-small.json") else { return };
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let articles = json["data"].as_array().unwrap().iter();
+    let paragraphs: Vec<_> = articles.flat_map(|article| article["paragraphs"].as_array().unwrap()).collect();
+    for file in ["tokenizers/camembert-base", "tokenizers/gpt2", "models/stories260K"] {
+        let Some(file) = data(test, file) else { return };
+        let tokenizer = TextTokenizer::from_file(file.join("tokenizer.json")).unwrap();
+        let mut questions = 0;
+        for paragraph in &paragraphs {
+            for question in paragraph["qas"].as_array().unwrap() {
+                let answer = question["answers"][0]["text"].as_str().unwrap();
+                let before =
+                    format!("{}\n{}\n", paragraph["context"].as_str().unwrap(), question["question"]);
+                let text = format!("{before}{answer}");
+                let loss = Some(vec![before.len()..text.len()]);
+                let document = Document { text, path: file.as_path().into(), line: 1, loss };
+                let encoded = tokenizer.encode_document(&document).unwrap();
+                let [range] = &encoded.loss.unwrap()[..] else { panic!("{answer:?}") };
+                assert_eq!(range.end, encoded.ids.len());
+                assert_eq!(encoded.ids.last().copied(), tokenizer.eos_id());
+                // Normalisation and lost characters aside, the same words.
+                let letters =
+                    |text: &str| text.chars().filter(char::is_ascii_alphanumeric).collect::<String>();
+                let decoded = tokenizer.decode(&encoded.ids[range.clone()]).unwrap();
+                assert_eq!(letters(&decoded), letters(answer));
+                questions += 1;
+            }
+        }
+        assert_eq!(questions, 51);
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod benchmark;
 mod chat;
+mod data;
 mod program;
 mod resume;
 mod storage;

@@ -137,6 +137,7 @@ fn help_is_for_people() {
             ],
         ),
         ("benchmark", &["--size", "--data", "--steps", "--lrs", "--seeds", "--out"]),
+        ("data", &["build", "inspect", "stats", "sample", "plan", "clean"]),
     ] {
         let output = output(command(name, folder.path(), &["--help"]));
         assert_eq!(output.code, Some(0));

@@ -248,6 +248,7 @@ impl<'a> CacheBuilder<'a> {
             (None, _) => CacheStatus::Continued,
         };
         let mut documents = sources.documents()?;
+        let report = documents.report();
         let mut counted = documents.by_ref().map(|document: Result<Document>| {
             if let Ok(document) = &document {
                 bytes.fetch_add(document.text.len() as u64, Ordering::Relaxed);
@@ -270,6 +271,7 @@ impl<'a> CacheBuilder<'a> {
             settings: recipe.settings,
             files: digested.to_vec(),
             text_bytes: bytes.load(Ordering::Relaxed),
+            skipped: report.skipped(),
             ..plan.manifest(done)
         };
         manifest.write(&folder)?;

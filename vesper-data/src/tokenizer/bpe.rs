@@ -9,8 +9,8 @@ use std::collections::{BTreeSet, BinaryHeap, HashMap};
 
 use serde_json::{Map, Value, json};
 
-use crate::error::{DataError, Result};
-use crate::source::SEPARATOR;
+use super::layout::{Pieces, TokenLayout};
+use super::train::TrainProgress;
 
 /// The fewest tokens a byte-level BPE can have: the 256 bytes and the end of a document.
 pub const MIN_VOCAB_SIZE: usize = 257;
@@ -18,21 +18,13 @@ pub const MIN_VOCAB_SIZE: usize = 257;
 /// Pairs that are rarer than this are not merged.
 const MIN_COUNT: u64 = 2;
 
+/// After how many merges the progress is told.
+const REPORT: usize = 256;
+
 /// Longer words, such as data in the text, are cut: they would take long and teach nothing.
 const MAX_WORD: usize = 256;
 
 type Pair = (u32, u32);
-
-pub(super) fn check_vocab_size(vocab_size: usize) -> Result<()> {
-    if vocab_size < MIN_VOCAB_SIZE {
-        return Err(DataError::Config {
-            name: "vocab_size",
-            got: vocab_size.to_string(),
-            expected: "at least 257 (the 256 bytes and the end of a document)",
-        });
-    }
-    Ok(())
-}
 
 /// The characters that stand for the bytes 0 to 255 in a byte-level tokenizer's vocabulary: printable bytes
 /// stand for themselves, the others for the characters from U+0100 on.
@@ -134,12 +126,17 @@ impl Pairs {
 }
 
 /// Merges the most frequent pair until there are `vocab_size` tokens, or no pair occurs twice.
-pub(super) fn train(words: &[(String, u64)], vocab_size: usize) -> Bpe {
+pub(super) fn train(
+    words: &[(String, u64)],
+    vocab_size: usize,
+    layout: TokenLayout,
+    progress: &mut dyn FnMut(TrainProgress),
+) -> Bpe {
     let mut alphabet = byte_chars();
     alphabet.sort_unstable();
-    let mut tokens = vec![SEPARATOR.to_owned()];
+    let mut tokens: Vec<String> = layout.first(Pieces::Bytes).iter().map(|&token| token.to_owned()).collect();
+    let id_of_char: HashMap<char, u32> = alphabet.into_iter().zip(tokens.len() as u32..).collect();
     tokens.extend(alphabet.iter().map(char::to_string));
-    let id_of_char: HashMap<char, u32> = alphabet.into_iter().zip(1..).collect();
     let mut id_of: HashMap<String, u32> = tokens.iter().cloned().zip(0..).collect();
 
     let mut split: Vec<Word> = Vec::with_capacity(words.len());
@@ -162,7 +159,11 @@ pub(super) fn train(words: &[(String, u64)], vocab_size: usize) -> Bpe {
 
     let mut merges: Vec<Pair> = Vec::new();
     let mut merged: HashMap<Pair, u32> = HashMap::new();
-    while tokens.len() < vocab_size {
+    let last = layout.last();
+    while tokens.len() + last.len() < vocab_size {
+        if merges.len().is_multiple_of(REPORT) {
+            progress(TrainProgress::Merging { tokens: tokens.len(), vocab_size });
+        }
         let Some(pair) = pairs.pop() else { break };
         let name = |id: u32| tokens.get(id as usize).map_or("", String::as_str);
         let joined = [name(pair.0), name(pair.1)].concat();
@@ -192,47 +193,33 @@ pub(super) fn train(words: &[(String, u64)], vocab_size: usize) -> Bpe {
             pairs.enqueue(pair);
         }
     }
+    tokens.extend(last.iter().map(|&token| token.to_owned()));
     Bpe { tokens, merges }
 }
 
 impl Bpe {
-    /// The vocabulary as a `tokenizer.json`.
+    /// The number of tokens.
+    pub(super) fn vocab_size(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// The model as a `tokenizer.json` has it.
     pub(super) fn to_json(&self) -> Value {
         let vocab: Map<String, Value> =
             self.tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
         let name = |id: u32| self.tokens.get(id as usize).map_or("", String::as_str);
         let merges: Vec<[&str; 2]> = self.merges.iter().map(|&(a, b)| [name(a), name(b)]).collect();
-        let byte_level =
-            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
         json!({
-            "version": "1.0",
-            "truncation": null,
-            "padding": null,
-            "added_tokens": [{
-                "id": 0,
-                "content": SEPARATOR,
-                "single_word": false,
-                "lstrip": false,
-                "rstrip": false,
-                "normalized": false,
-                "special": true,
-            }],
-            "normalizer": null,
-            "pre_tokenizer": byte_level,
-            "post_processor": byte_level,
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "dropout": null,
-                "unk_token": null,
-                "continuing_subword_prefix": null,
-                "end_of_word_suffix": null,
-                "fuse_unk": false,
-                "byte_fallback": false,
-                "ignore_merges": false,
-                "vocab": vocab,
-                "merges": merges,
-            },
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": null,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": false,
+            "byte_fallback": false,
+            "ignore_merges": false,
+            "vocab": vocab,
+            "merges": merges,
         })
     }
 }

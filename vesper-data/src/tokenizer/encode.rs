@@ -1,18 +1,103 @@
 //! Encoding many documents in parallel, in their order.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::TextTokenizer;
-use super::segment::SEGMENT_BYTES;
-use crate::error::Result;
+use super::segment::{Piece, SEGMENT_BYTES};
+use super::{TextTokenizer, offsets};
+use crate::error::{DataError, Result, one_line};
+use crate::source::Document;
 
 /// How much text is encoded at a time: enough to keep all threads busy, little enough to be kept in memory
 /// several times over.
 const BATCH_BYTES: usize = 8 << 20;
+const BATCH_BYTES_A_THREAD: usize = 1 << 20;
 const BATCH_DOCUMENTS: usize = 16 << 10;
+
+/// A text to train on: a string, or a [`Document`], which knows what the loss is taken over.
+pub trait TrainingText {
+    /// The text.
+    fn text(&self) -> &str;
+
+    /// The byte ranges of the text that the loss is taken over, in order and apart from each other; `None`: all.
+    fn loss(&self) -> Option<&[Range<usize>]> {
+        None
+    }
+}
+
+impl TrainingText for Document {
+    fn text(&self) -> &str {
+        &self.text
+    }
+
+    fn loss(&self) -> Option<&[Range<usize>]> {
+        self.loss.as_deref()
+    }
+}
+
+impl TrainingText for str {
+    fn text(&self) -> &str {
+        self
+    }
+}
+
+impl TrainingText for String {
+    fn text(&self) -> &str {
+        self
+    }
+}
+
+impl TrainingText for Cow<'_, str> {
+    fn text(&self) -> &str {
+        self
+    }
+}
+
+impl<T: TrainingText + ?Sized> TrainingText for &T {
+    fn text(&self) -> &str {
+        (**self).text()
+    }
+
+    fn loss(&self) -> Option<&[Range<usize>]> {
+        (**self).loss()
+    }
+}
+
+impl<T: TrainingText + ?Sized> TrainingText for Box<T> {
+    fn text(&self) -> &str {
+        (**self).text()
+    }
+
+    fn loss(&self) -> Option<&[Range<usize>]> {
+        (**self).loss()
+    }
+}
+
+impl<T: TrainingText + ?Sized> TrainingText for Arc<T> {
+    fn text(&self) -> &str {
+        (**self).text()
+    }
+
+    fn loss(&self) -> Option<&[Range<usize>]> {
+        (**self).loss()
+    }
+}
+
+/// How much has been encoded since the last time: see [`TextTokenizer::with_observer`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct EncodeProgress {
+    /// Documents.
+    pub documents: u64,
+    /// Bytes of their text.
+    pub bytes: u64,
+    /// Their ids.
+    pub tokens: u64,
+}
 
 /// The ids of a text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -57,17 +142,18 @@ impl<'a, I> EncodeDocuments<'a, I> {
 impl<I, T> EncodeDocuments<'_, I>
 where
     I: Iterator<Item = Result<T>>,
-    T: AsRef<str> + Sync,
+    T: TrainingText + Sync,
 {
     /// Takes some documents and makes their ids ready.
     fn fill(&mut self) {
         let mut batch = Vec::new();
         let mut bytes = 0;
         let mut failed = None;
-        while bytes < BATCH_BYTES && batch.len() < BATCH_DOCUMENTS && !self.done {
+        let enough = BATCH_BYTES.max(rayon::current_num_threads() * BATCH_BYTES_A_THREAD);
+        while bytes < enough && batch.len() < BATCH_DOCUMENTS && !self.done {
             match self.documents.next() {
                 Some(Ok(document)) => {
-                    bytes += document.as_ref().len();
+                    bytes += document.text().len();
                     batch.push(document);
                 }
                 Some(Err(error)) => {
@@ -77,7 +163,12 @@ where
                 None => self.done = true,
             }
         }
-        self.ready.extend(encode_all(self.tokenizer, &batch, SEGMENT_BYTES));
+        let encoded = encode_all(self.tokenizer, &batch, SEGMENT_BYTES);
+        if let Some(observer) = &self.tokenizer.observer.0 {
+            let tokens = encoded.iter().flatten().map(|encoded| encoded.ids.len() as u64).sum();
+            observer(EncodeProgress { documents: batch.len() as u64, bytes: bytes as u64, tokens });
+        }
+        self.ready.extend(encoded);
         self.ready.extend(failed.map(Err));
     }
 }
@@ -85,7 +176,7 @@ where
 impl<I, T> Iterator for EncodeDocuments<'_, I>
 where
     I: Iterator<Item = Result<T>>,
-    T: AsRef<str> + Sync,
+    T: TrainingText + Sync,
 {
     type Item = Result<Encoded>;
 
@@ -105,37 +196,91 @@ where
 /// Encodes each of `documents`, in pieces of about `segment_bytes` where that is possible.
 fn encode_all<T>(tokenizer: &TextTokenizer, documents: &[T], segment_bytes: usize) -> Vec<Result<Encoded>>
 where
-    T: AsRef<str> + Sync,
+    T: TrainingText + Sync,
 {
-    let pieces: Vec<(usize, &str)> = documents
+    let pieces: Vec<(usize, Piece<'_>)> = documents
         .iter()
-        .map(|document| tokenizer.segments.split(document.as_ref(), segment_bytes))
+        .map(|document| tokenizer.segments.split(document.text(), segment_bytes))
         .enumerate()
         .flat_map(|(document, pieces)| pieces.into_iter().map(move |piece| (document, piece)))
         .collect();
-    let encoded: Vec<(usize, Result<Encoded>)> =
-        pieces.into_par_iter().map(|(document, piece)| (document, tokenizer.encode_counted(piece))).collect();
+    let encoded: Vec<(usize, Result<Encoded>)> = pieces
+        .into_par_iter()
+        .map(|(index, piece)| {
+            let loss = documents.get(index).and_then(TrainingText::loss);
+            (index, encode_piece(tokenizer, piece, loss))
+        })
+        .collect();
     let mut results: Vec<Result<Encoded>> = Vec::with_capacity(documents.len());
     for (document, piece) in encoded {
         match (results.get_mut(document), piece) {
-            (Some(Ok(whole)), Ok(piece)) => {
-                whole.ids.extend(piece.ids);
-                whole.unknown += piece.unknown;
-            }
+            (Some(Ok(whole)), Ok(piece)) => whole.append(piece),
             (Some(whole), Err(error)) => *whole = Err(error),
             (Some(Err(_)), Ok(_)) => {}
             (None, piece) => results.push(piece),
         }
     }
-    for whole in results.iter_mut().flatten() {
-        whole.ids.extend(tokenizer.eos_id());
+    for (whole, document) in results.iter_mut().zip(documents) {
+        if let Ok(whole) = whole {
+            whole.end(tokenizer.eos_id(), document);
+        }
     }
     results
 }
 
+/// The ids of a document, encoded in one piece.
+pub(super) fn whole(tokenizer: &TextTokenizer, document: &(impl TrainingText + ?Sized)) -> Result<Encoded> {
+    let piece = Piece { text: document.text(), start: 0, from: 0 };
+    let mut encoded = encode_piece(tokenizer, piece, document.loss())?;
+    encoded.end(tokenizer.eos_id(), document);
+    Ok(encoded)
+}
+
+fn encode_piece(
+    tokenizer: &TextTokenizer,
+    piece: Piece<'_>,
+    loss: Option<&[Range<usize>]>,
+) -> Result<Encoded> {
+    let Some(ranges) = loss else { return tokenizer.encode_counted(piece.text) };
+    let encoding = offsets::encode(&tokenizer.inner, piece.text)
+        .map_err(|error| DataError::Tokenizer { action: "encode", problem: one_line(error) })?;
+    let mut encoded = tokenizer.loss.counted(piece.text, &encoding);
+    encoded.loss = Some(offsets::touched(&encoding, piece, ranges));
+    Ok(encoded)
+}
+
+impl Encoded {
+    /// Adds the next piece of the same document.
+    fn append(&mut self, piece: Self) {
+        let before = self.ids.len();
+        self.ids.extend(piece.ids);
+        self.unknown += piece.unknown;
+        if let (Some(ranges), Some(more)) = (&mut self.loss, piece.loss) {
+            for range in more {
+                offsets::append(ranges, before + range.start..before + range.end);
+            }
+        }
+    }
+
+    /// Adds the end of the text.
+    fn end(&mut self, eos: Option<u32>, document: &(impl TrainingText + ?Sized)) {
+        let before = self.ids.len();
+        self.ids.extend(eos);
+        let reached = document
+            .loss()
+            .and_then(|ranges| ranges.last())
+            .is_some_and(|last| last.end >= document.text().len());
+        if let Some(ranges) = self.loss.as_mut().filter(|_| reached && eos.is_some()) {
+            offsets::append(ranges, before..before + 1);
+        }
+    }
+}
+
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "a document with one range that counts")]
 mod tests {
     use super::*;
+    use crate::tokenizer::Segments;
     use proptest::prelude::*;
 
     /// A Unigram tokenizer with Metaspace words, as SentencePiece's models have them.
@@ -160,17 +305,62 @@ mod tests {
         });
         let mut tokenizer =
             TextTokenizer::new(serde_json::from_value(json).unwrap(), serde_json::Map::new()).unwrap();
-        assert_eq!(
-            tokenizer.segments,
-            crate::tokenizer::Segments::Whole,
-            "this normalizer is not a known one"
-        );
-        tokenizer.segments = crate::tokenizer::Segments::SentencePiece;
+        assert_eq!(tokenizer.segments, Segments::Whole, "this normalizer is not a known one");
+        tokenizer.segments = Segments::SentencePiece;
         tokenizer
     }
 
-    fn in_pieces(tokenizer: &TextTokenizer, text: &str, bytes: usize) -> Encoded {
-        encode_all(tokenizer, &[text], bytes).remove(0).unwrap()
+    /// A BPE that takes the text as one word, as Llama's does, with every byte as a token of its own.
+    fn llama() -> TextTokenizer {
+        let mut vocab: Vec<String> = ["<s>", "</s>", "\u{2581}", "a", "b", "c"].map(str::to_owned).into();
+        vocab.extend((0..=255_u8).map(|byte| format!("<0x{byte:02X}>")));
+        let merges = [
+            ["\u{2581}", "a"],
+            ["a", "b"],
+            ["\u{2581}", "\u{2581}"],
+            ["\u{2581}a", "b"],
+            ["\u{2581}", "b"],
+            ["c", "c"],
+            ["\u{2581}\u{2581}", "c"],
+        ];
+        vocab.extend(merges.iter().map(|pair| pair.concat()));
+        let vocab: serde_json::Map<String, serde_json::Value> =
+            vocab.into_iter().enumerate().map(|(id, token)| (token, id.into())).collect();
+        let json = serde_json::json!({
+            "version": "1.0",
+            "added_tokens": [{"id": 0, "content": "<s>", "special": true, "lstrip": false, "rstrip": false,
+                "single_word": false, "normalized": false}],
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": "\u{2581}"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"},
+            ]},
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": true, "fuse_unk": true,
+                "unk_token": "<s>"},
+        });
+        let tokenizer =
+            TextTokenizer::new(serde_json::from_value(json).unwrap(), serde_json::Map::new()).unwrap();
+        assert_eq!(tokenizer.segments, Segments::Spaces);
+        tokenizer
+    }
+
+    fn document(text: &str, loss: Option<Vec<Range<usize>>>) -> Document {
+        Document { text: text.to_owned(), path: std::path::Path::new("a.txt").into(), line: 1, loss }
+    }
+
+    /// Encodes a document in pieces and as a whole.
+    fn both(tokenizer: &TextTokenizer, document: &Document, bytes: usize) -> [Encoded; 2] {
+        let pieces = encode_all(tokenizer, &[document], bytes).remove(0).unwrap();
+        [pieces, tokenizer.encode_document(document).unwrap()]
+    }
+
+    /// Ranges of bytes, in order and apart, from any numbers.
+    fn ranges(text: &str, mut numbers: Vec<usize>) -> Vec<Range<usize>> {
+        for number in &mut numbers {
+            *number %= text.len() + 1;
+        }
+        numbers.sort_unstable();
+        numbers.dedup();
+        numbers.chunks_exact(2).map(|pair| pair[0]..pair[1]).collect()
     }
 
     proptest! {
@@ -180,29 +370,76 @@ mod tests {
         fn cut_bytes_have_the_ids_of_the_whole(
             text in "([ab'.é\u{301}\u{a0}\u{2028}0-1 \n\r\t]|<[|]endoftext[|]>|\n)*",
             bytes in 1..12_usize,
+            numbers in prop::collection::vec(any::<usize>(), 0..6),
         ) {
             // With tokens for runs of white space, so that a run cut in two would show.
             thread_local!(static TOKENIZER: TextTokenizer =
                 TextTokenizer::train_bpe([Ok("a \n\n \n\nb  \n  ab. \n\t\n 'a\n".repeat(9))], 300).unwrap());
-            let (pieces, whole) = TOKENIZER.with(|tokenizer| {
-                (in_pieces(tokenizer, &text, bytes), tokenizer.encode_document(&text).unwrap())
+            let loss = ranges(&text, numbers);
+            TOKENIZER.with(|tokenizer| {
+                let [plain, whole] = both(tokenizer, &document(&text, None), bytes);
+                assert_eq!(plain, whole, "{text:?}");
+                let [pieces, whole] = both(tokenizer, &document(&text, Some(loss.clone())), bytes);
+                assert_eq!(pieces, whole, "{text:?} {loss:?}");
+                assert_eq!(pieces.ids, plain.ids);
             });
-            prop_assert_eq!(pieces, whole);
         }
 
         #[test]
         fn cut_sentence_pieces_have_the_ids_of_the_whole(
-            text in "([abc. x\u{301}\n]|<m>|\n)*",
+            text in "([abc. x\u{301}\n]|<m>|<s>|\n)*",
             bytes in 1..12_usize,
+            numbers in prop::collection::vec(any::<usize>(), 0..6),
         ) {
-            thread_local!(static TOKENIZERS: [TextTokenizer; 2] = ["always", "first"].map(unigram));
+            thread_local!(static TOKENIZERS: [TextTokenizer; 3] =
+                [unigram("always"), unigram("first"), llama()]);
+            let loss = ranges(&text, numbers);
             TOKENIZERS.with(|tokenizers| {
                 for tokenizer in tokenizers {
-                    let whole = tokenizer.encode_document(&text).unwrap();
-                    assert_eq!(in_pieces(tokenizer, &text, bytes), whole, "{text:?}");
+                    let [plain, whole] = both(tokenizer, &document(&text, None), bytes);
+                    assert_eq!(plain, whole, "{text:?}");
+                    let [pieces, whole] = both(tokenizer, &document(&text, Some(loss.clone())), bytes);
+                    assert_eq!(pieces, whole, "{text:?} {loss:?}");
+                    assert_eq!(pieces.ids, plain.ids);
                 }
             });
         }
+    }
+
+    /// The texts of the tokens that count.
+    fn counted(tokenizer: &TextTokenizer, text: &str, loss: &[Range<usize>]) -> Vec<String> {
+        let encoded = tokenizer.encode_document(&document(text, Some(loss.to_vec()))).unwrap();
+        let ids = encoded.loss.unwrap().into_iter().flat_map(|range| encoded.ids[range].to_vec());
+        ids.map(|id| tokenizer.id_to_token(id).unwrap()).collect()
+    }
+
+    #[test]
+    fn the_tokens_of_an_answer_count_and_the_end_of_text_when_it_ends_with_it() {
+        let tokenizer = TextTokenizer::train_bpe([Ok("? oui ? oui ? oui")], 262).unwrap();
+        let text = "é ? oui";
+        assert_eq!(counted(&tokenizer, text, &[5..8]), ["Ġoui", "<|endoftext|>"]);
+        assert_eq!(counted(&tokenizer, text, &[4..5]), ["Ġoui"]); // by its space
+        assert_eq!(counted(&tokenizer, text, &[0..1]), ["Ã", "©"]); // a character of two tokens
+        assert_eq!(counted(&tokenizer, text, &[0..0, 3..4]), ["Ġ?"]);
+        assert!(counted(&tokenizer, text, &[]).is_empty());
+        let all = tokenizer.encode_document(&document(text, Some(vec![0..8]))).unwrap();
+        assert_eq!(all.loss, Some(vec![0..all.ids.len()]));
+        assert_eq!(tokenizer.encode_document(&document(text, None)).unwrap().loss, None);
+    }
+
+    #[test]
+    fn a_token_of_normalised_text_counts_where_it_was_before() {
+        let text = "ab ﬁn… \u{a0} cab";
+        let tokenizer = TextTokenizer::train_unigram([Ok("a b c fin... cab".repeat(9))], 40).unwrap();
+        let offsets_of = |part: &str| text.find(part).map(|at| at..at + part.len()).unwrap();
+        let answer = counted(&tokenizer, text, &[offsets_of("ﬁn")]).concat();
+        assert_eq!(answer, "fin");
+        assert_eq!(counted(&tokenizer, text, &[offsets_of("…")]).concat(), "...");
+        assert_eq!(counted(&tokenizer, text, &[offsets_of("cab")]).concat(), "\u{2581}cab</s>");
+        assert_eq!(
+            counted(&tokenizer, text, &[0..1]).concat().trim_start_matches('\u{2581}').chars().next(),
+            Some('a')
+        );
     }
 
     #[test]

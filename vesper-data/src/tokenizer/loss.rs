@@ -5,6 +5,7 @@ use tokenizers::{Encoding, Tokenizer};
 
 use super::bpe::byte_chars;
 use super::encode::Encoded;
+use super::offsets;
 
 /// How a tokenizer loses text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,18 +43,23 @@ impl Loss {
     }
 
     pub(super) fn encode(self, tokenizer: &Tokenizer, text: &str) -> tokenizers::Result<Encoded> {
-        // Offsets take time and memory, and are needed only to see what is missing.
+        // Offsets take time and memory, and are needed here only to see what is missing.
         let encoding = match self {
-            Self::Dropped => tokenizer.encode(text, false)?,
+            Self::Dropped => offsets::encode(tokenizer, text)?,
             Self::Never | Self::Unknown(_) => tokenizer.encode_fast(text, false)?,
         };
+        Ok(self.counted(text, &encoding))
+    }
+
+    /// The ids of an encoding and what is lost; with [`Loss::Dropped`], the encoding must have offsets.
+    pub(super) fn counted(self, text: &str, encoding: &Encoding) -> Encoded {
         let ids = encoding.get_ids().to_vec();
         let unknown = match self {
             Self::Never => 0,
             Self::Unknown(unknown) => ids.iter().filter(|&&id| id == unknown).count() as u64,
-            Self::Dropped => uncovered(text, &encoding),
+            Self::Dropped => uncovered(text, encoding),
         };
-        Ok(Encoded { ids, unknown, loss: None })
+        Encoded { ids, unknown, loss: None }
     }
 }
 

@@ -3,13 +3,18 @@
 mod bpe;
 mod encode;
 mod fingerprint;
+mod layout;
 mod loss;
+mod offsets;
 mod segment;
 mod special;
+mod train;
+mod unigram;
 mod words;
 
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 use tokenizers::{ModelWrapper, Tokenizer};
@@ -20,12 +25,14 @@ use segment::Segments;
 use special::SpecialTokens;
 
 pub use bpe::MIN_VOCAB_SIZE;
-pub use encode::{EncodeDocuments, Encoded};
+pub use encode::{EncodeDocuments, EncodeProgress, Encoded, TrainingText};
+pub use layout::TokenLayout;
+pub use train::{Algorithm, TrainConfig, TrainProgress};
 
 /// More tokens than this is no vocabulary but a damaged file.
 const MAX_VOCAB_SIZE: u32 = 1 << 24;
 
-/// A tokenizer, set up for training: any `tokenizer.json`, or a byte-level BPE trained on the data.
+/// A tokenizer, set up for training: any `tokenizer.json`, or one trained on the data.
 ///
 /// It never cuts, pads or adds tokens of its own, whatever the file says; and always gives the same ids for
 /// the same text: BPE dropout is switched off. A special token's name inside of a text becomes that token.
@@ -55,6 +62,17 @@ pub struct TextTokenizer {
     segments: Segments,
     fingerprint: [u8; 32],
     vocab_size: usize,
+    observer: Observer,
+}
+
+/// Whom to tell how far the encoding of documents is.
+#[derive(Clone, Default)]
+struct Observer(Option<Arc<dyn Fn(EncodeProgress) + Send + Sync>>);
+
+impl std::fmt::Debug for Observer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.0.is_some() { "Observer" } else { "None" })
+    }
 }
 
 impl TextTokenizer {
@@ -98,37 +116,69 @@ impl TextTokenizer {
             segments: Segments::of(&inner, &description),
             fingerprint: fingerprint::of(&description),
             vocab_size: highest as usize + 1,
+            observer: Observer::default(),
             inner,
             config,
         })
     }
 
-    /// Trains a byte-level BPE of at most `vocab_size` tokens on `documents`.
+    /// Trains a byte-level BPE of at most `vocab_size` tokens on `documents`: [`train`](Self::train) with the
+    /// default settings.
     ///
     /// Its tokens are [`SEPARATOR`](crate::source::SEPARATOR) (id 0, the end of a document), the 256 bytes and
     /// the merges, most frequent first. Words are cut as GPT-2's tokenizer does it. Pairs that occur only once
-    /// are not merged, so that little text gives a smaller vocabulary. The same text gives the same tokenizer
-    /// on every machine.
+    /// are not merged, so that little text gives a smaller vocabulary.
     ///
     /// # Errors
     ///
-    /// The first error of the iterator, [`DataError::Config`] for a `vocab_size` below [`MIN_VOCAB_SIZE`], or
-    /// [`DataError::Tokenizer`] where there is no text.
-    ///
-    /// # References
-    ///
-    /// Sennrich, Haddow, Birch 2016, <https://arxiv.org/abs/1508.07909>; Radford et al. 2019 (GPT-2).
+    /// Those of [`train`](Self::train); a `vocab_size` below [`MIN_VOCAB_SIZE`] is out of range.
     pub fn train_bpe<I, T>(documents: I, vocab_size: usize) -> Result<Self>
     where
         I: IntoIterator<Item = Result<T>>,
         T: AsRef<str>,
     {
-        bpe::check_vocab_size(vocab_size)?;
-        let words = words::count(documents)?;
-        let failed = |problem| DataError::Tokenizer { action: "train", problem };
-        let json = bpe::train(&words, vocab_size).to_json();
-        let inner = serde_json::from_value(json).map_err(|error| failed(one_line(error)))?;
-        Self::new(inner, Map::new()).map_err(failed)
+        Self::train(documents, &TrainConfig::default().with_vocab_size(vocab_size), |_| {})
+    }
+
+    /// Trains a Unigram vocabulary of at most `vocab_size` tokens on `documents`, with CamemBERT's special tokens:
+    /// [`train`](Self::train) with [`Algorithm::Unigram`] and [`TokenLayout::Camembert`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`train`](Self::train).
+    pub fn train_unigram<I, T>(documents: I, vocab_size: usize) -> Result<Self>
+    where
+        I: IntoIterator<Item = Result<T>>,
+        T: AsRef<str>,
+    {
+        let config = TrainConfig::default()
+            .with_algorithm(Algorithm::Unigram)
+            .with_layout(TokenLayout::Camembert)
+            .with_vocab_size(vocab_size);
+        Self::train(documents, &config, |_| {})
+    }
+
+    /// Has `observer` told each time that [`encode_documents`](Self::encode_documents) has made some more ids ready,
+    /// for a progress bar.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use std::sync::atomic::{AtomicU64, Ordering};
+    /// use vesper_data::TextTokenizer;
+    ///
+    /// let bytes = Arc::new(AtomicU64::new(0));
+    /// let counter = Arc::clone(&bytes);
+    /// let tokenizer = TextTokenizer::train_bpe([Ok("to be or not to be")], 300)?
+    ///     .with_observer(move |more| { counter.fetch_add(more.bytes, Ordering::Relaxed); });
+    /// assert_eq!(tokenizer.encode_documents([Ok("to be"), Ok("or not")]).count(), 2);
+    /// assert_eq!(bytes.load(Ordering::Relaxed), 11);
+    /// # Ok::<(), vesper_data::DataError>(())
+    /// ```
+    pub fn with_observer(mut self, observer: impl Fn(EncodeProgress) + Send + Sync + 'static) -> Self {
+        self.observer = Observer(Some(Arc::new(observer)));
+        self
     }
 
     /// The ids of a text, with no special tokens around it.
@@ -150,27 +200,42 @@ impl TextTokenizer {
         self.loss.encode(&self.inner, text).map_err(failed)
     }
 
-    /// The ids of a whole document: those of the text, then [`eos_id`](Self::eos_id) where there is one.
+    /// The ids of a text with the special tokens around it that the tokenizer's file has for it, such as the `<s>`
+    /// and `</s>` of CamemBERT.
     ///
     /// # Errors
     ///
     /// As [`encode`](Self::encode).
-    pub fn encode_document(&self, text: &str) -> Result<Encoded> {
-        let mut encoded = self.encode_counted(text)?;
-        encoded.ids.extend(self.special.eos);
-        Ok(encoded)
+    pub fn encode_with_special_tokens(&self, text: &str) -> Result<Vec<u32>> {
+        let failed = |error| DataError::Tokenizer { action: "encode", problem: one_line(error) };
+        self.inner.encode_fast(text, true).map(|encoding| encoding.get_ids().to_vec()).map_err(failed)
+    }
+
+    /// The ids of a whole document: those of the text, then [`eos_id`](Self::eos_id) where there is one.
+    ///
+    /// Where the loss is taken over parts of the text ([`TrainingText::loss`]), [`Encoded::loss`] has the ids that
+    /// they touch: a token counts when a byte of its text is in one of the ranges, a token without text of its own
+    /// (such as the space that some tokenizers put first) when the text behind it is, and the end of the text when
+    /// the last range reaches up to it.
+    ///
+    /// # Errors
+    ///
+    /// As [`encode`](Self::encode).
+    pub fn encode_document(&self, document: &(impl TrainingText + ?Sized)) -> Result<Encoded> {
+        encode::whole(self, document)
     }
 
     /// Encodes documents as [`encode_document`](Self::encode_document) does: in parallel, yet in their order.
     ///
     /// It works on some megabytes of text at a time. Long documents are cut into pieces where it is certain
     /// that the ids stay the same: at line breaks, with byte-level BPE as GPT-2 and [`train_bpe`](Self::train_bpe)
-    /// have it, and with SentencePiece's Unigram as CamemBERT has it. With others, one document is encoded by
-    /// one thread and takes about 100 times its size in memory.
+    /// have it; at line breaks and spaces, with Unigram as CamemBERT and [`train_unigram`](Self::train_unigram) have
+    /// it; at spaces, with BPE as Llama 2 and Mistral have it. With others, one document is encoded by one thread
+    /// and takes about 100 times its size in memory.
     pub fn encode_documents<I, T>(&self, documents: I) -> EncodeDocuments<'_, I::IntoIter>
     where
         I: IntoIterator<Item = Result<T>>,
-        T: AsRef<str> + Sync,
+        T: TrainingText + Sync,
     {
         EncodeDocuments::new(self, documents.into_iter())
     }

@@ -1,5 +1,5 @@
 //! Cutting a long text where the ids stay the same, so that one book is encoded by all threads and in little
-//! memory. Two kinds of tokenizer are known well enough for that.
+//! memory. Three kinds of tokenizer are known well enough for that.
 //!
 //! **Byte-level BPE.** GPT-2's rule cuts a text into words, which the model encodes one by one:
 //!
@@ -15,7 +15,13 @@
 //! **Unigram with SentencePiece's normalisation** (CamemBERT and its kind). A line break becomes a space, each
 //! grapheme is normalised for itself, and each space begins a new word, "▁word". Where a line break stands
 //! between two ASCII letters or digits, the text behind it therefore begins a word; taken for itself, it gets
-//! the same "▁" put before it. The line break itself is left out: it is that "▁".
+//! the same "▁" put before it. The line break itself is left out: it is that "▁". A space between two letters or
+//! digits does as well.
+//!
+//! **BPE with SentencePiece's spaces** (Llama, Mistral). Spaces become "▁", one more is put before the text, and the
+//! whole of it is one word. Where no token has a "▁" behind another character, no merge reaches from a character to
+//! the "▁" of the space that follows it, and since merges on both sides of such a place do not touch each other,
+//! their order does not matter. The space is left out, as above.
 //!
 //! Special tokens are found before all this. The conditions below exclude those that could reach across a cut.
 
@@ -25,13 +31,25 @@ use tokenizers::{NormalizedString, Normalizer, Tokenizer};
 /// Texts up to about this many bytes are encoded in one piece.
 pub(super) const SEGMENT_BYTES: usize = 64 << 10;
 
+/// A piece of a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Piece<'a> {
+    pub(super) text: &'a str,
+    /// Where it starts in the whole text, in bytes.
+    pub(super) start: usize,
+    /// Where the piece before it ends: what is between them belongs to the first token of this one.
+    pub(super) from: usize,
+}
+
 /// Where a tokenizer's texts may be cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Segments {
     /// After line breaks between two characters that are not white space.
     ByteLevel,
-    /// In the place of line breaks between two ASCII letters or digits.
+    /// In the place of line breaks or spaces between two ASCII letters or digits.
     SentencePiece,
+    /// In the place of spaces between two ASCII letters or digits.
+    Spaces,
     /// Nowhere: what the tokenizer does is not known well enough.
     Whole,
 }
@@ -59,33 +77,40 @@ impl Segments {
         if sentence_piece && tokens.iter().all(stays_off_letters) {
             return Self::SentencePiece;
         }
+        if begins_words_at_spaces(description) && tokens.iter().all(stays_off_letters) {
+            return Self::Spaces;
+        }
         Self::Whole
     }
 
     /// Cuts `text` into pieces of at least `bytes` bytes (but for the last).
-    pub(super) fn split(self, text: &str, bytes: usize) -> Vec<&str> {
+    pub(super) fn split(self, text: &str, bytes: usize) -> Vec<Piece<'_>> {
         let mut pieces = Vec::new();
-        let mut rest = text;
+        let (mut rest, mut start, mut from) = (text, 0, 0);
         while let Some((piece, tail)) = self.cut(rest, bytes) {
-            pieces.push(piece);
+            pieces.push(Piece { text: piece, start, from });
+            from = start + piece.len();
+            start += rest.len() - tail.len();
             rest = tail;
         }
-        pieces.push(rest);
+        pieces.push(Piece { text: rest, start, from });
         pieces
     }
 
     /// The pieces before and behind the first place to cut that is at least `bytes` bytes into `text`.
     fn cut(self, text: &str, bytes: usize) -> Option<(&str, &str)> {
-        let fits: fn(char) -> bool = match self {
-            Self::ByteLevel => |char| !char.is_whitespace(),
-            Self::SentencePiece => |char| char.is_ascii_alphanumeric(),
+        let letter: fn(char) -> bool = |char| char.is_ascii_alphanumeric();
+        let (breaks, fits): (fn(char) -> bool, _) = match self {
+            Self::ByteLevel => (|char| char == '\n', (|char| !char.is_whitespace()) as fn(char) -> bool),
+            Self::SentencePiece => (|char| matches!(char, '\n' | ' '), letter),
+            Self::Spaces => (|char| char == ' ', letter),
             Self::Whole => return None,
         };
         let mut from = bytes.max(1);
         while from < text.len() && !text.is_char_boundary(from) {
             from += 1;
         }
-        for (at, _) in text.get(from..)?.match_indices('\n') {
+        for (at, _) in text.get(from..)?.match_indices(breaks) {
             let (before, _) = text.split_at_checked(from + at)?;
             let (with_break, after) = text.split_at_checked(from + at + 1)?;
             if before.chars().next_back().is_some_and(fits) && starts(after, fits) {
@@ -109,21 +134,47 @@ fn stays_in_its_line(token: &Value) -> bool {
         && token["content"].as_str().is_some_and(|content| !content.contains('\n'))
 }
 
-/// Whether a special token cannot hold, or swallow, white space between two letters or digits.
+/// Whether a special token cannot hold, swallow, or stand right behind white space that is followed by a letter or a
+/// digit.
 fn stays_off_letters(token: &Value) -> bool {
-    let letter = |char: char| char.is_ascii_alphanumeric();
     token["single_word"] == false
         && token["rstrip"] == false
         && token["content"].as_str().is_some_and(|content| {
             !content.contains(char::is_whitespace)
-                && (token["lstrip"] == false || !content.starts_with(letter))
+                && !content.starts_with(|char: char| char.is_ascii_alphanumeric())
         })
 }
 
-/// Whether a normalizer works on each grapheme for itself, but for joining spaces.
+/// Whether a BPE takes the text as one word in which each space is a "▁" that only begins tokens.
+fn begins_words_at_spaces(description: &Value) -> bool {
+    let (model, normalizer) = (&description["model"], &description["normalizer"]);
+    let words = &description["pre_tokenizer"];
+    let unset = |key: &str| model[key].is_null() || model[key] == "";
+    let prepended = words.is_null()
+        && *normalizer
+            == json!({"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ]});
+    let metaspace = normalizer.is_null()
+        && words["type"] == "Metaspace"
+        && words["replacement"] == "▁"
+        && (words["prepend_scheme"] == "always" || words["prepend_scheme"] == "first");
+    (prepended || metaspace)
+        && model["type"] == "BPE"
+        && model["ignore_merges"] != true
+        && unset("continuing_subword_prefix")
+        && unset("end_of_word_suffix")
+        && model["vocab"].as_object().is_some_and(|vocab| {
+            vocab.contains_key("▁") && vocab.keys().all(|token| !token.trim_start_matches('▁').contains('▁'))
+        })
+}
+
+/// Whether a normalizer works on each grapheme, or each character and the marks on it, for itself, but for joining
+/// spaces.
 fn normalizes_graphemes(normalizer: &Value) -> bool {
     match normalizer["type"].as_str() {
-        Some("Precompiled") => true,
+        Some("Precompiled" | "Nmt" | "NFC" | "NFKC") => true,
         Some("Replace") => normalizer["pattern"] == json!({"Regex": " {2,}"}) && normalizer["content"] == " ",
         Some("Sequence") => {
             normalizer["normalizers"].as_array().is_some_and(|parts| parts.iter().all(normalizes_graphemes))
@@ -145,19 +196,33 @@ fn breaks_become_spaces(tokenizer: &Tokenizer) -> bool {
 mod tests {
     use super::*;
 
+    fn texts(segments: Segments, text: &str, bytes: usize) -> Vec<&str> {
+        let pieces = segments.split(text, bytes);
+        let mut end = 0;
+        for piece in &pieces {
+            assert_eq!(piece.from, end);
+            assert_eq!(text.get(piece.start..piece.start + piece.text.len()), Some(piece.text));
+            end = piece.start + piece.text.len();
+        }
+        assert_eq!(end, text.len());
+        pieces.into_iter().map(|piece| piece.text).collect()
+    }
+
     #[test]
     fn cuts_are_after_line_breaks_between_words_only() {
-        let split = |text, bytes| Segments::ByteLevel.split(text, bytes);
+        let split = |text, bytes| texts(Segments::ByteLevel, text, bytes);
         assert_eq!(split("ab\ncd\n\nef \ngh\n ij\nk", 1), ["ab\n", "cd\n\nef \ngh\n ij\n", "k"]);
         assert_eq!(split("ab\ncd\nef", 4), ["ab\ncd\n", "ef"]);
         assert_eq!(split("éé\néé\n", 1), ["éé\n", "éé\n"]);
         assert_eq!(split("", 1), [""]);
-        assert_eq!(Segments::Whole.split("ab\ncd", 1), ["ab\ncd"]);
+        assert_eq!(texts(Segments::Whole, "ab\ncd", 1), ["ab\ncd"]);
     }
 
     #[test]
-    fn a_line_break_that_is_a_space_goes_with_the_cut() {
-        let text = "ab\ncd.\nef\nég\n\ngh\ni\u{301}j\nk";
-        assert_eq!(Segments::SentencePiece.split(text, 1), ["ab", "cd.\nef\nég\n\ngh\ni\u{301}j", "k"]);
+    fn a_break_that_is_a_space_goes_with_the_cut() {
+        let text = "ab\ncd.\nef\nég\n\ngh\ni\u{301}j\nk l";
+        let expected = ["ab", "cd.\nef\nég\n\ngh\ni\u{301}j", "k", "l"];
+        assert_eq!(texts(Segments::SentencePiece, text, 1), expected);
+        assert_eq!(texts(Segments::Spaces, "ab cd\nef  g hi. j", 1), ["ab", "cd\nef  g", "hi. j"]);
     }
 }

@@ -1,67 +1,107 @@
-//! How often each word occurs in the text that a BPE is trained on.
+//! How often each word occurs in the text that a tokenizer is trained on.
 
 use std::collections::HashMap;
 
 use rayon::prelude::*;
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+use tokenizers::{OffsetReferential, OffsetType, PreTokenizer, Tokenizer};
 
 use super::segment::{SEGMENT_BYTES, Segments};
+use super::train::TrainProgress;
 use crate::error::{DataError, Result, one_line};
 use crate::source::SEPARATOR;
 
 /// How much text is cut into words at a time.
 const BATCH_BYTES: usize = 8 << 20;
 
-/// The words of all documents with their counts, sorted; in a word, each character stands for a byte.
-pub(super) fn count<I, T>(documents: I) -> Result<Vec<(String, u64)>>
-where
-    I: IntoIterator<Item = Result<T>>,
-    T: AsRef<str>,
-{
-    let mut counts: HashMap<String, u64> = HashMap::new();
-    let mut batch: Vec<T> = Vec::new();
-    let mut bytes = 0;
-    for document in documents {
-        let document = document?;
-        bytes += document.as_ref().len();
-        batch.push(document);
-        if bytes >= BATCH_BYTES {
-            add(&batch, &mut counts)?;
-            batch.clear();
-            bytes = 0;
-        }
-    }
-    add(&batch, &mut counts)?;
-    if counts.is_empty() {
-        return Err(DataError::Tokenizer { action: "train", problem: "there is no text".into() });
-    }
-    let mut counts: Vec<_> = counts.into_iter().collect();
-    counts.sort_unstable();
-    Ok(counts)
+/// Counts words, in an amount of memory that does not depend on the amount of text.
+pub(super) struct Counter<'a> {
+    /// What makes words of a text: its normalizer and its pre-tokenizer.
+    words: &'a Tokenizer,
+    /// Where a text may be cut without cutting words.
+    segments: Segments,
+    counts: HashMap<String, u64>,
+    /// How many different words are kept while counting.
+    limit: usize,
 }
 
-fn add<T: AsRef<str>>(documents: &[T], counts: &mut HashMap<String, u64>) -> Result<()> {
-    let pieces: Vec<&str> = documents
-        .iter()
-        // The separator is a token of its own and must not be learned as a word.
-        .flat_map(|document| document.as_ref().split(SEPARATOR))
-        .flat_map(|text| Segments::ByteLevel.split(text, SEGMENT_BYTES))
-        .collect();
-    let counted: Vec<Result<HashMap<String, u64>>> = pieces.into_par_iter().map(words_of).collect();
-    for words in counted {
-        for (word, count) in words? {
-            *counts.entry(word).or_default() += count;
+impl<'a> Counter<'a> {
+    pub(super) fn new(words: &'a Tokenizer, segments: Segments, limit: usize) -> Self {
+        Self { words, segments, counts: HashMap::new(), limit }
+    }
+
+    /// The words of all documents with their counts, sorted.
+    pub(super) fn count<I, T>(
+        mut self,
+        documents: I,
+        progress: &mut dyn FnMut(TrainProgress),
+    ) -> Result<Vec<(String, u64)>>
+    where
+        I: IntoIterator<Item = Result<T>>,
+        T: AsRef<str>,
+    {
+        let mut batch: Vec<T> = Vec::new();
+        let mut bytes = 0;
+        let (mut all_documents, mut all_bytes) = (0, 0);
+        for document in documents {
+            let document = document?;
+            all_documents += 1;
+            all_bytes += document.as_ref().len() as u64;
+            bytes += document.as_ref().len();
+            batch.push(document);
+            if bytes >= BATCH_BYTES {
+                self.add(&batch)?;
+                batch.clear();
+                bytes = 0;
+                progress(TrainProgress::Counting { documents: all_documents, bytes: all_bytes });
+            }
+        }
+        self.add(&batch)?;
+        progress(TrainProgress::Counting { documents: all_documents, bytes: all_bytes });
+        if self.counts.is_empty() {
+            return Err(DataError::Tokenizer { action: "train", problem: "there is no text".into() });
+        }
+        let mut counts: Vec<_> = self.counts.into_iter().collect();
+        counts.sort_unstable();
+        Ok(counts)
+    }
+
+    fn add<T: AsRef<str>>(&mut self, documents: &[T]) -> Result<()> {
+        let pieces: Vec<&str> = documents
+            .iter()
+            // The separator is a token of its own and must not be learned as a word.
+            .flat_map(|document| document.as_ref().split(SEPARATOR))
+            .flat_map(|text| self.segments.split(text, SEGMENT_BYTES))
+            .map(|piece| piece.text)
+            .collect();
+        let counted: Vec<Result<HashMap<String, u64>>> =
+            pieces.into_par_iter().map(|piece| words_of(self.words, piece)).collect();
+        for words in counted {
+            for (word, count) in words? {
+                *self.counts.entry(word).or_default() += count;
+            }
+        }
+        self.forget_rare_words();
+        Ok(())
+    }
+
+    /// Drops the rarest words where there are too many different ones, until half of the limit is free: names,
+    /// numbers and misspellings, which a vocabulary is too small for anyway.
+    fn forget_rare_words(&mut self) {
+        let mut rare = 1;
+        let keep = if self.counts.len() > self.limit { self.limit / 2 } else { return };
+        while self.counts.len() > keep {
+            self.counts.retain(|_, count| *count > rare);
+            rare *= 2;
         }
     }
-    Ok(())
 }
 
-fn words_of(text: &str) -> Result<HashMap<String, u64>> {
-    let mut words = PreTokenizedString::from(text);
-    ByteLevel::new(false, true, true)
-        .pre_tokenize(&mut words)
-        .map_err(|error| DataError::Tokenizer { action: "train", problem: one_line(error) })?;
+fn words_of(tokenizer: &Tokenizer, text: &str) -> Result<HashMap<String, u64>> {
+    let failed = |error| DataError::Tokenizer { action: "train", problem: one_line(error) };
+    let mut words = tokenizer.get_added_vocabulary().extract_and_normalize(tokenizer.get_normalizer(), text);
+    if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
+        pre_tokenizer.pre_tokenize(&mut words).map_err(failed)?;
+    }
     let mut counts: HashMap<String, u64> = HashMap::new();
     for (word, _, _) in words.get_splits(OffsetReferential::Original, OffsetType::None) {
         if let Some(count) = counts.get_mut(word) {
@@ -71,4 +111,21 @@ fn words_of(text: &str) -> Result<HashMap<String, u64>> {
         }
     }
     Ok(counts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_frequent_words_of_a_text_with_too_many_are_kept() {
+        let tokenizer = super::super::train::TrainConfig::default().skeleton().unwrap();
+        let mut counter = Counter::new(&tokenizer, Segments::ByteLevel, 100);
+        for round in 0..20 {
+            let rare: Vec<String> = (0..30).map(|word| format!("rare{}", 30 * round + word)).collect();
+            counter.add(&[format!("{} often", rare.join(" "))]).unwrap();
+            assert!(counter.counts.len() <= 100 + 62, "{}", counter.counts.len());
+        }
+        assert_eq!(counter.counts.get("Ġoften"), Some(&20));
+    }
 }

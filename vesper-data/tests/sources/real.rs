@@ -132,10 +132,10 @@ fn a_table_and_questions_become_a_cache_of_tokens() {
         let sources = Sources::new(&paths);
         let tokenizer = TextTokenizer::train_bpe(sources.documents().unwrap(), 400).unwrap();
         let cache = tempfile::tempdir().unwrap();
-        let (cache, _) = TokenCache::open_or_build(cache.path(), &paths, &tokenizer).unwrap();
+        let (cache, _) = TokenCache::open_or_build(cache.path(), &sources, &tokenizer).unwrap();
         assert_eq!(cache.document_count() as u64, sources.documents().unwrap().count() as u64, "{name}");
         let first = sources.documents().unwrap().next().unwrap().unwrap().text;
-        let tokens = cache.tokens().to_vec();
+        let tokens = cache.tokens().to_vec().unwrap();
         let decoded = tokenizer.decode(&tokens[..tokens.len().min(4000)]).unwrap();
         assert!(decoded.starts_with(&first), "{name}");
     }

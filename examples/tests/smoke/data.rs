@@ -1,0 +1,171 @@
+//! The program `data`.
+
+use serde_json::Value;
+
+use crate::program::{command, data, fails, files, folder, number, only, output, succeeds};
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+#[test]
+fn stats_are_one_object() {
+    let folder = folder();
+    let dir = folder.path();
+    std::fs::write(dir.join("more.jsonl"), "{\"text\": \"été\"}\n{\"text\": \"the cat\"}\n").unwrap();
+    let args = ["stats", "text.txt", "more.jsonl", "--vocab-size", "300", "--json", "--svg", "lengths.svg"];
+    let stats = json(&succeeds("data", dir, &args));
+    let bytes = std::fs::metadata(dir.join("text.txt")).unwrap().len() + 5 + 7;
+    assert_eq!((&stats["documents"], &stats["records_skipped"]), (&3.into(), &0.into()));
+    assert_eq!((&stats["bytes"], &stats["characters"]), (&bytes.into(), &(bytes - 2).into()));
+    assert_eq!((&stats["questions"], &stats["vocab_size"]), (&Value::Null, &300.into()));
+    let tokens = number(&stats["tokens"]);
+    assert!((number(&stats["tokens_per_byte"]) - tokens / bytes as f64).abs() < 1e-12);
+    assert!((3.0..5.7).contains(&number(&stats["unigram_entropy"])), "{stats}");
+    let counted: f64 =
+        stats["histogram"].as_array().unwrap().iter().map(|bin| number(&bin["documents"])).sum();
+    assert_eq!(counted, 3.0);
+    assert_eq!(stats["frequent"].as_array().unwrap().len(), 20);
+    assert!(std::fs::read_to_string(dir.join("lengths.svg")).unwrap().starts_with("<svg"));
+
+    // For people the same, and the cache is used again.
+    let text =
+        succeeds("data", dir, &["stats", "text.txt", "more.jsonl", "--vocab-size", "300", "--top", "1"]);
+    assert!(text.contains(&format!("tokens                 {tokens}")), "{text}");
+    assert_eq!(files(&dir.join("data-cache")).len(), 1);
+}
+
+#[test]
+fn a_cache_is_built_once_and_says_what_it_is() {
+    let folder = folder();
+    let dir = folder.path();
+    let args = ["build", "--data", "text.txt", "--train-tokenizer", "unigram", "--vocab-size", "60"];
+    let first = succeeds("data", dir, &[&args[..], &["--save-tokenizer", "t.json", "--cache", "c"]].concat());
+    assert!(first.contains(": built") && first.contains("1 documents, "), "{first}");
+    // With the tokenizer that was kept.
+    let second = succeeds("data", dir, &["build", "text.txt", "--tokenizer", "t.json", "--cache", "c"]);
+    assert!(second.contains(": reused"), "{second}");
+
+    let cache = only(&dir.join("c"), "tokens-", ".bin");
+    let cache = cache.to_str().unwrap();
+    let lines = succeeds("data", dir, &["inspect", cache]);
+    assert!(
+        lines.contains("documents              1\n") && lines.contains("vocabulary             60\n"),
+        "{lines}"
+    );
+    let object = json(&succeeds("data", dir, &["inspect", "--json", cache]));
+    assert_eq!(object["documents"], "1");
+    fails("data", dir, &["inspect", "text.txt"], &["text.txt", "token cache"]);
+}
+
+#[test]
+fn samples_depend_on_the_seed_alone() {
+    let folder = folder();
+    let draw = |seed| {
+        let args =
+            ["sample", "text.txt", "--vocab-size", "300", "--count", "2", "--length", "9", "--seed", seed];
+        succeeds("data", folder.path(), &args)
+    };
+    let first = draw("1");
+    assert_eq!(draw("1"), first);
+    assert_ne!(draw("2"), first);
+    assert_eq!(first.matches("[document 0, tokens ").count(), 2);
+    let text = std::fs::read_to_string(folder.path().join("text.txt")).unwrap();
+    let samples = first.split("[document").skip(1).map(|sample| sample.split_once("]\n").unwrap().1);
+    for sample in samples {
+        assert!(text.contains(sample.strip_suffix("\n\n").unwrap()), "{sample:?}");
+    }
+}
+
+#[test]
+fn a_plan_names_the_preset_or_says_why_there_is_none() {
+    let folder = folder();
+    let dir = folder.path();
+    let plan = |args: &[&str]| json(&succeeds("data", dir, &[&["plan", "--json"], args].concat()));
+    let fits = plan(&["--tokens", "460e6", "--speed", "1000"]);
+    assert_eq!((&fits["preset"], &fits["refused"]), (&"small".into(), &Value::Null));
+    assert_eq!(number(&fits["best_parameters"]), 23e6);
+    let small = &fits["presets"][2];
+    assert_eq!(small["parameters"], 22_934_400);
+    assert!((number(&small["epochs"]) - 20.0 * 22_934_400.0 / 460e6).abs() < 1e-9);
+    assert!((number(&small["hours"]) - 20.0 * 22_934.4 / 3600.0).abs() < 1e-6);
+
+    let nothing = plan(&["text.txt", "--vocab-size", "300"]);
+    assert_eq!(nothing["preset"], Value::Null);
+    assert!(nothing["refused"].as_str().unwrap().contains("times as many"), "{nothing}");
+    let operations = plan(&["--flops", "1e16", "--law", "epoch"]);
+    assert!(number(&operations["best_parameters"]) > 1e6 && operations["tokens"].is_null());
+    let text = succeeds("data", dir, &["plan", "--tokens", "460e6"]);
+    assert!(text.contains("<- suits best") && text.contains("nano"), "{text}");
+    fails("data", dir, &["plan"], &["--tokens N", "--flops C"]);
+    fails("data", dir, &["plan", "--tokens", "-5"], &["-5 tokens", "positive number"]);
+    fails("data", dir, &["plan", "--flops", "0"], &["0e0 operations", "positive number"]);
+    fails("data", dir, &["plan", "--tokens", "1e9", "--speed", "0"], &["tokens a second is 0"]);
+}
+
+#[test]
+fn french_text_is_cleaned_by_rules() {
+    let folder = folder();
+    let dir = folder.path();
+    std::fs::write(
+        dir.join("fr.txt"),
+        "[Anne:] L’e\u{301}té\u{202f}!\n[Paul:] «\u{a0}Oui\u{a0}»<|endoftext|>l'an",
+    )
+    .unwrap();
+    let printed = succeeds("data", dir, &["clean", "fr.txt", "--out", "a.jsonl", "--renumber-speakers"]);
+    assert_eq!(printed, "a.jsonl: 2 documents, 1 of them changed\n");
+    let lines = std::fs::read_to_string(dir.join("a.jsonl")).unwrap();
+    let texts: Vec<Value> = lines.lines().map(|line| json(line)["text"].clone()).collect();
+    assert_eq!(texts, ["[speaker001:] L'été !\n[speaker002:] « Oui »", "l'an"]);
+    succeeds(
+        "data",
+        dir,
+        &["clean", "fr.txt", "--out", "b.jsonl", "--apostrophes", "curly", "--spaces", "no-break"],
+    );
+    let lines = std::fs::read_to_string(dir.join("b.jsonl")).unwrap();
+    assert!(lines.contains("L’été\u{202f}!") && lines.contains("l’an"), "{lines}");
+
+    std::fs::write(dir.join("bad.txt"), b"a\xff").unwrap();
+    fails("data", dir, &["clean", "bad.txt", "--out", "c.jsonl"], &["bad.txt, line 1", "UTF-8"]);
+    fails("data", dir, &["clean", "fr.txt", "--out", "no/c.jsonl"], &["no/c.jsonl"]);
+    assert!(!files(dir).iter().any(|name| name.starts_with("c.jsonl")));
+}
+
+#[test]
+fn wrong_input_is_one_line() {
+    let folder = folder();
+    let dir = folder.path();
+    for command in ["build", "stats", "sample"] {
+        fails("data", dir, &[command, "missing.txt"], &["missing.txt does not exist"]);
+        fails("data", dir, &[command], &["no data was named"]);
+        fails(
+            "data",
+            dir,
+            &[command, "text.txt", "--tokenizer", "text.txt"],
+            &["text.txt", "tokenizer.json"],
+        );
+        fails("data", dir, &[command, "text.txt", "--vocab-size", "10"], &["--vocab-size is 10", "257"]);
+        let both = [command, "text.txt", "--tokenizer", "t.json", "--vocab-size", "300"];
+        fails("data", dir, &both, &["--tokenizer", "--vocab-size"]);
+    }
+    fails("data", dir, &["sample", "text.txt", "--length", "0"], &["--length 0"]);
+    let unigram = ["build", "text.txt", "--train-tokenizer", "unigram", "--vocab-size", "12"];
+    fails("data", dir, &unigram, &["different characters", "expected fewer than 4"]);
+    for args in [&["stats", "text.txt", "--nothing"][..], &["guess"], &[]] {
+        let output = output(command("data", dir, args));
+        assert_eq!(output.code, Some(2), "{output:?}");
+        assert!(!output.stderr.contains("panicked"), "{output:?}");
+    }
+}
+
+#[test]
+fn real_text_has_the_counts_of_its_source() {
+    let Some(data) = data("real_text_has_the_counts_of_its_source") else { return };
+    let folder = folder();
+    let stories = data.join("tinystories/tinystories-v1-train-first2316.txt");
+    let tokenizer = data.join("models/stories260K/tokenizer.json");
+    let args = ["stats", stories.to_str().unwrap(), "--tokenizer", tokenizer.to_str().unwrap(), "--json"];
+    let stats = json(&succeeds("data", folder.path(), &args));
+    assert_eq!((&stats["documents"], &stats["vocab_size"]), (&2316.into(), &512.into()));
+    assert_eq!(stats["frequent"][0]["token"], ".");
+}
