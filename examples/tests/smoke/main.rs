@@ -6,6 +6,7 @@
 
 mod benchmark;
 mod chat;
+mod finetune;
 mod program;
 mod resume;
 mod storage;

@@ -188,8 +188,7 @@ impl RankBudget {
     ///
     /// # Errors
     ///
-    /// [`Error::Config`] where the bounds cannot be kept; [`Error::NoGradient`] for a variable without a gradient, while
-    /// ranks are still being allocated; and candle's own.
+    /// [`Error::NoGradient`] for a variable without a gradient, while ranks are still being allocated; and candle's own.
     pub fn update(
         &mut self,
         step: Step,
@@ -213,7 +212,7 @@ impl RankBudget {
                 self.smooth(key, &var, grad)?;
             }
         }
-        let due = step.index > self.config.warm_up && step.index % self.config.every == 0;
+        let due = step.index > self.config.warm_up && step.index.is_multiple_of(self.config.every);
         if due || step.index == end { self.allocate(step, adapters) } else { Ok(()) }
     }
 

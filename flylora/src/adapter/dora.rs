@@ -93,8 +93,8 @@ impl DoraAdapter {
         squares.maximum(f32::MIN_POSITIVE)?.sqrt()
     }
 
-    /// From `W x`: (m, out), without the bias, and x: (m, in), both in the dtype of the variables.
-    fn from_base(&self, x: &Tensor, wx: &Tensor) -> Result<Tensor> {
+    /// The change, from `W x`: (m, out), without the bias, and x: (m, in), both in the dtype of the variables.
+    fn change(&self, x: &Tensor, wx: &Tensor) -> Result<Tensor> {
         let ratio = self.magnitude.div(&self.norms()?)?; // (out)
         wx.broadcast_mul(&(&ratio - 1.0)?)? + self.lora.product(x)?.broadcast_mul(&ratio)?
     }
@@ -141,7 +141,7 @@ impl Adapter for DoraAdapter {
             None => wx,
             Some(bias) => wx.broadcast_sub(&bias.to_dtype(dtype)?)?,
         };
-        let delta = self.from_base(&flat, &wx)?;
+        let delta = self.change(&flat, &wx)?;
         delta.reshape(with_last(x.shape(), self.out_features()))?.to_dtype(x.dtype())
     }
 

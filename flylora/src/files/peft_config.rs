@@ -92,10 +92,9 @@ impl PeftConfig {
         let alpha = first(&self.alpha_pattern, module);
         let mut kind = self.kind.clone();
         match &mut kind {
-            AdapterKind::Lora(c) | AdapterKind::Dora(c) => {
-                (c.r, c.alpha) = (r.unwrap_or(c.r), alpha.unwrap_or(c.alpha));
-            }
-            AdapterKind::MaskedLora(MaskedLoraConfig { lora: c, .. }) => {
+            AdapterKind::Lora(c)
+            | AdapterKind::Dora(c)
+            | AdapterKind::MaskedLora(MaskedLoraConfig { lora: c, .. }) => {
                 (c.r, c.alpha) = (r.unwrap_or(c.r), alpha.unwrap_or(c.alpha));
             }
             AdapterKind::AdaLora(c) => c.alpha = alpha.unwrap_or(c.alpha),
@@ -323,7 +322,7 @@ impl Reader<'_> {
         let mut fan_in_fan_out = false;
         for (field, value) in self.fields {
             let handled = match field.as_str() {
-                "peft_type" | "lora_alpha" => true,
+                "peft_type" | "lora_alpha" | "alpha_pattern" => true,
                 "fan_in_fan_out" => {
                     fan_in_fan_out = self.flag(field)?;
                     true
@@ -334,7 +333,6 @@ impl Reader<'_> {
                     self.check_init(field, value)?;
                     true
                 }
-                "alpha_pattern" => true,
                 known if NO_EFFECT.contains(&known) => true,
                 _ => {
                     self.field_of_kind(&mut kind, field, value)?
@@ -424,12 +422,7 @@ impl Reader<'_> {
     /// Takes a field that belongs to the kind.
     fn field_of_kind(&self, kind: &mut AdapterKind, field: &str, value: &Value) -> Result<bool> {
         Ok(match kind {
-            AdapterKind::Lora(c) => match field {
-                "r" | "rank_pattern" | "use_dora" => true,
-                "use_rslora" => self.scaling(field, c)?,
-                _ => false,
-            },
-            AdapterKind::Dora(c) => match field {
+            AdapterKind::Lora(c) | AdapterKind::Dora(c) => match field {
                 "r" | "rank_pattern" | "use_dora" => true,
                 "use_rslora" => self.scaling(field, c)?,
                 _ => false,
