@@ -25,6 +25,9 @@ struct Flags {
     /// Folder of a run or of a model [default: the last trained run]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
+    /// Adapters for the model: a folder that `finetune` or Hugging Face PEFT wrote
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Continue this text and exit; without it, a line editor
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
@@ -71,7 +74,10 @@ fn chat(flags: &Flags) -> Result<ExitCode> {
     let device = device::open(&flags.device)?;
     let config = hf::read_config(&folder)?;
     let tokenizer = hf::read_tokenizer(&folder, &config)?;
-    let model = VesperLM::load(&folder, DType::F32, &device)?;
+    let mut model = VesperLM::load(&folder, DType::F32, &device)?;
+    if let Some(adapter) = &flags.adapter {
+        model.attach_from(adapter)?;
+    }
     let mut settings = hf::read_generation_config(&folder)?;
     if settings.bos_token_id.is_none() {
         settings.bos_token_id = config.bos_token_id.or(config.eos_token_id);

@@ -14,6 +14,29 @@ pub enum Scaling {
     AlphaOverSqrtR,
 }
 
+/// What an adapter of the LoRA kind starts from. With each of them the layer starts as its base.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum LoraInit {
+    /// `A` uniform in `+-1 / sqrt(in)`, `B` zero: PEFT's default.
+    #[default]
+    KaimingUniform,
+    /// `A` normal with deviation `1 / r`, `B` zero; PEFT's `gaussian`.
+    Gaussian,
+    /// Neither is zero, but their product is: `A = Q1^T R1`, `B = R2 Q2`, with `Q1` and `Q2` the odd and the even rows
+    /// of a random orthogonal matrix and `R` normal with deviation 0.1. `r` must be even. PEFT's `orthogonal`.
+    Orthogonal,
+    /// The `r` largest singular directions of the weight, which are then what is trained ([arXiv
+    /// 2404.02948](https://arxiv.org/abs/2404.02948)); PEFT's `pissa`. The adapter's change is `B A - B0 A0`, with `A0`
+    /// and `B0` the start, so the base keeps its weight; files hold it as plain LoRA of rank `2 r`.
+    Pissa {
+        /// Steps of subspace iteration of a randomised decomposition (4 is good, PEFT's `pissa_niter_4`); `None` is
+        /// the exact one, whose time grows with the cube of the layer's size.
+        iterations: Option<usize>,
+    },
+}
+
 /// How an adapter of the LoRA kind is made.
 ///
 /// # Examples
@@ -34,13 +57,20 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// What `alpha` is divided by: `r` by default.
     pub scaling: Scaling,
-    /// What the initial `A` is drawn from, together with the name of the layer; 0 by default.
+    /// What the initial values are drawn from, together with the name of the layer; 0 by default.
     pub seed: u64,
+    /// What the adapter starts from.
+    #[serde(skip_serializing_if = "is_default")]
+    pub init: LoraInit,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl Default for LoraConfig {
     fn default() -> Self {
-        Self { r: 8, alpha: 8.0, scaling: Scaling::default(), seed: 0 }
+        Self { r: 8, alpha: 8.0, scaling: Scaling::default(), seed: 0, init: LoraInit::default() }
     }
 }
 
@@ -69,6 +99,12 @@ impl LoraConfig {
         self
     }
 
+    /// Sets what the adapter starts from.
+    pub fn with_init(mut self, init: LoraInit) -> Self {
+        self.init = init;
+        self
+    }
+
     /// What the product `B A` is multiplied by.
     pub fn scale(&self) -> f64 {
         match self.scaling {
@@ -89,6 +125,10 @@ impl LoraConfig {
         if !self.alpha.is_finite() || self.alpha == 0.0 {
             let expected = "finite and not 0".into();
             return Err(Error::Config { field: "alpha", expected, got: self.alpha.to_string() });
+        }
+        if self.init == LoraInit::Orthogonal && !self.r.is_multiple_of(2) {
+            let expected = "even for the orthogonal start".into();
+            return Err(Error::Config { field: "r", expected, got: self.r.to_string() });
         }
         Ok(())
     }

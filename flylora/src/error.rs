@@ -117,7 +117,41 @@ pub enum Error {
         /// The file's value.
         got: String,
     },
-    /// The adapters given to save or load are none, or do not go together.
+    /// A matrix cannot be decomposed.
+    #[error("a matrix of shape {shape:?} cannot be decomposed: {message}")]
+    Decomposition {
+        /// Its rows and columns.
+        shape: (usize, usize),
+        /// Why not.
+        message: &'static str,
+    },
+    /// A regular expression cannot be read.
+    #[error("{field} = {pattern:?} is not a regular expression: {message}")]
+    Pattern {
+        /// The field that it stands in.
+        field: String,
+        /// The expression.
+        pattern: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// An adapter is asked for by a name that none has.
+    #[error("there is no adapter named {name:?}, only {known:?}")]
+    UnknownAdapter {
+        /// The name asked for.
+        name: String,
+        /// The names that there are.
+        known: Vec<String>,
+    },
+    /// A trained variable is not reached by the gradient.
+    #[error("{parameter} has no gradient{}", .why.as_ref().map_or_else(String::new, |why| format!(": {why}")))]
+    NoGradient {
+        /// The first such variable.
+        parameter: String,
+        /// What cut it off, where that can be told.
+        why: Option<String>,
+    },
+    /// The adapters given do not go together, or there is none.
     #[error("{message}")]
     Adapters {
         /// What is wrong with them.

@@ -1,7 +1,10 @@
+use std::sync::Arc;
+
 use candle_core::{DType, Result, Tensor, Var};
 use candle_nn::{Linear, VarBuilder};
 
-use crate::{Adapter, Error, FrozenLinear, LoraAdapter, LoraConfig, Merge};
+use crate::frozen::{check_input, rows};
+use crate::{Adapter, AdapterKind, Error, FrozenLinear, LoraAdapter, LoraConfig, Merge, Place};
 
 /// A frozen linear layer with an adapter of some kind beside it.
 ///
@@ -15,7 +18,28 @@ pub struct AdapterLinear<A> {
     base: FrozenLinear,
     adapter: A,
     merged: Option<FrozenLinear>,
+    enabled: bool,
 }
+
+/// A frozen linear layer with an adapter of a kind that is chosen at run time.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use flylora::{AdapterKind, AnyLinear, FlyLoraConfig, FrozenLinear, Merge, Place};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let base = FrozenLinear::new(Tensor::randn(0f32, 0.1, (48, 64), &Device::Cpu)?, None)?;
+/// let kind = AdapterKind::FlyLora(FlyLoraConfig::default());
+/// let mut layer = AnyLinear::build(base, &kind, &Place::alone("q_proj", DType::F32, &Device::Cpu))?;
+/// // Routing is no constant weight, so nothing is merged, and the layer says so.
+/// assert_eq!(layer.merge()?, Merge::Unsupported);
+/// assert!(!layer.is_merged());
+/// # Ok(())
+/// # }
+/// ```
+pub type AnyLinear = AdapterLinear<Arc<dyn Adapter>>;
 
 /// A frozen linear layer with a [`LoraAdapter`]: `y = W x + b + (alpha / r) B (A x)`.
 ///
@@ -49,11 +73,11 @@ impl AdapterLinear<LoraAdapter> {
     ///
     /// # Errors
     ///
-    /// Those of [`FrozenLinear::new`] and [`LoraAdapter::new`].
+    /// Those of [`FrozenLinear::new`] and [`LoraAdapter::over`].
     #[expect(clippy::needless_pass_by_value, reason = "by value, as the constructors of candle-nn")]
     pub fn new(base: Linear, config: &LoraConfig, vb: VarBuilder<'_>) -> crate::Result<Self> {
-        let base = FrozenLinear::new(base.weight().clone(), base.bias().cloned())?;
-        let adapter = LoraAdapter::new(base.in_features(), base.out_features(), config, vb)?;
+        let base = FrozenLinear::try_from(&base)?;
+        let adapter = LoraAdapter::over(&base, config, &Place::from(vb))?;
         Self::from_parts(base, adapter)
     }
 
@@ -64,19 +88,49 @@ impl AdapterLinear<LoraAdapter> {
     /// As [`new`](Self::new).
     #[expect(clippy::needless_pass_by_value, reason = "by value, as the constructors of candle-nn")]
     pub fn seeded(base: Linear, config: &LoraConfig, name: &str) -> crate::Result<Self> {
-        let base = FrozenLinear::new(base.weight().clone(), base.bias().cloned())?;
-        let (inputs, outputs) = (base.in_features(), base.out_features());
-        let (dtype, device) = (at_least_f32(base.weight().dtype()), base.weight().device().clone());
-        let adapter = LoraAdapter::seeded(inputs, outputs, config, name, dtype, &device)?;
+        let base = FrozenLinear::try_from(&base)?;
+        let place = Place::alone(name, at_least_f32(base.dtype()), &base.device());
+        let adapter = LoraAdapter::over(&base, config, &place)?;
         Self::from_parts(base, adapter)
     }
 }
 
-fn at_least_f32(dtype: DType) -> DType {
+impl AnyLinear {
+    /// Puts an adapter of any kind beside a frozen layer.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`AdapterKind::build`].
+    pub fn build(base: FrozenLinear, kind: &AdapterKind, place: &Place<'_>) -> crate::Result<Self> {
+        let adapter = kind.build(&base, place)?;
+        Self::from_parts(base, adapter)
+    }
+}
+
+pub(crate) fn at_least_f32(dtype: DType) -> DType {
     match dtype {
         DType::F64 => DType::F64,
         _ => DType::F32,
     }
+}
+
+/// `weight + delta`, computed in f32 at least.
+pub(crate) fn added(weight: &Tensor, delta: &Tensor) -> Result<Tensor> {
+    let dtype = match (at_least_f32(weight.dtype()), at_least_f32(delta.dtype())) {
+        (DType::F32, DType::F32) => DType::F32,
+        _ => DType::F64,
+    };
+    weight.to_dtype(dtype)? + delta.to_dtype(dtype)?
+}
+
+/// That an adapter is of the size of its layer.
+pub(crate) fn check_size(base: &FrozenLinear, adapter: &dyn Adapter) -> crate::Result<()> {
+    let expected = vec![base.out_features(), base.in_features()];
+    let got = vec![adapter.out_features(), adapter.in_features()];
+    if got == expected {
+        return Ok(());
+    }
+    Err(Error::Shape { name: "adapter (out, in)".into(), expected, got })
 }
 
 impl<A: Adapter> AdapterLinear<A> {
@@ -86,12 +140,8 @@ impl<A: Adapter> AdapterLinear<A> {
     ///
     /// [`Error::Shape`] where the two are not of one size.
     pub fn from_parts(base: FrozenLinear, adapter: A) -> crate::Result<Self> {
-        let expected = vec![base.out_features(), base.in_features()];
-        let got = vec![adapter.out_features(), adapter.in_features()];
-        if got != expected {
-            return Err(Error::Shape { name: "adapter (out, in)".into(), expected, got });
-        }
-        Ok(Self { base, adapter, merged: None })
+        check_size(&base, &adapter)?;
+        Ok(Self { base, adapter, merged: None, enabled: true })
     }
 
     /// Applies the layer; x: (..., in), returns (..., out).
@@ -101,8 +151,11 @@ impl<A: Adapter> AdapterLinear<A> {
     /// Those of [`FrozenLinear::forward`] and [`Adapter::delta`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match &self.merged {
-            Some(merged) => merged.forward(x),
-            None => self.base.forward(x)? + self.adapter.delta(x)?,
+            Some(merged) if self.enabled => merged.forward(x),
+            _ => {
+                let y = self.base.forward(x)?;
+                if self.enabled { &y + self.adapter.delta_beside(x, &y, self.base.bias())? } else { Ok(y) }
+            }
         }
     }
 
@@ -126,26 +179,57 @@ impl<A: Adapter> AdapterLinear<A> {
         self.adapter.parameters().into_iter().map(|(_, var)| var).collect()
     }
 
+    /// Switches the adapter on or off; off, the layer is its base, merged or not.
+    pub fn set_enabled(&mut self, enabled: bool) {
+        self.enabled = enabled;
+    }
+
+    /// Whether the adapter is on.
+    pub fn is_enabled(&self) -> bool {
+        self.enabled
+    }
+
     /// Adds the adapter to the weight: `W' = W + scale B A`, computed in f32 at least and rounded once to the dtype of
     /// the base. Until [`unmerge`](Self::unmerge) the layer is one product, and the adapter gets no gradient.
     ///
     /// A merged layer stays as it is; variables that changed since are taken up by unmerging and merging again.
+    /// Nothing is merged, and [`Merge::Unsupported`] returned, where no weight gives the same outputs: for kinds that
+    /// choose by the input, and over a quantised base. [`merge_for`](Self::merge_for) merges those too.
     ///
     /// # Errors
     ///
     /// candle's own; the layer is then not merged.
     pub fn merge(&mut self) -> crate::Result<Merge> {
-        if self.merged.is_none() {
-            let weight = self.base.weight();
-            let delta = self.adapter.delta_weight()?;
-            let dtype = match (at_least_f32(weight.dtype()), at_least_f32(delta.dtype())) {
-                (DType::F32, DType::F32) => DType::F32,
-                _ => DType::F64,
-            };
-            let merged = (weight.to_dtype(dtype)? + delta.to_dtype(dtype)?)?.to_dtype(weight.dtype())?;
-            self.merged = Some(self.base.with_weight(&merged));
+        if self.adapter.merge_quality() != Merge::Exact || self.base.quantized_weight().is_some() {
+            return Ok(Merge::Unsupported);
         }
-        Ok(self.adapter.merge_quality())
+        if self.merged.is_none() {
+            let merged = added(&self.base.weight()?, &self.adapter.delta_weight()?)?;
+            self.merged = Some(self.base.with_weight(&merged)?);
+        }
+        Ok(Merge::Exact)
+    }
+
+    /// As [`merge`](Self::merge), where that is exact; else merges the weight that is nearest for inputs like
+    /// `sample`, and measures on it how far the outputs are off. A quantised weight is quantised again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] for a sample that does not fit, and candle's own; the layer is then not merged.
+    pub fn merge_for(&mut self, sample: &Tensor) -> crate::Result<Merge> {
+        if let Merge::Exact = self.merge()? {
+            return Ok(Merge::Exact);
+        }
+        check_input(sample, self.base.in_features())?;
+        let sample = sample.detach().reshape((rows(sample.shape()), self.base.in_features()))?;
+        let merged = added(&self.base.weight()?, &self.adapter.delta_weight_for(&sample)?)?;
+        let merged = self.base.with_weight(&merged)?;
+        let base = self.base.forward(&sample)?;
+        let delta = self.adapter.delta_beside(&sample, &base, self.base.bias())?.detach();
+        let error = ((merged.forward(&sample)? - &base)? - &delta)?;
+        let (error, size) = (norm(&error)?, norm(&delta)?);
+        self.merged = Some(merged);
+        Ok(Merge::Approximate { relative_error: if error == 0.0 { 0.0 } else { error / size } })
     }
 
     /// Goes back to the original weight, which was kept: the same bits, no arithmetic.
@@ -158,16 +242,24 @@ impl<A: Adapter> AdapterLinear<A> {
         self.merged.is_some()
     }
 
-    /// The layer with its adapter in the weight, as a plain layer of candle-nn.
+    /// The layer with its adapter in the weight, as a plain layer of candle-nn: merged already, or now.
     ///
     /// # Errors
     ///
-    /// Those of [`merge`](Self::merge).
+    /// Those of [`merge`](Self::merge), and [`Error::Adapters`] where that is not supported and
+    /// [`merge_for`](Self::merge_for) has not been called.
     pub fn into_merged(mut self) -> crate::Result<Linear> {
-        self.merge()?;
+        if self.merged.is_none() && self.merge()? == Merge::Unsupported {
+            let message = format!("no weight does the same as {} here: see merge_for", self.adapter.kind());
+            return Err(Error::Adapters { message });
+        }
         let layer = self.merged.unwrap_or(self.base);
-        Ok(Linear::new(layer.weight().clone(), layer.bias().cloned()))
+        Ok(Linear::new(layer.weight()?, layer.bias().cloned()))
     }
+}
+
+fn norm(t: &Tensor) -> Result<f64> {
+    Ok(t.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt())
 }
 
 impl<A: Adapter> candle_nn::Module for AdapterLinear<A> {

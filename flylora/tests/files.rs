@@ -8,8 +8,8 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use common::{base, noise, values, wake};
-use flylora::files::{CONFIG_FILE, PeftConfig, WEIGHTS_FILE};
-use flylora::{Adapter, LoraAdapter, LoraConfig, LoraLinear, Scaling, load_adapters, save_adapters};
+use flylora::files::{CONFIG_FILE, PeftConfig, SaveOptions, WEIGHTS_FILE, save_adapters_with};
+use flylora::{Adapter, LoraAdapter, LoraConfig, LoraLinear, Scaling, Targets, load_adapters, save_adapters};
 use serde_json::{Value, json};
 
 const Q: &str = "model.layers.0.self_attn.q_proj";
@@ -190,22 +190,42 @@ fn whatever_is_wrong_is_named_and_nothing_changes() {
             |d| edit(d, "use_rslora", Some(json!(true))),
             &["the scale is 3 in the file and 1.5"],
         ),
-        ("no kind", |d| edit(d, "peft_type", None), &["peft_type: expected \"LORA\", got nothing"]),
+        (
+            "no kind",
+            |d| edit(d, "peft_type", None),
+            &["peft_type: expected \"LORA\" or another name, got nothing"],
+        ),
         (
             "another kind",
+            |d| edit(d, "peft_type", Some(json!("IA3"))),
+            &["peft_type = \"IA3\" is not supported"],
+        ),
+        (
+            "AdaLoRA without its rank",
             |d| edit(d, "peft_type", Some(json!("ADALORA"))),
-            &["peft_type = \"ADALORA\" is not supported"],
+            &["init_r: expected a whole number from 1 on, got nothing"],
         ),
         (
             "DoRA",
             |d| edit(d, "use_dora", Some(json!(true))),
-            &[CONFIG_FILE, "use_dora = true is not supported"],
+            &[CONFIG_FILE, Q, "the kind is DoRA in the file and LoRA in the adapter"],
         ),
         (
-            "transposed",
-            |d| edit(d, "fan_in_fan_out", Some(json!(true))),
-            &["fan_in_fan_out = true is not supported"],
+            "no flag",
+            |d| edit(d, "fan_in_fan_out", Some(json!(3))),
+            &["fan_in_fan_out: expected true or false"],
         ),
+        (
+            "saved modules",
+            |d| edit(d, "modules_to_save", Some(json!(["lm_head"]))),
+            &["modules_to_save = [\"lm_head\"] is not supported"],
+        ),
+        (
+            "alpha of no number",
+            |d| edit(d, "alpha_pattern", Some(json!({"q_proj": "x"}))),
+            &["alpha_pattern.q_proj: expected a number other than 0"],
+        ),
+        ("targets", |d| edit(d, "target_modules", Some(json!(3))), &["target_modules: expected a name"]),
         ("bias", |d| edit(d, "bias", Some(json!("all"))), &["bias = \"all\" is not supported"]),
         ("PiSSA", |d| edit(d, "init_lora_weights", Some(json!("pissa"))), &["init_lora_weights = \"pissa\""]),
         (
@@ -215,8 +235,8 @@ fn whatever_is_wrong_is_named_and_nothing_changes() {
         ),
         (
             "regex",
-            |d| edit(d, "rank_pattern", Some(json!({"q.*": 2}))),
-            &["rank_pattern = \"q.*\"", "regular expr"],
+            |d| edit(d, "rank_pattern", Some(json!({"q(": 2}))),
+            &["rank_pattern = \"q(\"", "regular expr"],
         ),
         (
             "pattern",
@@ -278,6 +298,63 @@ fn adapters_that_do_not_go_together_are_refused() {
 }
 
 #[test]
+fn patterns_are_expressions_and_the_first_of_the_file_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    save_adapters(dir.path(), &[(Q, &layer(1, DType::F32))]).unwrap();
+    // Not in the order of the alphabet.
+    let text = std::fs::read_to_string(dir.path().join(CONFIG_FILE)).unwrap();
+    let text = text
+        .replace("\"rank_pattern\": {}", r#""rank_pattern": {"self_attn\\..*": 3, "q_proj": 2, "^up": 5}"#);
+    std::fs::write(dir.path().join(CONFIG_FILE), text).unwrap();
+    let config = PeftConfig::read(dir.path()).unwrap();
+    for (path, r) in
+        [(Q, 3), ("q_proj", 2), ("mlp.q_proj", 2), ("mlp.xq_proj", 4), ("up", 5), ("mlp.up", 4), ("k", 4)]
+    {
+        assert_eq!(config.lora(path).r, r, "{path}");
+    }
+}
+
+#[test]
+fn a_path_that_others_end_with_keeps_its_own_rank() {
+    let dir = tempfile::tempdir().unwrap();
+    let make = |r: usize| {
+        let config = LoraConfig::default().with_r(r);
+        LoraAdapter::seeded(10, 6, &config, "layer", DType::F32, &Device::Cpu).unwrap()
+    };
+    let adapters = [("a", make(4)), ("q_proj", make(2)), ("x.q_proj", make(3)), ("y.q_proj", make(4))];
+    let all: Vec<(&str, &LoraAdapter)> = adapters.iter().map(|(path, a)| (*path, a)).collect();
+    save_adapters(dir.path(), &all).unwrap();
+    let config = PeftConfig::read(dir.path()).unwrap();
+    for (path, adapter) in &adapters {
+        assert_eq!(config.lora(path).r, adapter.config().r, "{path}");
+    }
+    load_adapters(dir.path(), &all).unwrap();
+}
+
+#[test]
+fn the_options_of_a_file_are_written_and_targets_must_select_what_is_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let q = layer(1, DType::F32);
+    let options = SaveOptions {
+        base_model: Some("camembert-base".into()),
+        task_type: Some("CAUSAL_LM".into()),
+        fan_in_fan_out: true,
+        targets: Some(Targets::names(["q_proj"]).in_layers([0])),
+    };
+    save_adapters_with(dir.path(), &[(Q, &q)], &options).unwrap();
+    let text = std::fs::read_to_string(dir.path().join(CONFIG_FILE)).unwrap();
+    let config: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(config["base_model_name_or_path"], "camembert-base");
+    assert_eq!(config["task_type"], "CAUSAL_LM");
+    assert_eq!(config["target_modules"], json!(["q_proj"]));
+    assert_eq!(config["layers_to_transform"], json!([0]));
+    let config = PeftConfig::read(dir.path()).unwrap();
+    assert!(config.fan_in_fan_out() && config.targets().selects(Q));
+    let error = save_adapters_with(dir.path(), &[(V, &q)], &options).unwrap_err().to_string();
+    assert_eq!(error, format!("the targets given do not select {V}"));
+}
+
+#[test]
 fn adapters_in_another_float_dtype_are_converted() {
     let dir = tempfile::tempdir().unwrap();
     let config = LoraConfig::default().with_r(4);
@@ -334,9 +411,6 @@ fn adapters_written_by_peft_load_with_their_scale() {
             assert!(common::largest_difference(&adapter.delta_weight().unwrap(), &want) < 1e-5);
         }
     }
-    // One for GPT-2, whose weights are stored the other way around.
-    let message = PeftConfig::read(peft.join("gpt2-causal-tigrinya")).unwrap_err().to_string();
-    assert!(message.contains("fan_in_fan_out = true is not supported"), "{message}");
 }
 
 proptest::proptest! {

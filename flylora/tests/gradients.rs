@@ -56,9 +56,12 @@ fn every_trainable_has_a_gradient_and_nothing_else_has() {
             assert!(values(grad).iter().any(|v| *v != 0.0), "{name} in {dtype:?}");
         }
         assert!(grads.get(&x).is_some());
-        for frozen in
-            [weight.as_tensor(), bias.as_tensor(), layer.base().weight(), layer.base().bias().unwrap()]
-        {
+        for frozen in [
+            weight.as_tensor(),
+            bias.as_tensor(),
+            &layer.base().weight().unwrap(),
+            layer.base().bias().unwrap(),
+        ] {
             assert!(grads.get(frozen).is_none());
         }
         // No tensor of the weight's size was made under any name.

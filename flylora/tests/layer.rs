@@ -39,7 +39,7 @@ fn the_output_is_the_base_plus_the_scaled_product() {
             let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
             let flat = wide(&x).reshape((6, 10)).unwrap();
             let (a, b) = (wide(layer.adapter().a()), wide(layer.adapter().b()));
-            let mut want = flat.matmul(&wide(layer.base().weight()).t().unwrap()).unwrap();
+            let mut want = flat.matmul(&wide(&layer.base().weight().unwrap()).t().unwrap()).unwrap();
             if let Some(bias) = layer.base().bias() {
                 want = want.broadcast_add(&wide(bias)).unwrap();
             }
@@ -101,7 +101,7 @@ fn merged_unmerged_and_plain_outputs_are_the_same() {
             let mut layer = awake(24, 16, dtype, bias);
             let x = noise(&[7, 24], 1.0, dtype, 8);
             let before = layer.forward(&x).unwrap();
-            let weight = values(layer.base().weight());
+            let weight = values(&layer.base().weight().unwrap());
 
             assert_eq!(layer.merge().unwrap(), Merge::Exact);
             assert!(layer.is_merged());
@@ -112,7 +112,7 @@ fn merged_unmerged_and_plain_outputs_are_the_same() {
 
             layer.unmerge();
             assert!(!layer.is_merged());
-            assert_eq!(values(layer.base().weight()), weight);
+            assert_eq!(values(&layer.base().weight().unwrap()), weight);
             assert_eq!(values(&layer.forward(&x).unwrap()), values(&before));
 
             let plain: Linear = layer.into_merged().unwrap();
@@ -127,7 +127,7 @@ fn the_merged_weight_is_one_product_rounded_once() {
     let mut layer = awake(24, 16, DType::BF16, false);
     let adapter = layer.adapter().clone();
     let delta = adapter.b().matmul(&(adapter.a().as_tensor() * adapter.scale()).unwrap()).unwrap();
-    let want = (layer.base().weight().to_dtype(DType::F32).unwrap() + &delta)
+    let want = (layer.base().weight().unwrap().to_dtype(DType::F32).unwrap() + &delta)
         .unwrap()
         .to_dtype(DType::BF16)
         .unwrap();
@@ -153,7 +153,7 @@ fn an_adapter_on_its_own_serves_a_slice_of_a_packed_projection() {
     let x = noise(&[4, 10], 1.0, DType::F32, 11);
     let all = packed.forward(&x).unwrap();
     let q = (all.narrow(1, 0, 6).unwrap() + adapter.forward(&x).unwrap()).unwrap();
-    let own = FrozenLinear::new(packed.weight().narrow(0, 0, 6).unwrap(), None).unwrap();
+    let own = FrozenLinear::new(packed.weight().unwrap().narrow(0, 0, 6).unwrap(), None).unwrap();
     let layer = LoraLinear::from_parts(own, adapter).unwrap();
     assert!(largest_difference(&layer.forward(&x).unwrap(), &q) < 1e-6);
 }

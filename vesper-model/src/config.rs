@@ -1,7 +1,7 @@
 //! What a VesperLM is made of: sizes, activation, adapters; the presets; the exact parameter count.
 
 use era_act::Activation;
-use flylora::LoraConfig;
+use flylora::{LoraConfig, LoraInit};
 use serde::{Deserialize, Serialize};
 
 use crate::{ModelError, Result};
@@ -305,6 +305,11 @@ impl VesperConfig {
         if let Some(adapter) = &self.adapter {
             if adapter.targets.is_empty() {
                 return bad("adapter.targets", "[]".into(), "at least one projection".into());
+            }
+            if adapter.lora.init != LoraInit::KaimingUniform {
+                // The parameters' first values are drawn before there is a weight to start from.
+                let expected = "the default here; VesperLM::attach takes every start".into();
+                return bad("adapter.lora.init", format!("{:?}", adapter.lora.init), expected);
             }
             for (i, target) in adapter.targets.iter().enumerate() {
                 if adapter.targets[..i].contains(target) {

@@ -12,4 +12,5 @@ pub use candle_core;
 pub use candle_nn;
 pub use config::{AdapterConfig, Projection, VesperConfig};
 pub use error::{ModelError, Result};
+pub use flylora;
 pub use model::{Activations, Parameter, Session, VesperLM, initialize, trainable};

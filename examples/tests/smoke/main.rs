@@ -7,6 +7,7 @@
 mod benchmark;
 mod chat;
 mod data;
+mod finetune;
 mod program;
 mod resume;
 mod storage;

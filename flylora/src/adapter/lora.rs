@@ -1,10 +1,13 @@
-use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_nn::{Init, VarBuilder};
+use std::sync::{Arc, PoisonError, RwLock};
 
-use super::{Adapter, Merge};
-use crate::frozen::{check_input, rows};
-use crate::init::kaiming_uniform;
-use crate::{Error, LoraConfig};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::VarBuilder;
+
+use super::{Adapter, AdapterKind, Change, Merge};
+use crate::files::StateSource;
+use crate::frozen::{check_input, rows, with_last};
+use crate::init::{generator, kaiming_uniform, normal};
+use crate::{Error, FrozenLinear, LoraConfig, LoraInit, Place, svd};
 
 /// The name of `A` below the name of the layer.
 pub(crate) const A: &str = "lora_A.weight";
@@ -17,9 +20,9 @@ pub(crate) const B: &str = "lora_B.weight";
 /// delta(x) = scale B (A x)        A: (r, in), B: (out, r), scale = alpha / r
 /// ```
 ///
-/// `B` is 0 at first, so a new adapter adds nothing. `A` is drawn from the seed of the configuration and the name of
-/// the layer. The input is converted to the dtype of the variables and the result back, as PEFT does: an f32 adapter
-/// over a bf16 layer trains in f32.
+/// `B` is 0 at first, so a new adapter adds nothing; [`LoraInit`] has other starts, with the same effect. `A` is drawn
+/// from the seed of the configuration and the name of the layer. The input is converted to the dtype of the variables
+/// and the result back, as PEFT does: an f32 adapter over a bf16 layer trains in f32.
 ///
 /// # References
 ///
@@ -49,6 +52,21 @@ pub struct LoraAdapter {
     a: Var,
     b: Var,
     config: LoraConfig,
+    /// What the product starts at, where that is not 0; taken off again.
+    origin: Option<Arc<RwLock<Origin>>>,
+}
+
+/// The start of a PiSSA adapter: `A0` and `B0`, without gradients.
+#[derive(Clone, Debug)]
+struct Origin {
+    a: FrozenLinear,
+    b: FrozenLinear,
+}
+
+impl Origin {
+    fn new(a: Tensor, b: Tensor) -> crate::Result<Self> {
+        Ok(Self { a: FrozenLinear::new(a, None)?, b: FrozenLinear::new(b, None)? })
+    }
 }
 
 impl LoraAdapter {
@@ -58,31 +76,16 @@ impl LoraAdapter {
     ///
     /// # Errors
     ///
-    /// [`Error::Config`] where the configuration does not fit the layer, [`Error::DType`] where the builder's dtype is
-    /// not one of floats, and candle's own where the builder has no such variables and makes none.
-    #[expect(clippy::needless_pass_by_value, reason = "by value, as the constructors of candle-nn")]
+    /// [`Error::Config`] where the configuration does not fit the layer, or starts from the weight
+    /// ([`over`](Self::over) takes one); [`Error::DType`] where the builder's dtype is not one of floats; and candle's
+    /// own where the builder has no such variables and makes none.
     pub fn new(
         in_features: usize,
         out_features: usize,
         config: &LoraConfig,
         vb: VarBuilder<'_>,
     ) -> crate::Result<Self> {
-        config.validate_for(in_features, out_features)?;
-        check_dtype(vb.dtype())?;
-        let there = vb.contains_tensor(A);
-        let a = vb.get_with_hints((config.r, in_features), A, Init::Const(0.0))?;
-        let b = vb.get_with_hints((out_features, config.r), B, Init::Const(0.0))?;
-        let (a, b) = (Var::from_tensor(&a)?, Var::from_tensor(&b)?);
-        if !there {
-            a.set(&kaiming_uniform(
-                (config.r, in_features),
-                config.seed,
-                &vb.prefix(),
-                a.dtype(),
-                a.device(),
-            )?)?;
-        }
-        Ok(Self { a, b, config: config.clone() })
+        Self::build((out_features, in_features), None, config, &Place::from(vb))
     }
 
     /// Makes the adapter with variables of its own, outside of any `VarMap`; `name` is part of the seed.
@@ -98,11 +101,83 @@ impl LoraAdapter {
         dtype: DType,
         device: &Device,
     ) -> crate::Result<Self> {
+        Self::build((out_features, in_features), None, config, &Place::alone(name, dtype, device))
+    }
+
+    /// Makes the adapter for a layer, which may be what it starts from.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new), and [`Error::Decomposition`] for a weight that has no singular values.
+    pub fn over(base: &FrozenLinear, config: &LoraConfig, place: &Place<'_>) -> crate::Result<Self> {
+        Self::build((base.out_features(), base.in_features()), Some(base), config, place)
+    }
+
+    /// Makes an adapter of the factors A (r, in) and B (out, r); `r` of the configuration is set to theirs.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] where the two do not fit each other, and those of [`LoraConfig::validate`].
+    pub fn from_factors(a: &Tensor, b: &Tensor, config: &LoraConfig) -> crate::Result<Self> {
+        let (r, _) = a.dims2()?;
+        let (out_features, width) = b.dims2()?;
+        if width != r {
+            let (expected, got) = (vec![out_features, r], vec![out_features, width]);
+            return Err(Error::Shape { name: B.into(), expected, got });
+        }
+        let config = LoraConfig { r, init: LoraInit::default(), ..config.clone() };
+        config.validate()?;
+        Ok(Self { a: Var::from_tensor(a)?, b: Var::from_tensor(b)?, config, origin: None })
+    }
+
+    fn build(
+        (out_features, in_features): (usize, usize),
+        base: Option<&FrozenLinear>,
+        config: &LoraConfig,
+        place: &Place<'_>,
+    ) -> crate::Result<Self> {
         config.validate_for(in_features, out_features)?;
-        check_dtype(dtype)?;
-        let a = kaiming_uniform((config.r, in_features), config.seed, name, dtype, device)?;
-        let b = Var::zeros((out_features, config.r), dtype, device)?;
-        Ok(Self { a: Var::from_tensor(&a)?, b, config: config.clone() })
+        place.check_dtype()?;
+        let (r, shape_a, shape_b) = (config.r, (config.r, in_features), (out_features, config.r));
+        let mut rng = generator(config.seed, place.name());
+        let cpu = Device::Cpu;
+        let mut origin = None;
+        let (a, b) = match config.init {
+            LoraInit::KaimingUniform => {
+                let a = || Ok(kaiming_uniform(shape_a, config.seed, place.name(), DType::F32, &cpu)?);
+                (place.var(shape_a, A, a)?, place.constant(shape_b, B, 0.0)?)
+            }
+            LoraInit::Gaussian => {
+                let a = || Ok(normal(shape_a, 1.0 / r as f64, &mut rng)?);
+                (place.var(shape_a, A, a)?, place.constant(shape_b, B, 0.0)?)
+            }
+            LoraInit::Orthogonal => {
+                let q = svd::orthonormal(&normal((r, r), 1.0, &mut rng)?)?.reshape((r / 2, 2, r))?;
+                let half = |i: usize| q.narrow(1, i, 1)?.squeeze(1)?.contiguous(); // (r / 2, r)
+                let a = normal((in_features, r / 2), 0.1, &mut rng)?.matmul(&half(0)?)?.t()?;
+                let b = normal((out_features, r / 2), 0.1, &mut rng)?.matmul(&half(1)?)?;
+                (place.var(shape_a, A, || Ok(a))?, place.var(shape_b, B, || Ok(b))?)
+            }
+            LoraInit::Pissa { iterations } => {
+                let Some(base) = base else {
+                    let expected = "a start that needs no weight: there is none here".into();
+                    return Err(Error::Config { field: "init", expected, got: "pissa".into() });
+                };
+                let weight = base.weight()?;
+                let triplets = match iterations {
+                    None => svd::truncated(svd::to_matrix(&weight)?, r)?,
+                    Some(n) => svd::randomised(&weight, r, n, &mut rng)?,
+                };
+                let (b, a) = triplets.balanced()?;
+                let root = config.scale().abs().sqrt();
+                let like_variables =
+                    |t: Tensor| (t / root)?.to_device(place.device())?.to_dtype(place.dtype());
+                let (a, b) = (like_variables(a)?, like_variables(b)?);
+                origin = Some(Arc::new(RwLock::new(Origin::new(a.clone(), b.clone())?)));
+                (place.var(shape_a, A, || Ok(a))?, place.var(shape_b, B, || Ok(b))?)
+            }
+        };
+        Ok(Self { a, b, config: config.clone(), origin })
     }
 
     /// `A`: (r, in).
@@ -133,16 +208,40 @@ impl LoraAdapter {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.delta(x)
     }
-}
 
-fn check_dtype(got: DType) -> crate::Result<()> {
-    match got {
-        DType::F32 | DType::F64 | DType::BF16 | DType::F16 => Ok(()),
-        _ => Err(Error::DType { name: "adapter".into(), expected: "f32, f64, bf16 or f16".into(), got }),
+    /// The factors of the change without gradients, `delta = scale B A`: (r, in) and (out, r), or twice the rank where
+    /// the adapter has a start to take off.
+    pub(crate) fn factors(&self) -> Result<(Tensor, Tensor)> {
+        let (a, b) = (self.a.as_detached_tensor(), self.b.as_detached_tensor());
+        match self.origin() {
+            None => Ok((a, b)),
+            Some(origin) => {
+                let (a0, b0) = (origin.a.weight()?, origin.b.weight()?);
+                Ok((Tensor::cat(&[a, a0], 0)?, Tensor::cat(&[b, b0.neg()?], 1)?))
+            }
+        }
+    }
+
+    /// The change in the dtype of the variables; x: (m, in) in that dtype, returns (m, out).
+    pub(super) fn product(&self, x: &Tensor) -> Result<Tensor> {
+        let low = (x.matmul(&self.a.t()?)? * self.scale())?; // (m, r), the cheapest place to scale
+        let delta = low.matmul(&self.b.t()?)?;
+        match self.origin() {
+            None => Ok(delta),
+            Some(origin) => delta - origin.b.forward(&(origin.a.forward(x)? * self.scale())?)?,
+        }
+    }
+
+    fn origin(&self) -> Option<Origin> {
+        self.origin.as_ref().map(|origin| origin.read().unwrap_or_else(PoisonError::into_inner).clone())
     }
 }
 
 impl Adapter for LoraAdapter {
+    fn kind(&self) -> AdapterKind {
+        AdapterKind::Lora(self.config.clone())
+    }
+
     fn in_features(&self) -> usize {
         self.a.dims().last().copied().unwrap_or(0)
     }
@@ -153,18 +252,13 @@ impl Adapter for LoraAdapter {
 
     fn delta(&self, x: &Tensor) -> Result<Tensor> {
         check_input(x, self.in_features())?;
-        let mut dims = x.dims().to_vec();
-        if let Some(last) = dims.last_mut() {
-            *last = self.out_features();
-        }
         // One matrix of rows: candle's matmul over batches would repeat A and B for each.
         let flat = x.reshape((rows(x.shape()), self.in_features()))?.to_dtype(self.a.dtype())?; // (m, in)
-        let low = (flat.matmul(&self.a.t()?)? * self.scale())?; // (m, r), the cheapest place to scale
-        low.matmul(&self.b.t()?)?.reshape(dims)?.to_dtype(x.dtype())
+        self.product(&flat)?.reshape(with_last(x.shape(), self.out_features()))?.to_dtype(x.dtype())
     }
 
     fn delta_weight(&self) -> Result<Tensor> {
-        let (a, b) = (self.a.as_detached_tensor(), self.b.as_detached_tensor());
+        let (a, b) = self.factors()?;
         b.matmul(&(a * self.scale())?)
     }
 
@@ -174,6 +268,35 @@ impl Adapter for LoraAdapter {
 
     fn parameters(&self) -> Vec<(String, Var)> {
         vec![(A.to_owned(), self.a.clone()), (B.to_owned(), self.b.clone())]
+    }
+
+    fn state(&self) -> crate::Result<Vec<(String, Tensor)>> {
+        let (a, b) = self.factors()?;
+        Ok(vec![(A.to_owned(), a), (B.to_owned(), b)])
+    }
+
+    fn load_state<'a>(&'a self, source: &mut StateSource<'_>) -> crate::Result<Vec<Change<'a>>> {
+        let (a, b) = self.factors()?;
+        let (a, b) = (source.like(A, &a)?, source.like(B, &b)?);
+        let r = self.config.r;
+        let change: Change<'a> = match &self.origin {
+            None => Box::new(move || Ok(self.a.set(&a).and_then(|()| self.b.set(&b))?)),
+            Some(origin) => {
+                let start =
+                    Origin::new(a.narrow(0, r, r)?.contiguous()?, b.narrow(1, r, r)?.neg()?.contiguous()?)?;
+                let (a, b) = (a.narrow(0, 0, r)?.contiguous()?, b.narrow(1, 0, r)?.contiguous()?);
+                Box::new(move || {
+                    self.a.set(&a).and_then(|()| self.b.set(&b))?;
+                    *origin.write().unwrap_or_else(PoisonError::into_inner) = start;
+                    Ok(())
+                })
+            }
+        };
+        Ok(vec![change])
+    }
+
+    fn as_lora(&self) -> Option<&LoraAdapter> {
+        Some(self)
     }
 }
 

@@ -1,30 +1,59 @@
 //! Adapters on disk, in the layout of Hugging Face PEFT.
 //!
 //! ```text
-//! DIR/adapter_model.safetensors   base_model.model.<path>.lora_A.weight, base_model.model.<path>.lora_B.weight
+//! DIR/adapter_model.safetensors   base_model.model.<path>.lora_A.weight, base_model.model.<path>.lora_B.weight, ...
 //! DIR/adapter_config.json         peft_type, r, lora_alpha, target_modules, ...
 //! ```
+//!
+//! LoRA, rank-stabilised LoRA, DoRA and AdaLoRA are PEFT's own, both ways. FlyLoRA and masked FlyLoRA have the same
+//! layout with a `peft_type` of their own (`FLYLORA`, `MASKED_FLYLORA`), which PEFT refuses by that name.
 
+use candle_core::Tensor;
+
+use crate::adapter::{Adapter, AdapterKind, Change};
+use crate::embedding::{self, LoraEmbedding};
+use crate::linear::AdapterLinear;
+
+mod adapter_file;
 mod load;
+mod merged_weights;
 mod peft_config;
 mod save;
+mod state;
 
+pub use adapter_file::AdapterFile;
 pub use load::load_adapters;
+pub use merged_weights::MergedWeights;
 pub use peft_config::PeftConfig;
-pub use save::save_adapters;
-
-use crate::adapter::LoraAdapter;
-use crate::linear::LoraLinear;
+pub use save::{SaveOptions, save_adapters, save_adapters_with};
+pub use state::StateSource;
 
 /// The name of the file of the weights.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// The name of the file of the configuration.
 pub const CONFIG_FILE: &str = "adapter_config.json";
 
-/// Something that a [`LoraAdapter`] can be saved from and loaded into: a [`LoraLinear`], or the adapter itself.
+/// What every key begins with.
+const PREFIX: &str = "base_model.model.";
+
+/// Something that can be saved as an adapter and loaded into: an [`Adapter`], an [`AdapterLinear`], a [`LoraEmbedding`].
 pub trait Stored {
-    /// The adapter.
-    fn stored(&self) -> &LoraAdapter;
+    /// The kind and its configuration.
+    fn kind(&self) -> AdapterKind;
+
+    /// All that a file has to hold, by name.
+    ///
+    /// # Errors
+    ///
+    /// candle's own.
+    fn state(&self) -> crate::Result<Vec<(String, Tensor)>>;
+
+    /// Reads and checks what a file holds; nothing changes before the changes are made.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`StateSource`].
+    fn load_state<'a>(&'a self, source: &mut StateSource<'_>) -> crate::Result<Vec<Change<'a>>>;
 
     /// Whether a copy of the adapter is in a merged weight, which loading would not change.
     fn is_merged(&self) -> bool {
@@ -32,28 +61,63 @@ pub trait Stored {
     }
 }
 
-impl Stored for LoraAdapter {
-    fn stored(&self) -> &LoraAdapter {
-        self
+impl<A: Adapter + ?Sized> Stored for A {
+    fn kind(&self) -> AdapterKind {
+        Adapter::kind(self)
+    }
+
+    fn state(&self) -> crate::Result<Vec<(String, Tensor)>> {
+        Adapter::state(self)
+    }
+
+    fn load_state<'a>(&'a self, source: &mut StateSource<'_>) -> crate::Result<Vec<Change<'a>>> {
+        Adapter::load_state(self, source)
     }
 }
 
-impl Stored for LoraLinear {
-    fn stored(&self) -> &LoraAdapter {
-        self.adapter()
+impl<A: Adapter> Stored for AdapterLinear<A> {
+    fn kind(&self) -> AdapterKind {
+        self.adapter().kind()
+    }
+
+    fn state(&self) -> crate::Result<Vec<(String, Tensor)>> {
+        Adapter::state(self.adapter())
+    }
+
+    fn load_state<'a>(&'a self, source: &mut StateSource<'_>) -> crate::Result<Vec<Change<'a>>> {
+        Adapter::load_state(self.adapter(), source)
     }
 
     fn is_merged(&self) -> bool {
-        LoraLinear::is_merged(self)
+        AdapterLinear::is_merged(self)
+    }
+}
+
+impl Stored for LoraEmbedding {
+    fn kind(&self) -> AdapterKind {
+        AdapterKind::Lora(self.config().clone())
+    }
+
+    fn state(&self) -> crate::Result<Vec<(String, Tensor)>> {
+        Ok(self.parameters().into_iter().map(|(name, var)| (name, var.as_detached_tensor())).collect())
+    }
+
+    fn load_state<'a>(&'a self, source: &mut StateSource<'_>) -> crate::Result<Vec<Change<'a>>> {
+        let (a, b) = (source.like(embedding::A, self.a())?, source.like(embedding::B, self.b())?);
+        Ok(vec![Box::new(move || Ok(self.a().set(&a).and_then(|()| self.b().set(&b))?))])
+    }
+
+    fn is_merged(&self) -> bool {
+        LoraEmbedding::is_merged(self)
     }
 }
 
 fn key(path: &str, name: &str) -> String {
-    format!("base_model.model.{path}.{name}")
+    format!("{PREFIX}{path}.{name}")
 }
 
 /// That there are adapters, each with its own path that a PEFT file can name.
-fn check_paths<S>(adapters: &[(&str, &S)]) -> crate::Result<()> {
+fn check_paths<S: ?Sized>(adapters: &[(&str, &S)]) -> crate::Result<()> {
     let fail = |message: String| Err(crate::Error::Adapters { message });
     let mut paths: Vec<&str> = adapters.iter().map(|(path, _)| *path).collect();
     paths.sort_unstable();

@@ -2,12 +2,24 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use tempfile::NamedTempFile;
 
 use super::{CONFIG_FILE, PeftConfig, Stored, WEIGHTS_FILE, check_paths, key};
-use crate::adapter::Adapter;
-use crate::{Error, Result};
+use crate::{Error, Result, Targets};
+
+/// What else a configuration file says.
+#[derive(Clone, Debug, Default)]
+pub struct SaveOptions {
+    /// The model that the adapters belong to, as a name or a path that `transformers` finds; none by default.
+    pub base_model: Option<String>,
+    /// What the model is for, in PEFT's words (`CAUSAL_LM`); none by default.
+    pub task_type: Option<String>,
+    /// Whether the model keeps its weights as (in, out), as GPT-2 does: false by default.
+    pub fan_in_fan_out: bool,
+    /// Which modules have an adapter; by default the full paths of those that are saved.
+    pub targets: Option<Targets>,
+}
 
 /// Writes adapters, each with the path of its module, as a directory that PEFT reads; the directory is made if needed.
 ///
@@ -16,7 +28,7 @@ use crate::{Error, Result};
 ///
 /// # Errors
 ///
-/// [`Error::Adapters`] where there is none, two have one path, or they scale differently; [`Error::Io`].
+/// [`Error::Adapters`] where there is none, two have one path, or they are of different kinds; [`Error::Io`].
 ///
 /// # Examples
 ///
@@ -37,16 +49,34 @@ use crate::{Error, Result};
 /// # Ok(())
 /// # }
 /// ```
-pub fn save_adapters<S: Stored>(dir: impl AsRef<Path>, adapters: &[(&str, &S)]) -> Result<()> {
+pub fn save_adapters<S: Stored + ?Sized>(dir: impl AsRef<Path>, adapters: &[(&str, &S)]) -> Result<()> {
+    save_adapters_with(dir, adapters, &SaveOptions::default())
+}
+
+/// As [`save_adapters`], with what else the configuration says.
+///
+/// # Errors
+///
+/// As [`save_adapters`], and [`Error::Adapters`] for a path that the targets of the options do not select.
+pub fn save_adapters_with<S: Stored + ?Sized>(
+    dir: impl AsRef<Path>,
+    adapters: &[(&str, &S)],
+    options: &SaveOptions,
+) -> Result<()> {
     let dir = dir.as_ref();
     check_paths(adapters)?;
-    let configs: Vec<_> = adapters.iter().map(|(path, s)| (*path, s.stored().config())).collect();
-    let config = PeftConfig::from_adapters(&configs)?.to_json();
+    if let Some(targets) = &options.targets
+        && let Some((path, _)) = adapters.iter().find(|(path, _)| !targets.selects(path))
+    {
+        return Err(Error::Adapters { message: format!("the targets given do not select {path}") });
+    }
+    let kinds: Vec<_> = adapters.iter().map(|(path, s)| (*path, s.kind().as_stored())).collect();
+    let config = PeftConfig::write(&kinds, options)?;
     // Sorted by key, so that equal adapters give equal files.
     let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
     for (path, adapter) in adapters {
-        for (name, var) in adapter.stored().parameters() {
-            tensors.insert(key(path, &name), var.as_detached_tensor().contiguous()?);
+        for (name, value) in adapter.state()? {
+            tensors.insert(key(path, &name), value.to_device(&Device::Cpu)?.contiguous()?);
         }
     }
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);

@@ -94,6 +94,27 @@ impl Block {
         x + out
     }
 
+    /// The projections, in the order of the forward pass.
+    pub(super) fn packs(&self) -> [&Packed; 4] {
+        [&self.qkv, &self.output, &self.gate_up, &self.down]
+    }
+
+    pub(super) fn packs_mut(&mut self) -> [&mut Packed; 4] {
+        [&mut self.qkv, &mut self.output, &mut self.gate_up, &mut self.down]
+    }
+
+    /// The parameters by their names in the block, without adapters.
+    pub(super) fn weights(&self) -> [(&'static str, &Tensor); 6] {
+        [
+            ("input_layernorm", &self.norm_attention),
+            ("self_attn.qkv_proj", self.qkv.weight()),
+            ("self_attn.o_proj", self.output.weight()),
+            ("post_attention_layernorm", &self.norm_feed_forward),
+            ("mlp.gate_up_proj", self.gate_up.weight()),
+            ("mlp.down_proj", self.down.weight()),
+        ]
+    }
+
     pub(super) fn detach(&self) -> Self {
         Self {
             norm_attention: self.norm_attention.detach(),

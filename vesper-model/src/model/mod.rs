@@ -1,5 +1,6 @@
 //! VesperLM: a pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and a gated feed-forward.
 
+mod adapters;
 mod block;
 mod cache;
 mod parameters;

@@ -1,8 +1,10 @@
 //! A linear layer whose rows may be several projections packed together, each with an adapter or without.
 
+use std::sync::Arc;
+
 use candle_core::{D, Result, Tensor};
 use candle_nn::VarBuilder;
-use flylora::{Adapter as _, LoraAdapter};
+use flylora::{Adapter, FrozenLinear, LoraAdapter, Merge};
 
 use crate::ops::{Path, linear};
 use crate::{AdapterConfig, Projection, VesperConfig};
@@ -11,11 +13,22 @@ use crate::{AdapterConfig, Projection, VesperConfig};
 #[derive(Debug, Clone)]
 pub(super) struct Packed {
     weight: Tensor,
-    /// Width of each part, in order, and its adapter.
-    parts: Vec<(usize, Option<LoraAdapter>)>,
+    parts: Vec<Part>,
     /// Whether the adapters' share of the result has a gradient.
     tracked: bool,
 }
+
+/// One of the projections, in the order of the rows.
+#[derive(Debug, Clone)]
+struct Part {
+    projection: Projection,
+    width: usize,
+    adapter: Option<Arc<dyn Adapter>>,
+}
+
+/// Gives the adapter of a projection, if it gets one.
+pub(super) type Make<'a> =
+    dyn FnMut(Projection, &FrozenLinear) -> crate::Result<Option<Arc<dyn Adapter>>> + 'a;
 
 impl Packed {
     /// Reads `{prefix}.{name}.weight` and the adapters of `parts` from the block at `vb`.
@@ -31,15 +44,15 @@ impl Packed {
         let weight = if config.adapter.is_some() { weight.detach() } else { weight };
         let parts = parts
             .iter()
-            .map(|&part| {
-                let (input, output) = config.projection_size(part);
-                let adapter = match &config.adapter {
-                    Some(AdapterConfig { lora, targets }) if targets.contains(&part) => {
-                        Some(LoraAdapter::new(input, output, lora, vb.pp(part.path()))?)
+            .map(|&projection| {
+                let (input, width) = config.projection_size(projection);
+                let adapter: Option<Arc<dyn Adapter>> = match &config.adapter {
+                    Some(AdapterConfig { lora, targets }) if targets.contains(&projection) => {
+                        Some(Arc::new(LoraAdapter::new(input, width, lora, vb.pp(projection.path()))?))
                     }
                     _ => None,
                 };
-                Ok((output, adapter))
+                Ok(Part { projection, width, adapter })
             })
             .collect::<Result<_>>()?;
         Ok(Self { weight, parts, tracked: true })
@@ -47,7 +60,12 @@ impl Packed {
 
     /// The matrix, where no part has an adapter: then a larger fused operation can take it.
     pub(super) fn plain(&self) -> Option<&Tensor> {
-        self.parts.iter().all(|(_, adapter)| adapter.is_none()).then_some(&self.weight)
+        self.parts.iter().all(|part| part.adapter.is_none()).then_some(&self.weight)
+    }
+
+    /// The matrix of all parts, without what the adapters add.
+    pub(super) fn weight(&self) -> &Tensor {
+        &self.weight
     }
 
     /// x: (.., in) to (.., out)
@@ -57,15 +75,18 @@ impl Packed {
             return Ok(y);
         }
         let mut dims = y.dims().to_vec();
+        let mut start = 0;
         let deltas = self
             .parts
             .iter()
-            .map(|(width, adapter)| {
-                if let Some(adapter) = adapter {
-                    return adapter.delta(x);
+            .map(|part| {
+                let own = start;
+                start += part.width;
+                if let Some(adapter) = &part.adapter {
+                    return adapter.delta_beside(x, &y.narrow(D::Minus1, own, part.width)?, None);
                 }
                 if let Some(last) = dims.last_mut() {
-                    *last = *width;
+                    *last = part.width;
                 }
                 Tensor::zeros(dims.as_slice(), y.dtype(), y.device())
             })
@@ -77,5 +98,45 @@ impl Packed {
     /// The same layer without gradients.
     pub(super) fn detach(&self) -> Self {
         Self { weight: self.weight.detach(), parts: self.parts.clone(), tracked: false }
+    }
+
+    /// Freezes the matrix and puts adapters beside its parts, where `make` gives one for a projection and its layer.
+    pub(super) fn attach(&mut self, make: &mut Make<'_>) -> crate::Result<()> {
+        let mut start = 0;
+        let mut parts = self.parts.clone();
+        for part in &mut parts {
+            let own = FrozenLinear::new(self.weight.narrow(0, start, part.width)?, None)?;
+            start += part.width;
+            if let Some(adapter) = make(part.projection, &own)? {
+                part.adapter = Some(adapter);
+            }
+        }
+        *self = Self { weight: self.weight.detach(), parts, tracked: true };
+        Ok(())
+    }
+
+    /// The adapters, with their projections.
+    pub(super) fn adapters(&self) -> impl Iterator<Item = (Projection, &Arc<dyn Adapter>)> {
+        self.parts.iter().filter_map(|part| Some((part.projection, part.adapter.as_ref()?)))
+    }
+
+    /// The same layer with its adapters in the matrix; none where one of them is no constant matrix.
+    pub(super) fn merged(&self) -> Result<Option<Self>> {
+        let mut rows = Vec::with_capacity(self.parts.len());
+        let mut start = 0;
+        for part in &self.parts {
+            let own = self.weight.narrow(0, start, part.width)?;
+            start += part.width;
+            rows.push(match &part.adapter {
+                None => own,
+                Some(adapter) if adapter.merge_quality() == Merge::Exact => {
+                    let delta = adapter.delta_weight()?;
+                    (own.to_dtype(delta.dtype())? + delta)?.to_dtype(self.weight.dtype())?
+                }
+                Some(_) => return Ok(None),
+            });
+        }
+        let parts = self.parts.iter().map(|part| Part { adapter: None, ..part.clone() }).collect();
+        Ok(Some(Self { weight: Tensor::cat(&rows, 0)?.detach(), parts, tracked: self.tracked }))
     }
 }

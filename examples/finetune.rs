@@ -1,0 +1,491 @@
+//! Fine-tunes a trained model on other text with each kind of adapter, and compares them.
+//!
+//!     cargo run --release --example finetune -- --data my.txt
+//!     cargo run --release --example finetune -- --model runs/nano-1 --data my.txt --method lora flylora --lr 1e-3 3e-3
+//!
+//! Every adapter is saved as Hugging Face PEFT saves it, and merged into a model of its own where that is exact:
+//!
+//!     cargo run --release --example chat -- --model runs/nano-1 --adapter runs/finetune-1/lora/adapter
+//!     cargo run --release --example chat -- --model runs/finetune-1/lora/model
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device, Var};
+use candle_nn::{Optimizer as _, VarMap};
+use clap::{Parser, ValueEnum};
+use flylora::{
+    AdaLoraAdapter, AdaLoraConfig, Adapter, AdapterKind, FlyLoraConfig, LoraConfig, LoraInit,
+    MaskedLoraConfig, RankBudget, RankBudgetConfig, Scaling, Step, Targets, penalty,
+};
+use serde::Serialize;
+use velvet_optim::{EntropyLr, PerplexityMomentum, Schedule, Span, Velvet, VelvetConfig};
+use vesper_data::{BatchSampler, SamplerConfig, Sources, TextTokenizer, TokenCache, Tokens};
+use vesper_examples::evaluate::held_out_loss;
+use vesper_examples::settings::Settings;
+use vesper_examples::{device, export, files, printable, runs, say, settings};
+use vesper_model::{VesperConfig, VesperLM, hf, trainable};
+
+/// Held-out tokens that a method is judged by.
+const EVAL_TOKENS: usize = 32_768;
+/// The share of the text that is held out.
+const EVAL_SHARE: f64 = 0.1;
+
+/// Fine-tune a trained model on other text with each kind of adapter, and compare them.
+#[derive(Debug, Parser)]
+#[command(name = "finetune", version, about, long_about = None)]
+struct Flags {
+    /// Folder of a run or of a model [default: the last trained run]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Text files, JSONL files with a "text" field, or folders of them
+    #[arg(long, num_args = 1.., required = true, value_name = "PATH")]
+    data: Vec<PathBuf>,
+    /// Methods to compare [default: all]
+    #[arg(long, num_args = 1..)]
+    method: Vec<Method>,
+    /// Learning rates to try; the one with the lowest held-out loss counts [default: 1e-3 3e-3 1e-2]
+    #[arg(long, num_args = 1.., value_name = "LR")]
+    lr: Vec<f64>,
+    /// Rank; FlyLoRA has four times as many, of which a token uses this many
+    #[arg(long, default_value_t = 8)]
+    rank: usize,
+    /// Projections with an adapter, by their Hugging Face names [default: all]
+    #[arg(long, num_args = 1.., value_name = "NAME")]
+    targets: Vec<String>,
+    /// Optimizer steps
+    #[arg(long, default_value_t = 200)]
+    steps: u64,
+    /// Sequences a step
+    #[arg(long, default_value_t = 8)]
+    batch: usize,
+    /// Tokens a sequence
+    #[arg(long, default_value_t = 128)]
+    seq: usize,
+    /// Seed of the adapters and of the order of the data
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Folder of what comes of it [default: the first free runs/finetune-N]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+/// A way of fine-tuning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Method {
+    Lora,
+    Rslora,
+    Pissa,
+    Dora,
+    Adalora,
+    Flylora,
+    Masked,
+    /// All weights of the model
+    Full,
+}
+
+impl Method {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Lora => "lora",
+            Self::Rslora => "rslora",
+            Self::Pissa => "pissa",
+            Self::Dora => "dora",
+            Self::Adalora => "adalora",
+            Self::Flylora => "flylora",
+            Self::Masked => "masked",
+            Self::Full => "full",
+        }
+    }
+
+    /// The adapter, with a scale of 2 for all but the rank-stabilised one.
+    fn kind(self, r: usize, seed: u64) -> Option<AdapterKind> {
+        let lora = LoraConfig::default().with_r(r).with_alpha(2.0 * r as f64).with_seed(seed);
+        Some(match self {
+            Self::Lora => AdapterKind::Lora(lora),
+            Self::Rslora => AdapterKind::Lora(lora.with_scaling(Scaling::AlphaOverSqrtR)),
+            Self::Pissa => AdapterKind::Lora(lora.with_init(LoraInit::Pissa { iterations: Some(4) })),
+            Self::Dora => AdapterKind::Dora(lora),
+            Self::Adalora => {
+                let init_r = r + r.div_ceil(2);
+                AdapterKind::AdaLora(
+                    AdaLoraConfig::default()
+                        .with_init_r(init_r)
+                        .with_alpha(2.0 * init_r as f64)
+                        .with_seed(seed),
+                )
+            }
+            Self::Flylora => AdapterKind::FlyLora(
+                FlyLoraConfig::default().with_ranks(4 * r, r).with_alpha(8.0 * r as f64).with_seed(seed),
+            ),
+            Self::Masked => AdapterKind::MaskedLora(MaskedLoraConfig::default().with_lora(lora)),
+            Self::Full => return None,
+        })
+    }
+}
+
+/// `finetune.json`; losses in nats a token.
+#[derive(Debug, Serialize)]
+struct Comparison {
+    model: String,
+    data: Vec<PathBuf>,
+    rank: usize,
+    steps: u64,
+    batch: usize,
+    seq: usize,
+    train_tokens: usize,
+    held_out_tokens: usize,
+    /// Held-out loss of the model as it was.
+    base_loss: f64,
+    methods: Vec<Row>,
+}
+
+/// What came of a method, with its best learning rate.
+#[derive(Debug, Serialize)]
+struct Row {
+    method: &'static str,
+    lr: f64,
+    held_out_loss: f64,
+    /// Of each learning rate that was tried.
+    tried: Vec<(f64, f64)>,
+    trainable: usize,
+    active_per_token: usize,
+    /// Of the model's parameters.
+    percent: f64,
+    /// Seconds in training steps.
+    seconds: f64,
+    /// The most memory that training took beside the loaded model, in bytes; none on a GPU, where it is not counted.
+    peak_bytes: Option<usize>,
+    merge: &'static str,
+}
+
+struct Run<'a> {
+    flags: &'a Flags,
+    folder: PathBuf,
+    config: VesperConfig,
+    tokenizer: TextTokenizer,
+    settings: Settings,
+    device: Device,
+    train: Tokens,
+    eval: Tokens,
+}
+
+/// A model that has been trained, and what that took.
+struct Trained {
+    model: VesperLM,
+    loss: f64,
+    trainable: usize,
+    active: usize,
+    seconds: f64,
+    peak_bytes: usize,
+}
+
+fn main() -> ExitCode {
+    vesper_examples::leave_the_threads_to_the_fused_operations();
+    vesper_examples::run(|| finetune(&Flags::parse()))
+}
+
+fn finetune(flags: &Flags) -> Result<ExitCode> {
+    let folder = runs::model_folder(flags.model.as_deref())?;
+    let device = device::open(&flags.device)?;
+    let config = hf::read_config(&folder)?;
+    let rates = if flags.lr.is_empty() { vec![1e-3, 3e-3, 1e-2] } else { flags.lr.clone() };
+    if let Some(lr) = rates.iter().find(|lr| !(lr.is_finite() && **lr > 0.0)) {
+        bail!("--lr {lr}: expected a positive number");
+    }
+    if flags.seq > config.max_position_embeddings {
+        bail!("--seq {}: the model reads at most {} tokens", flags.seq, config.max_position_embeddings);
+    }
+    let settings = settings::Flags {
+        steps: Some(flags.steps),
+        batch: Some(flags.batch),
+        seq: Some(flags.seq),
+        seed: Some(flags.seed),
+        device: Some(flags.device.clone()),
+        ..settings::Flags::default()
+    };
+    let out = flags.out.clone().unwrap_or_else(|| runs::new_folder("finetune"));
+    files::create_dir(&out)?;
+    let tokenizer = TextTokenizer::from_file(folder.join("tokenizer.json"))?;
+    let cache = out.join("cache");
+    files::create_dir(&cache)?;
+    let (cache, _) = TokenCache::open_or_build(&cache, &Sources::new(&flags.data), &tokenizer)?;
+    let (train, eval) = cache.tokens().split(EVAL_SHARE)?;
+    if train.len() <= flags.seq || eval.len() <= flags.seq {
+        let (train, eval) = (train.len(), eval.len());
+        bail!("--seq {} is longer than the data: {train} tokens to train on, {eval} held out", flags.seq);
+    }
+    let run = Run { settings: settings.settings()?, flags, folder, config, tokenizer, device, train, eval };
+
+    let base = VesperLM::load(&run.folder, DType::F32, &run.device)?;
+    let base_loss = run.held_out(&base)?;
+    say!(
+        "{}: {} parameters, held-out loss {base_loss:.4} on the new text ({} tokens to train on)",
+        run.folder.display(),
+        run.config.num_parameters(),
+        run.train.len()
+    );
+    let mut rows: Vec<Row> = Vec::new();
+    let mut best: Option<(f64, Method, VesperLM)> = None;
+    let methods =
+        if flags.method.is_empty() { Method::value_variants().to_vec() } else { flags.method.clone() };
+    for method in methods {
+        let mut tried = Vec::new();
+        let mut winner: Option<(f64, Trained)> = None;
+        for &lr in &rates {
+            let trained = run.train(method, lr).with_context(|| format!("{} with lr {lr}", method.name()))?;
+            say!("  {:8} lr {lr:<8} held-out loss {:.4}", method.name(), trained.loss);
+            tried.push((lr, trained.loss));
+            if winner.as_ref().is_none_or(|(_, w)| trained.loss < w.loss) {
+                winner = Some((lr, trained));
+            }
+        }
+        let Some((lr, trained)) = winner else { continue };
+        let merge = run.save(&out.join(method.name()), method, &trained.model)?;
+        rows.push(Row {
+            method: method.name(),
+            lr,
+            held_out_loss: trained.loss,
+            tried,
+            trainable: trained.trainable,
+            active_per_token: trained.active,
+            percent: 100.0 * trained.trainable as f64 / run.config.num_parameters() as f64,
+            seconds: trained.seconds,
+            peak_bytes: run.device.is_cpu().then_some(trained.peak_bytes),
+            merge,
+        });
+        if method != Method::Full && best.as_ref().is_none_or(|(loss, ..)| trained.loss < *loss) {
+            best = Some((trained.loss, method, trained.model));
+        }
+    }
+    let comparison = Comparison {
+        model: run.folder.display().to_string(),
+        data: flags.data.clone(),
+        rank: flags.rank,
+        steps: flags.steps,
+        batch: flags.batch,
+        seq: flags.seq,
+        train_tokens: run.train.len(),
+        held_out_tokens: run.eval.len(),
+        base_loss,
+        methods: rows,
+    };
+    files::write_json(&out.join("finetune.json"), &comparison)?;
+    comparison.print(&out);
+
+    if let Some((_, method, model)) = best {
+        if let Some(text) = export::sample(&model, &run.tokenizer)? {
+            say!("\nWith the adapter of {} it writes:\n{}", method.name(), printable(&text));
+        }
+        if let Some(merged) = model.merged()?
+            && let Some(text) = export::sample(&merged, &run.tokenizer)?
+        {
+            say!("\nMerged it writes:\n{}", printable(&text));
+        }
+        let adapter = out.join(method.name()).join("adapter");
+        say!(
+            "\nTalk with it: cargo run --release --example chat -- --model {} --adapter {}",
+            run.folder.display(),
+            adapter.display()
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Run<'_> {
+    fn held_out(&self, model: &VesperLM) -> Result<f64> {
+        held_out_loss(&model.detach(), &self.eval, &self.settings, &self.device, EVAL_TOKENS)
+    }
+
+    /// Trains from the base with one method and one learning rate.
+    fn train(&self, method: Method, lr: f64) -> Result<Trained> {
+        let flags = self.flags;
+        // The model: all of it as variables, or frozen with adapters.
+        let varmap = VarMap::new();
+        let (model, named): (VesperLM, Vec<(String, Var)>) = match method.kind(flags.rank, flags.seed) {
+            None => {
+                let model =
+                    VesperLM::load_into(&self.folder, None, &varmap, flags.seed, DType::F32, &self.device)?;
+                (model, trainable(&self.config, &varmap)?)
+            }
+            Some(kind) => {
+                let mut model = VesperLM::load(&self.folder, DType::F32, &self.device)?;
+                let targets = if flags.targets.is_empty() {
+                    Targets::all_linear()
+                } else {
+                    Targets::names(flags.targets.iter().cloned())
+                };
+                model.attach(&kind, &targets)?;
+                let named = model
+                    .adapters()
+                    .iter()
+                    .flat_map(|(path, adapter)| {
+                        let named = |(name, var)| (format!("{path}.{name}"), var);
+                        adapter.parameters().into_iter().map(named).collect::<Vec<_>>()
+                    })
+                    .collect();
+                (model, named)
+            }
+        };
+        let adapters = model.adapters();
+        let ada: Vec<(&str, &AdaLoraAdapter)> =
+            adapters.iter().filter_map(|(path, a)| Some((path.as_str(), a.as_ada_lora()?))).collect();
+        let phase = flags.steps / 5;
+        let budget = RankBudgetConfig::default().with_target_r(flags.rank).with_phases(phase, phase);
+        let mut budget = RankBudget::new(budget.with_every((flags.steps / 50).max(1)))?;
+
+        // The optimizer: AdamW, warmed up and then down to 0.
+        let config = VelvetConfig {
+            hidden_matrices: None,
+            entropy_lr: EntropyLr::Off,
+            perplexity_momentum: PerplexityMomentum::Off,
+            weight_decay: 0.0,
+            ..VelvetConfig::language_model(self.config.vocab_size).with_lr(lr)
+        };
+        let count = |named: &[(String, Var)]| named.iter().map(|(_, var)| var.elem_count()).sum::<usize>();
+        let trained_values = count(&named);
+        let mut optimizer = Velvet::named(named.clone(), config)?;
+        let schedule =
+            Schedule::Linear { warm_up: Span::Fraction(0.05), decay: Span::Fraction(0.95), end: 0.0 };
+        let sampler =
+            SamplerConfig::default().with_batch(flags.batch).with_seq(flags.seq).with_seed(flags.seed);
+        let mut batches = BatchSampler::new(self.train.clone(), sampler)?;
+
+        let memory = Memory::start();
+        let started = Instant::now();
+        for index in 1..=flags.steps {
+            let batch = batches.next_batch(&self.device)?; // inputs, targets: (batch, seq)
+            let mut loss = model.loss(&batch.inputs, &batch.targets)?.loss;
+            if let Some(penalty) = penalty(adapters.iter().map(|(_, adapter)| adapter))? {
+                loss = (loss + penalty)?;
+            }
+            optimizer.set_learning_rate(schedule.lr(lr, index - 1, flags.steps));
+            let grads = loss.backward()?;
+            if index == 1 {
+                flylora::audit(named.iter().map(|(name, var)| (name, var.clone())), &grads)?;
+            }
+            optimizer.step(&grads)?;
+            let step = Step { index, total: flags.steps };
+            for (_, adapter) in &adapters {
+                adapter.after_step(step, &grads)?;
+            }
+            if !ada.is_empty() {
+                budget.update(step, &grads, &ada)?;
+            }
+        }
+        let (seconds, peak_bytes) = (started.elapsed().as_secs_f64(), memory.peak());
+        let loss = self.held_out(&model)?;
+        if !loss.is_finite() {
+            bail!("the held-out loss is {loss}");
+        }
+        let active = match method {
+            Method::Full => trained_values,
+            _ => adapters.iter().map(|(_, adapter)| adapter.active_parameters()).sum(),
+        };
+        Ok(Trained { loss, trainable: trained_values, active, seconds, peak_bytes, model })
+    }
+
+    /// Leaves the adapters, and the model with them in its weights, in a folder; says whether merging is exact.
+    fn save(&self, dir: &Path, method: Method, model: &VesperLM) -> Result<&'static str> {
+        files::create_dir(dir)?;
+        if method != Method::Full {
+            model.save_adapters(dir.join("adapter"))?;
+        }
+        let Some(merged) = model.merged()? else { return Ok("unsupported") };
+        let tokenizer = std::fs::read_to_string(self.folder.join("tokenizer.json"))?;
+        let generation = hf::read_generation_config(&self.folder)?;
+        let extras = hf::Extras { tokenizer_json: Some(&tokenizer), generation };
+        hf::save(dir.join("model"), merged.config(), &merged.weights(), &extras)?;
+        Ok("exact")
+    }
+}
+
+impl Comparison {
+    fn print(&self, out: &Path) {
+        say!(
+            "\n{:8} {:>9} {:>13} {:>10} {:>10} {:>9} {:>9} {:>9}  merge",
+            "method",
+            "lr",
+            "held-out loss",
+            "trainable",
+            "per token",
+            "percent",
+            "MiB",
+            "seconds"
+        );
+        say!("{:8} {:>9} {:>13.4}", "none", "", self.base_loss);
+        for row in &self.methods {
+            let memory =
+                row.peak_bytes.map_or("-".into(), |b| format!("{:.1}", b as f64 / f64::from(1 << 20)));
+            say!(
+                "{:8} {:>9} {:>13.4} {:>10} {:>10} {:>8.2}% {memory:>9} {:>9.1}  {}",
+                row.method,
+                row.lr,
+                row.held_out_loss,
+                row.trainable,
+                row.active_per_token,
+                row.percent,
+                row.seconds,
+                row.merge
+            );
+        }
+        say!("One seed, {} steps; memory beside the loaded model. Written to {}.", self.steps, out.display());
+    }
+}
+
+/// Counts what is held on the heap, for the column of memory.
+struct Counting;
+
+static HELD: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+fn count(size: usize) {
+    let held = HELD.fetch_add(size, Ordering::Relaxed) + size;
+    PEAK.fetch_max(held, Ordering::Relaxed);
+}
+
+// SAFETY: every call goes on to the system's allocator as it is.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        // SAFETY: the caller keeps the contract of `alloc`, which is the same.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        // SAFETY: as above.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The most that is held from a moment on, beside what was held then.
+struct Memory(usize);
+
+impl Memory {
+    fn start() -> Self {
+        let held = HELD.load(Ordering::Relaxed);
+        PEAK.store(held, Ordering::Relaxed);
+        Self(held)
+    }
+
+    fn peak(&self) -> usize {
+        PEAK.load(Ordering::Relaxed).saturating_sub(self.0)
+    }
+}

@@ -1,0 +1,50 @@
+use crate::program::{copy, fails, finished, json, succeeds};
+
+#[test]
+fn methods_are_compared_saved_and_talked_with() {
+    let folder = copy(finished());
+    let dir = folder.path();
+    let args = ["--model", "run", "--data", "text.txt", "--steps", "4", "--batch", "2", "--seq", "32"];
+    let more = ["--rank", "2", "--lr", "0.01", "0.001", "--out", "tuned"];
+    let table = succeeds("finetune", dir, &[&args[..], &more[..]].concat());
+    let result = json(&dir.join("tuned/finetune.json"));
+    let rows = result["methods"].as_array().unwrap();
+    assert_eq!(rows.len(), 8);
+    let of = |name: &str| rows.iter().find(|row| row["method"] == name).unwrap();
+    for row in rows {
+        let name = row["method"].as_str().unwrap();
+        assert!(table.contains(name), "{table}");
+        assert!(
+            row["held_out_loss"].as_f64().unwrap() < result["base_loss"].as_f64().unwrap() + 0.01,
+            "{row}"
+        );
+        assert_eq!(row["tried"].as_array().unwrap().len(), 2);
+        assert!(row["peak_bytes"].as_u64().unwrap() > 0);
+        if name != "full" {
+            assert!(row["trainable"].as_u64() < of("full")["trainable"].as_u64());
+            let adapter = format!("tuned/{name}/adapter");
+            let chat =
+                ["--model", "run", "--adapter", &adapter, "--prompt", "the little", "--max-tokens", "5"];
+            let answer = succeeds("chat", dir, &chat);
+            assert!(answer.starts_with("the little"), "{answer}");
+        }
+        let merged = dir.join("tuned").join(name).join("model/config.json");
+        assert_eq!(merged.is_file(), name != "flylora", "{name}");
+    }
+    assert_eq!(of("flylora")["merge"], "unsupported");
+    let chat = ["--model", "tuned/lora/model", "--prompt", "the little", "--max-tokens", "5"];
+    assert!(succeeds("chat", dir, &chat).starts_with("the little"));
+}
+
+#[test]
+fn what_cannot_be_tuned_is_said_in_a_line() {
+    let dir = finished();
+    let args = ["--model", "run", "--data", "text.txt", "--out", "never"];
+    let with = |more: &[&'static str]| [&args[..], more].concat();
+    fails("finetune", dir, &with(&["--lr", "0"]), &["--lr 0", "positive"]);
+    fails("finetune", dir, &with(&["--seq", "100000"]), &["--seq 100000", "at most"]);
+    fails("finetune", dir, &["--model", "nowhere", "--data", "text.txt"], &["nowhere"]);
+    let folder = copy(dir);
+    let wrong = ["--model", "run", "--adapter", "run", "--prompt", "x"];
+    fails("chat", folder.path(), &wrong, &["adapter_config.json"]);
+}

@@ -1,0 +1,170 @@
+use candle_core::{D, DType, Result, Tensor, Var};
+
+use super::{Adapter, AdapterKind, Change, LoraAdapter, Merge};
+use crate::files::StateSource;
+use crate::frozen::{check_input, rows, with_last};
+use crate::{Error, FrozenLinear, LoraConfig, LoraInit, Place};
+
+/// The name of the magnitudes below the name of the layer.
+const MAGNITUDE: &str = "lora_magnitude_vector";
+
+/// DoRA: the weight split into a direction, which LoRA changes, and a magnitude of each row, which is trained itself.
+///
+/// ```text
+/// V = W + scale B A,   W' = m V / |V|,   m: (out), |V|: (out), the norm of each row
+/// delta(x) = (m / |V| - 1) W x + (m / |V|) scale B (A x)
+/// ```
+///
+/// `m` starts at the norms of `W`, so a new adapter adds nothing. As in the paper and in PEFT, `|V|` is treated as a
+/// constant in the backward pass. It is computed from `W A^T` and products of size r, without ever making `V`.
+///
+/// # References
+///
+/// Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, [arXiv 2402.09353](https://arxiv.org/abs/2402.09353)
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use flylora::{Adapter, AdapterLinear, DoraAdapter, FrozenLinear, LoraConfig, Place};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let base = FrozenLinear::new(Tensor::randn(0f32, 0.1, (6, 12), &Device::Cpu)?, None)?;
+/// let place = Place::alone("q_proj", DType::F32, &Device::Cpu);
+/// let adapter = DoraAdapter::over(&base, &LoraConfig::default().with_r(2), &place)?;
+/// assert_eq!(adapter.magnitude().dims(), [6]);
+/// let layer = AdapterLinear::from_parts(base, adapter)?;
+/// assert_eq!(layer.parameters().len(), 3);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct DoraAdapter {
+    lora: LoraAdapter,
+    magnitude: Var,
+    /// `W`, without the bias of the layer.
+    base: FrozenLinear,
+    /// The squared norms of the rows of `W`: (out), in the dtype of the variables.
+    squares: Tensor,
+}
+
+impl DoraAdapter {
+    /// Makes the adapter for a layer, with variables in `place`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`LoraAdapter::over`], and [`Error::Config`] for a start other than Kaiming's or the Gaussian one.
+    pub fn over(base: &FrozenLinear, config: &LoraConfig, place: &Place<'_>) -> crate::Result<Self> {
+        if !matches!(config.init, LoraInit::KaimingUniform | LoraInit::Gaussian) {
+            let expected = "kaiming_uniform or gaussian for DoRA".into();
+            return Err(Error::Config { field: "init", expected, got: format!("{:?}", config.init) });
+        }
+        let lora = LoraAdapter::over(base, config, place)?;
+        let base = base.without_bias();
+        let squares = row_squares(&base, place.dtype())?;
+        let magnitude = place.var(base.out_features(), MAGNITUDE, || {
+            // As |V| will be computed, so that their ratio is 1 to the bit.
+            Ok(squares.sqrt()?)
+        })?;
+        Ok(Self { lora, magnitude, base, squares })
+    }
+
+    /// The magnitudes `m`: (out).
+    pub fn magnitude(&self) -> &Var {
+        &self.magnitude
+    }
+
+    /// The change of the direction.
+    pub fn lora(&self) -> &LoraAdapter {
+        &self.lora
+    }
+
+    /// The norms of the rows of `W + scale B A`, without gradients: (out).
+    fn norms(&self) -> Result<Tensor> {
+        let (a, b) = (self.lora.a().as_detached_tensor(), self.lora.b().as_detached_tensor());
+        let s = self.lora.scale();
+        let dtype = a.dtype();
+        // |w + s A^T b|^2 = |w|^2 + 2 s b . (A w) + s^2 b . (A A^T) b for each row w of W and b of B.
+        let wa = self.base.forward(&a.to_dtype(self.base.dtype())?)?.t()?.to_dtype(dtype)?; // (out, r)
+        let ba = b.matmul(&a.matmul(&a.t()?)?)?; // (out, r)
+        let cross = ((wa * (2.0 * s))? + (ba * (s * s))?)?;
+        let squares = (&self.squares + (cross * b)?.sum(D::Minus1)?)?;
+        // Rounding may take a square below 0 where the update cancels the weight.
+        squares.maximum(f32::MIN_POSITIVE)?.sqrt()
+    }
+
+    /// The change, from `W x`: (m, out), without the bias, and x: (m, in), both in the dtype of the variables.
+    fn change(&self, x: &Tensor, wx: &Tensor) -> Result<Tensor> {
+        let ratio = self.magnitude.div(&self.norms()?)?; // (out)
+        wx.broadcast_mul(&(&ratio - 1.0)?)? + self.lora.product(x)?.broadcast_mul(&ratio)?
+    }
+}
+
+/// The squared norm of each row, a few rows at a time.
+fn row_squares(base: &FrozenLinear, dtype: DType) -> Result<Tensor> {
+    let weight = base.weight()?;
+    let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let rows = weight.dim(0)?;
+    let step = ((1 << 20) / weight.dim(1)?).clamp(1, rows);
+    let mut parts = Vec::with_capacity(rows.div_ceil(step));
+    for start in (0..rows).step_by(step) {
+        let part = weight.narrow(0, start, step.min(rows - start))?.to_dtype(wide)?;
+        parts.push(part.sqr()?.sum(D::Minus1)?);
+    }
+    Tensor::cat(&parts, 0)?.to_dtype(dtype)
+}
+
+impl Adapter for DoraAdapter {
+    fn kind(&self) -> AdapterKind {
+        AdapterKind::Dora(self.lora.config().clone())
+    }
+
+    fn in_features(&self) -> usize {
+        self.base.in_features()
+    }
+
+    fn out_features(&self) -> usize {
+        self.base.out_features()
+    }
+
+    fn delta(&self, x: &Tensor) -> Result<Tensor> {
+        self.delta_beside(x, &self.base.forward(x)?, None)
+    }
+
+    fn delta_beside(&self, x: &Tensor, y: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        check_input(x, self.in_features())?;
+        let m = rows(x.shape());
+        let dtype = self.magnitude.dtype();
+        let flat = x.reshape((m, self.in_features()))?.to_dtype(dtype)?; // (m, in)
+        let wx = y.reshape((m, self.out_features()))?.to_dtype(dtype)?; // (m, out)
+        let wx = match bias {
+            None => wx,
+            Some(bias) => wx.broadcast_sub(&bias.to_dtype(dtype)?)?,
+        };
+        let delta = self.change(&flat, &wx)?;
+        delta.reshape(with_last(x.shape(), self.out_features()))?.to_dtype(x.dtype())
+    }
+
+    fn delta_weight(&self) -> Result<Tensor> {
+        let weight = self.base.weight()?.to_dtype(self.magnitude.dtype())?;
+        let ratio = self.magnitude.as_detached_tensor().div(&self.norms()?)?.unsqueeze(1)?; // (out, 1)
+        (&weight + self.lora.delta_weight()?)?.broadcast_mul(&ratio)? - weight
+    }
+
+    fn merge_quality(&self) -> Merge {
+        Merge::Exact
+    }
+
+    fn parameters(&self) -> Vec<(String, Var)> {
+        let mut parameters = self.lora.parameters();
+        parameters.push((MAGNITUDE.to_owned(), self.magnitude.clone()));
+        parameters
+    }
+
+    fn load_state<'a>(&'a self, source: &mut StateSource<'_>) -> crate::Result<Vec<Change<'a>>> {
+        let mut changes = self.lora.load_state(source)?;
+        let magnitude = source.like(MAGNITUDE, &self.magnitude)?;
+        changes.push(Box::new(move || Ok(self.magnitude.set(&magnitude)?)));
+        Ok(changes)
+    }
+}

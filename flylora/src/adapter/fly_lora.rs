@@ -1,0 +1,431 @@
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+
+use candle_core::backprop::GradStore;
+use candle_core::{D, DType, Device, Result, Tensor, Var};
+use serde::{Deserialize, Serialize};
+
+use super::{Adapter, AdapterKind, B, Change, Merge, Step};
+use crate::files::StateSource;
+use crate::frozen::{check_input, rows, with_last};
+use crate::init::fnv1a;
+use crate::sparse::{Selection, SparseMatrix, project, routed_product, top_k};
+use crate::{Error, FrozenLinear, Place};
+
+const SEED: &str = "fly_A.seed";
+const INDICES: &str = "fly_A.indices";
+const BALANCE: &str = "fly_balance";
+
+/// Which of a row's values decide which ranks it makes use of. The paper has both: the two choose differently.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Routing {
+    /// The largest of `|y| + d` (Eq. 8 of the paper).
+    #[default]
+    Magnitude,
+    /// The largest of `y + d` (Eq. 10 of the paper).
+    Signed,
+}
+
+/// How an adapter of the FlyLoRA kind is made; the defaults are the paper's recipe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FlyLoraConfig {
+    /// The number of ranks that there are: at least 1, 32 by default. It may be larger than the layer.
+    pub r: usize,
+    /// The number of ranks that a row makes use of: from 1 to `r`, 8 by default.
+    pub k: usize,
+    /// The share of nonzeros in each row of `A`: in (0, 1], 8 / 32 by default.
+    pub density: f64,
+    /// The numerator of the scale `alpha / r`: finite and not 0, 64 by default.
+    pub alpha: f64,
+    /// What decides which ranks a row makes use of.
+    pub routing: Routing,
+    /// What a rank's bias moves by in each step, up where it is used less than the mean and down where more: 0 (off) or
+    /// more, 1e-3 by default.
+    pub balance_rate: f64,
+    /// What `A` is drawn from, together with the name of the layer; 0 by default.
+    pub seed: u64,
+}
+
+impl Default for FlyLoraConfig {
+    fn default() -> Self {
+        Self {
+            r: 32,
+            k: 8,
+            density: 0.25,
+            alpha: 64.0,
+            routing: Routing::default(),
+            balance_rate: 1e-3,
+            seed: 0,
+        }
+    }
+}
+
+impl FlyLoraConfig {
+    /// Sets the number of ranks that there are, and of those that a row makes use of.
+    pub fn with_ranks(mut self, r: usize, k: usize) -> Self {
+        (self.r, self.k) = (r, k);
+        self
+    }
+
+    /// Sets the share of nonzeros of `A`.
+    pub fn with_density(mut self, density: f64) -> Self {
+        self.density = density;
+        self
+    }
+
+    /// Sets the numerator of the scale.
+    pub fn with_alpha(mut self, alpha: f64) -> Self {
+        self.alpha = alpha;
+        self
+    }
+
+    /// Sets what decides which ranks a row makes use of.
+    pub fn with_routing(mut self, routing: Routing) -> Self {
+        self.routing = routing;
+        self
+    }
+
+    /// Sets what a rank's bias moves by in each step.
+    pub fn with_balance_rate(mut self, rate: f64) -> Self {
+        self.balance_rate = rate;
+        self
+    }
+
+    /// Sets the seed.
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// What the product is multiplied by.
+    pub fn scale(&self) -> f64 {
+        self.alpha / self.r as f64
+    }
+
+    /// The number of nonzeros in a row of `A` for a layer of that input size.
+    pub fn nonzeros(&self, in_features: usize) -> usize {
+        ((self.density * in_features as f64).round() as usize).clamp(1, in_features.max(1))
+    }
+
+    /// Checks that every field is in its range.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] names the first one that is not.
+    pub fn validate(&self) -> crate::Result<()> {
+        let fail =
+            |field, expected: &str, got: String| Err(Error::Config { field, expected: expected.into(), got });
+        if self.r == 0 {
+            return fail("r", "at least 1", self.r.to_string());
+        }
+        if self.k == 0 || self.k > self.r {
+            return fail("k", &format!("from 1 to r = {}", self.r), self.k.to_string());
+        }
+        if !(self.density > 0.0 && self.density <= 1.0) {
+            return fail("density", "over 0 and at most 1", self.density.to_string());
+        }
+        if !self.alpha.is_finite() || self.alpha == 0.0 {
+            return fail("alpha", "finite and not 0", self.alpha.to_string());
+        }
+        if !self.balance_rate.is_finite() || self.balance_rate < 0.0 {
+            return fail("balance_rate", "0 or more", self.balance_rate.to_string());
+        }
+        Ok(())
+    }
+}
+
+/// FlyLoRA as its paper has it: a frozen sparse random `A`, of whose outputs each row makes use of the largest few.
+///
+/// ```text
+/// y = A x                              A: (r, in), frozen, density * in nonzeros a row ~ N(0, 1 / r^2)
+/// I = the k largest of |y| + d         (or of y + d)
+/// delta(x) = alpha / r * sum over i in I of B_i y_i      B: (out, r), 0 at first
+/// d_i += rate * sign(mean count - count_i)               after each step of training
+/// ```
+///
+/// `B` alone is trained. The gradient goes through `A` to x, but `A` itself, which is kept as a seed and the places of
+/// its nonzeros, gets none. `d` only routes; it moves in [`after_step`](Adapter::after_step), by the counts of the last
+/// forward pass before it, and so never during evaluation.
+///
+/// No constant weight does what the routing does, so [`merge`](crate::AdapterLinear::merge) says `Unsupported`;
+/// [`merge_for`](crate::AdapterLinear::merge_for) merges the nearest one and measures the error.
+///
+/// On the CPU (f32 and f64) the products skip the zeros and the ranks that are not used. Elsewhere they are dense.
+///
+/// # References
+///
+/// Zou et al., FlyLoRA: Boosting Task Decoupling and Parameter Efficiency via Implicit Rank-Wise Mixture-of-Experts,
+/// [arXiv 2510.08396](https://arxiv.org/abs/2510.08396)
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use flylora::{Adapter, FlyLoraAdapter, FlyLoraConfig, Place};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let place = Place::alone("q_proj", DType::F32, &Device::Cpu);
+/// let adapter = FlyLoraAdapter::new(64, 48, &FlyLoraConfig::default(), &place)?;
+/// let x = Tensor::randn(0f32, 1.0, (3, 64), &Device::Cpu)?;
+/// assert_eq!(adapter.delta(&x)?.dims(), [3, 48]);
+/// // Of 32 ranks with 48 trained values each, a token makes use of 8.
+/// assert_eq!(adapter.parameters()[0].1.elem_count(), 32 * 48);
+/// assert_eq!(adapter.active_parameters(), 8 * 48);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct FlyLoraAdapter {
+    b: Var,
+    config: FlyLoraConfig,
+    in_features: usize,
+    state: Arc<State>,
+}
+
+/// What is not trained; shared by clones, as the variables are.
+#[derive(Debug)]
+struct State {
+    projection: RwLock<Arc<Projection>>,
+    /// `d`: (r), f32.
+    balance: Var,
+    /// How many rows made use of each rank in the last forward pass: (r), f32.
+    counts: Mutex<Option<Tensor>>,
+}
+
+#[derive(Debug)]
+struct Projection {
+    sparse: Arc<SparseMatrix>,
+    /// With the zeros, where there is no kernel for it.
+    dense: OnceLock<FrozenLinear>,
+}
+
+impl Projection {
+    fn new(sparse: SparseMatrix) -> Arc<Self> {
+        Arc::new(Self { sparse: Arc::new(sparse), dense: OnceLock::new() })
+    }
+
+    fn dense(&self, dtype: DType, device: &Device) -> Result<FrozenLinear> {
+        if let Some(dense) = self.dense.get() {
+            return Ok(dense.clone());
+        }
+        let dense = FrozenLinear::new(self.sparse.dense(dtype, device)?, None)?;
+        Ok(self.dense.get_or_init(|| dense).clone())
+    }
+}
+
+impl FlyLoraAdapter {
+    /// Makes the adapter for a layer of the given size, with its variable in `place`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`], [`Error::DType`], and candle's own.
+    pub fn new(
+        in_features: usize,
+        out_features: usize,
+        config: &FlyLoraConfig,
+        place: &Place<'_>,
+    ) -> crate::Result<Self> {
+        config.validate()?;
+        place.check_dtype()?;
+        let nonzeros = config.nonzeros(in_features);
+        let sparse = SparseMatrix::random(config.r, in_features, nonzeros, config.seed, fnv1a(place.name()));
+        Ok(Self {
+            b: place.constant((out_features, config.r), B, 0.0)?,
+            config: config.clone(),
+            in_features,
+            state: Arc::new(State {
+                projection: RwLock::new(Projection::new(sparse)),
+                balance: Var::zeros(config.r, DType::F32, place.device())?,
+                counts: Mutex::new(None),
+            }),
+        })
+    }
+
+    /// `B`: (out, r).
+    pub fn b(&self) -> &Var {
+        &self.b
+    }
+
+    /// `A` with its zeros: (r, in), f32 on the CPU.
+    ///
+    /// # Errors
+    ///
+    /// candle's own.
+    pub fn a(&self) -> Result<Tensor> {
+        self.projection().sparse.dense(DType::F32, &Device::Cpu)
+    }
+
+    /// `d`, what routing adds to the values of each rank: (r).
+    ///
+    /// # Errors
+    ///
+    /// candle's own.
+    pub fn balance(&self) -> Result<Vec<f32>> {
+        self.state.balance.to_vec1()
+    }
+
+    /// The configuration that the adapter was made with.
+    pub fn config(&self) -> &FlyLoraConfig {
+        &self.config
+    }
+
+    /// The same as [`delta`](Adapter::delta) by dense products alone: what the sparse ones are compared with.
+    ///
+    /// # Errors
+    ///
+    /// As [`delta`](Adapter::delta).
+    pub fn delta_dense(&self, x: &Tensor) -> Result<Tensor> {
+        self.reshaped(x, |flat| self.by_dense(flat))
+    }
+
+    fn projection(&self) -> Arc<Projection> {
+        Arc::clone(&self.state.projection.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn reshaped(&self, x: &Tensor, run: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+        check_input(x, self.in_features)?;
+        let flat = x.reshape((rows(x.shape()), self.in_features))?.to_dtype(self.b.dtype())?; // (m, in)
+        run(&flat)?.reshape(with_last(x.shape(), self.out_features()))?.to_dtype(x.dtype())
+    }
+
+    fn count(&self, counts: Tensor) {
+        *self.state.counts.lock().unwrap_or_else(PoisonError::into_inner) = Some(counts);
+    }
+
+    /// y: (m, r), without gradients
+    fn scores(&self, y: &Tensor) -> Result<Tensor> {
+        let y = y.detach().to_dtype(DType::F32)?;
+        let size = match self.config.routing {
+            Routing::Magnitude => y.abs()?,
+            Routing::Signed => y,
+        };
+        size.broadcast_add(&self.state.balance.as_detached_tensor())
+    }
+
+    /// x: (m, in)
+    fn by_sparse(&self, x: &Tensor) -> Result<Tensor> {
+        let (r, k) = (self.config.r, self.config.k);
+        let y = project(x, &self.projection().sparse)?; // (m, r)
+        let scores = self.scores(&y)?.flatten_all()?.to_vec1::<f32>()?;
+        let selection = Arc::new(Selection { chosen: top_k(&scores, r, k), r, k });
+        self.count(Tensor::new(selection.counts(), x.device())?);
+        routed_product(&(y * self.config.scale())?, &self.b, &selection)
+    }
+
+    /// x: (m, in)
+    fn by_dense(&self, x: &Tensor) -> Result<Tensor> {
+        let a = self.projection().dense(x.dtype(), x.device())?;
+        let y = a.forward(x)?; // (m, r)
+        let mask = self.mask(&self.scores(&y)?)?;
+        self.count(mask.sum(0)?);
+        let used = ((y * mask.to_dtype(x.dtype())?)? * self.config.scale())?;
+        used.matmul(&self.b.t()?) // (m, out)
+    }
+
+    /// 1 where a score is among the k largest of its row, else 0: (m, r), f32. Of equal scores all are, where the last
+    /// place falls on them.
+    fn mask(&self, scores: &Tensor) -> Result<Tensor> {
+        if scores.elem_count() == 0 {
+            return Ok(scores.clone());
+        }
+        let (sorted, _) = scores.contiguous()?.sort_last_dim(false)?;
+        let least = sorted.narrow(D::Minus1, self.config.k - 1, 1)?; // (m, 1)
+        scores.broadcast_ge(&least)?.to_dtype(DType::F32)
+    }
+}
+
+impl Adapter for FlyLoraAdapter {
+    fn kind(&self) -> AdapterKind {
+        AdapterKind::FlyLora(self.config.clone())
+    }
+
+    fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    fn out_features(&self) -> usize {
+        self.b.dims().first().copied().unwrap_or(0)
+    }
+
+    fn delta(&self, x: &Tensor) -> Result<Tensor> {
+        let has_kernel = x.device().is_cpu() && matches!(self.b.dtype(), DType::F32 | DType::F64);
+        self.reshaped(x, |flat| if has_kernel { self.by_sparse(flat) } else { self.by_dense(flat) })
+    }
+
+    /// `alpha / r B A`, as if every rank were used.
+    fn delta_weight(&self) -> Result<Tensor> {
+        let a = self.projection().dense(self.b.dtype(), self.b.device())?.weight()?;
+        self.b.as_detached_tensor().matmul(&(a * self.config.scale())?)
+    }
+
+    /// `alpha / r B diag(c) A`, where `c_i` is the share of the square of `y_i` that is in the rows that make use of it:
+    /// the best factor for each rank on its own.
+    fn delta_weight_for(&self, sample: &Tensor) -> Result<Tensor> {
+        check_input(sample, self.in_features)?;
+        let flat = sample.reshape((rows(sample.shape()), self.in_features))?.to_dtype(self.b.dtype())?;
+        let a = self.projection().dense(flat.dtype(), flat.device())?;
+        let y = a.forward(&flat)?.detach();
+        let mask = self.mask(&self.scores(&y)?)?.to_dtype(y.dtype())?;
+        let squares = y.sqr()?;
+        let c = ((&squares * mask)?.sum(0)? / (squares.sum(0)? + f64::from(f32::MIN_POSITIVE))?)?; // (r)
+        let b = self.b.as_detached_tensor().broadcast_mul(&c)?;
+        b.matmul(&(a.weight()? * self.config.scale())?)
+    }
+
+    fn merge_quality(&self) -> Merge {
+        if self.config.k == self.config.r { Merge::Exact } else { Merge::Unsupported }
+    }
+
+    fn parameters(&self) -> Vec<(String, Var)> {
+        vec![(B.to_owned(), self.b.clone())]
+    }
+
+    fn active_parameters(&self) -> usize {
+        self.config.k * self.out_features()
+    }
+
+    fn after_step(&self, _: Step, _: &GradStore) -> crate::Result<()> {
+        let counts = self.state.counts.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(counts) = counts.filter(|_| self.config.balance_rate > 0.0) else { return Ok(()) };
+        let below_mean = counts.broadcast_sub(&counts.mean(0)?)?.neg()?.sign()?; // 1 where used less than the mean
+        let moved = (self.state.balance.as_detached_tensor() + (below_mean * self.config.balance_rate)?)?;
+        Ok(self.state.balance.set(&moved)?)
+    }
+
+    fn state(&self) -> crate::Result<Vec<(String, Tensor)>> {
+        let projection = self.projection();
+        let a = &projection.sparse;
+        let seed = Tensor::new(&[a.seed.cast_signed(), a.stream.cast_signed()], &Device::Cpu)?;
+        let indices = Tensor::from_vec(a.indices.clone(), (a.rows, a.per_row), &Device::Cpu)?;
+        Ok(vec![
+            (B.to_owned(), self.b.as_detached_tensor()),
+            (INDICES.to_owned(), indices),
+            (SEED.to_owned(), seed),
+            (BALANCE.to_owned(), self.state.balance.as_detached_tensor()),
+        ])
+    }
+
+    fn load_state<'a>(&'a self, source: &mut StateSource<'_>) -> crate::Result<Vec<Change<'a>>> {
+        let b = source.like(B, &self.b)?;
+        let balance = source.like(BALANCE, &self.state.balance)?;
+        let seed = source.raw(SEED, &[2], DType::I64)?.to_vec1::<i64>()?;
+        let per_row = self.config.nonzeros(self.in_features);
+        let indices = source.raw(INDICES, &[self.config.r, per_row], DType::U32)?;
+        let (first, second) = match *seed.as_slice() {
+            [first, second] => (first.cast_unsigned(), second.cast_unsigned()),
+            _ => return Err(source.wrong(SEED, "expected two numbers")),
+        };
+        let sparse = SparseMatrix::random(self.config.r, self.in_features, per_row, first, second);
+        if indices.flatten_all()?.to_vec1::<u32>()? != sparse.indices {
+            return Err(source.wrong(INDICES, "they are not those that the seed gives"));
+        }
+        Ok(vec![Box::new(move || {
+            self.b.set(&b)?;
+            self.state.balance.set(&balance)?;
+            *self.state.projection.write().unwrap_or_else(PoisonError::into_inner) = Projection::new(sparse);
+            Ok(())
+        })])
+    }
+}

@@ -1,0 +1,443 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use candle_core::backend::BackendStorage;
+use candle_core::backprop::GradStore;
+use candle_core::op::Mul;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, MetalStorage, Result, Shape, Storage, Tensor,
+    Var,
+};
+use rand_chacha::rand_core::RngCore;
+use serde::{Deserialize, Serialize};
+
+use super::{Adapter, AdapterKind, Change, LoraAdapter, Merge, Step};
+use crate::files::StateSource;
+use crate::frozen::{check_input, rows, with_last};
+use crate::init::generator;
+use crate::{Error, FrozenLinear, LoraConfig, LoraInit, Place};
+
+const MASK: &str = "fly_mask";
+
+/// How the mask of a [`MaskedLoraAdapter`] is found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum MaskSelection {
+    /// In every forward pass the largest entries of `|B A|`; the gradient goes straight through to all entries, so those
+    /// that are masked go on learning and may come back.
+    #[default]
+    StraightThrough,
+    /// A fixed random mask at first; every so many steps the largest entries of `|B A|`.
+    Magnitude {
+        /// Steps from one selection to the next: at least 1.
+        every: u64,
+    },
+    /// A fixed random mask at first; every so many steps a share of it, the smallest entries of `|B A|`, gives way to
+    /// the masked entries with the largest gradient. The share shrinks like a cosine and ends at three quarters of the
+    /// run (RigL, [arXiv 1911.11134](https://arxiv.org/abs/1911.11134)).
+    MagnitudeGradient {
+        /// Steps from one selection to the next: at least 1.
+        every: u64,
+        /// The share that is exchanged at first: over 0 and at most 1; 0.3 is usual.
+        fraction: f64,
+    },
+}
+
+/// How an adapter of the masked kind is made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MaskedLoraConfig {
+    /// The rank, scale and start of the factors.
+    pub lora: LoraConfig,
+    /// The share of the update that is 0: from 0 up to, not including, 1; 0.75 by default.
+    pub sparsity: f64,
+    /// How the mask is found.
+    pub selection: MaskSelection,
+}
+
+impl Default for MaskedLoraConfig {
+    fn default() -> Self {
+        Self { lora: LoraConfig::default(), sparsity: 0.75, selection: MaskSelection::default() }
+    }
+}
+
+impl MaskedLoraConfig {
+    /// Sets the rank, scale and start of the factors.
+    pub fn with_lora(mut self, lora: LoraConfig) -> Self {
+        self.lora = lora;
+        self
+    }
+
+    /// Sets the share of the update that is 0.
+    pub fn with_sparsity(mut self, sparsity: f64) -> Self {
+        self.sparsity = sparsity;
+        self
+    }
+
+    /// Sets how the mask is found.
+    pub fn with_selection(mut self, selection: MaskSelection) -> Self {
+        self.selection = selection;
+        self
+    }
+
+    /// Checks that every field is in its range.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] names the first one that is not.
+    pub fn validate(&self) -> crate::Result<()> {
+        let fail =
+            |field, expected: &str, got: String| Err(Error::Config { field, expected: expected.into(), got });
+        self.lora.validate()?;
+        if !matches!(self.lora.init, LoraInit::KaimingUniform | LoraInit::Gaussian) {
+            // B A must be 0 at first, whatever the mask.
+            let expected = "kaiming_uniform or gaussian for a masked adapter";
+            return fail("init", expected, format!("{:?}", self.lora.init));
+        }
+        if !(self.sparsity >= 0.0 && self.sparsity < 1.0) {
+            return fail("sparsity", "from 0 up to 1, without it", self.sparsity.to_string());
+        }
+        match self.selection {
+            MaskSelection::Magnitude { every: 0 } | MaskSelection::MagnitudeGradient { every: 0, .. } => {
+                fail("every", "at least 1", "0".into())
+            }
+            MaskSelection::MagnitudeGradient { fraction, .. } if !(fraction > 0.0 && fraction <= 1.0) => {
+                fail("fraction", "over 0 and at most 1", fraction.to_string())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The sparse update of Vesper's description, which it calls FlyLoRA too: LoRA's, most of whose entries are 0.
+///
+/// ```text
+/// W' = W + scale M * (B A)      M: (out, in), of zeros and ones, 75 % zeros by default
+/// ```
+///
+/// The mask is learned: see [`MaskSelection`]. What is masked is exactly 0 in the outputs, in the merged weight and in
+/// the file. It makes the update sparse, not cheap: a masked product has no low rank, so training costs an update of
+/// the size of the weight, forward and backward, and the trained values are those of LoRA.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use flylora::{Adapter, MaskedLoraAdapter, MaskedLoraConfig, Place};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let place = Place::alone("q_proj", DType::F32, &Device::Cpu);
+/// let config = MaskedLoraConfig::default();
+/// let adapter = MaskedLoraAdapter::new(16, 12, &config, &place)?;
+/// adapter.lora().b().set(&Tensor::randn(0f32, 1.0, (12, 8), &Device::Cpu)?)?;
+/// let update = adapter.delta_weight()?.flatten_all()?.to_vec1::<f32>()?;
+/// assert_eq!(update.iter().filter(|v| **v == 0.0).count(), 12 * 16 * 3 / 4);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct MaskedLoraAdapter {
+    lora: LoraAdapter,
+    config: MaskedLoraConfig,
+    state: Arc<State>,
+}
+
+/// What is not trained by gradients; shared by clones, as the variables are.
+#[derive(Debug)]
+struct State {
+    /// (out, in), of zeros and ones, in the dtype of the variables. Not used where the selection is made each time.
+    mask: RwLock<Tensor>,
+    /// Whether the next backward pass shall keep the gradient of the update.
+    wanted: AtomicBool,
+    /// The gradient of `M * (B A)`: (out, in).
+    gradient: Mutex<Option<Tensor>>,
+}
+
+impl MaskedLoraAdapter {
+    /// Makes the adapter for a layer of the given size, with variables in `place`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`], [`Error::DType`], and candle's own.
+    pub fn new(
+        in_features: usize,
+        out_features: usize,
+        config: &MaskedLoraConfig,
+        place: &Place<'_>,
+    ) -> crate::Result<Self> {
+        config.validate()?;
+        let weight = Tensor::zeros((out_features, in_features), DType::F32, &Device::Cpu)?;
+        let lora = LoraAdapter::over(&FrozenLinear::new(weight, None)?, &config.lora, place)?;
+        let n = out_features * in_features;
+        let mut rng = generator(config.lora.seed, &format!("{}.{MASK}", place.name()));
+        let order: Vec<f32> = (0..n).map(|_| (rng.next_u32() >> 8) as f32).collect();
+        let mask = largest(&order, kept(n, config.sparsity));
+        let mask = Tensor::from_vec(mask, (out_features, in_features), &Device::Cpu)?;
+        let every = match config.selection {
+            MaskSelection::MagnitudeGradient { every, .. } => every,
+            _ => 0,
+        };
+        Ok(Self {
+            lora,
+            config: config.clone(),
+            state: Arc::new(State {
+                mask: RwLock::new(mask.to_device(place.device())?.to_dtype(place.dtype())?),
+                wanted: AtomicBool::new(every == 1),
+                gradient: Mutex::new(None),
+            }),
+        })
+    }
+
+    /// The factors.
+    pub fn lora(&self) -> &LoraAdapter {
+        &self.lora
+    }
+
+    /// The configuration that the adapter was made with.
+    pub fn config(&self) -> &MaskedLoraConfig {
+        &self.config
+    }
+
+    /// The mask, zeros and ones: (out, in).
+    ///
+    /// # Errors
+    ///
+    /// candle's own.
+    pub fn mask(&self) -> Result<Tensor> {
+        self.mask_of(&self.product()?)
+    }
+
+    fn mask_of(&self, product: &Tensor) -> Result<Tensor> {
+        match self.config.selection {
+            MaskSelection::StraightThrough => self.by_magnitude(product),
+            _ => Ok(self.state.mask.read().unwrap_or_else(PoisonError::into_inner).clone()),
+        }
+    }
+
+    /// The mask of the largest entries.
+    fn by_magnitude(&self, product: &Tensor) -> Result<Tensor> {
+        let values = to_vec(&product.abs()?)?;
+        let mask = largest(&values, kept(values.len(), self.config.sparsity));
+        Tensor::from_vec(mask, product.shape(), &Device::Cpu)?
+            .to_device(product.device())?
+            .to_dtype(product.dtype())
+    }
+
+    fn product(&self) -> Result<Tensor> {
+        self.lora.b().as_detached_tensor().matmul(&self.lora.a().as_detached_tensor())
+    }
+
+    fn set_mask(&self, mask: Tensor) {
+        *self.state.mask.write().unwrap_or_else(PoisonError::into_inner) = mask;
+    }
+
+    /// RigL's exchange of the share `fraction` of the mask.
+    fn exchange(&self, fraction: f64, gradient: &Tensor) -> Result<()> {
+        let product = self.product()?;
+        let mask = self.mask_of(&product)?;
+        let (size, slope) = (to_vec(&product.abs()?)?, to_vec(&gradient.abs()?)?);
+        let old = to_vec(&mask)?;
+        let ones = old.iter().filter(|m| **m != 0.0).count();
+        let moved = (fraction * ones as f64) as usize;
+        // Below any size where it is masked, so that what is kept comes from the mask.
+        let score: Vec<f32> = size.iter().zip(&old).map(|(s, m)| if *m == 0.0 { -1.0 } else { *s }).collect();
+        let mut new = largest(&score, ones - moved);
+        let score: Vec<f32> =
+            slope.iter().zip(&new).map(|(s, m)| if *m == 0.0 { *s } else { -1.0 }).collect();
+        for (new, grown) in new.iter_mut().zip(largest(&score, moved)) {
+            *new += grown;
+        }
+        let new = Tensor::from_vec(new, mask.shape(), &Device::Cpu)?;
+        self.set_mask(new.to_device(mask.device())?.to_dtype(mask.dtype())?);
+        Ok(())
+    }
+}
+
+fn kept(n: usize, sparsity: f64) -> usize {
+    n - (sparsity * n as f64).round() as usize
+}
+
+fn to_vec(t: &Tensor) -> Result<Vec<f32>> {
+    t.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+}
+
+/// 1 for the `n` largest values, else 0; equal values are taken in a scattered order that is always the same.
+fn largest(values: &[f32], n: usize) -> Vec<f32> {
+    let scattered = |i: u32| i.wrapping_mul(0x9e37_79b1);
+    let value = |i: u32| values.get(i as usize).copied().unwrap_or(f32::NEG_INFINITY);
+    let mut order: Vec<u32> = (0..values.len() as u32).collect();
+    if n > 0 && n < order.len() {
+        order.select_nth_unstable_by(n - 1, |a, b| {
+            value(*b).total_cmp(&value(*a)).then(scattered(*a).cmp(&scattered(*b)))
+        });
+    }
+    let mut mask = vec![0f32; values.len()];
+    for i in order.iter().take(n) {
+        if let Some(m) = mask.get_mut(*i as usize) {
+            *m = 1.0;
+        }
+    }
+    mask
+}
+
+impl Adapter for MaskedLoraAdapter {
+    fn kind(&self) -> AdapterKind {
+        AdapterKind::MaskedLora(self.config.clone())
+    }
+
+    fn in_features(&self) -> usize {
+        self.lora.in_features()
+    }
+
+    fn out_features(&self) -> usize {
+        self.lora.out_features()
+    }
+
+    fn delta(&self, x: &Tensor) -> Result<Tensor> {
+        check_input(x, self.in_features())?;
+        let (a, b) = (self.lora.a(), self.lora.b());
+        let product = b.matmul(a)?; // (out, in)
+        let masked = product.apply_op1(Masked {
+            mask: self.mask_of(&product.detach())?,
+            through: self.config.selection == MaskSelection::StraightThrough,
+            state: Arc::clone(&self.state),
+        })?;
+        let flat = x.reshape((rows(x.shape()), self.in_features()))?.to_dtype(a.dtype())?; // (m, in)
+        (flat.matmul(&masked.t()?)? * self.lora.scale())?
+            .reshape(with_last(x.shape(), self.out_features()))?
+            .to_dtype(x.dtype())
+    }
+
+    fn delta_weight(&self) -> Result<Tensor> {
+        let product = self.product()?;
+        (&product * self.mask_of(&product)?)? * self.lora.scale()
+    }
+
+    fn merge_quality(&self) -> Merge {
+        Merge::Exact
+    }
+
+    fn parameters(&self) -> Vec<(String, Var)> {
+        self.lora.parameters()
+    }
+
+    fn after_step(&self, step: Step, _: &GradStore) -> crate::Result<()> {
+        let due = |every: u64| step.index.is_multiple_of(every);
+        match self.config.selection {
+            MaskSelection::Magnitude { every } if due(every) => {
+                let mask = self.by_magnitude(&self.product()?)?;
+                self.set_mask(mask);
+            }
+            MaskSelection::MagnitudeGradient { every, fraction } => {
+                self.state.wanted.store((step.index + 1).is_multiple_of(every), Ordering::Relaxed);
+                let gradient = self.state.gradient.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let end = 0.75 * step.total as f64;
+                if let Some(gradient) = gradient.filter(|_| due(every) && (step.index as f64) < end) {
+                    let share = 0.5 * (1.0 + (std::f64::consts::PI * step.index as f64 / end).cos());
+                    self.exchange(fraction * share, &gradient)?;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> crate::Result<Vec<(String, Tensor)>> {
+        let mut state = self.lora.state()?;
+        let (out_features, in_features) = (self.out_features(), self.in_features());
+        let bytes: Vec<u8> = to_vec(&self.mask()?)?
+            .chunks(in_features)
+            .flat_map(|row| row.chunks(8))
+            .map(|bits| bits.iter().enumerate().fold(0, |byte, (i, bit)| byte | (u8::from(*bit != 0.0) << i)))
+            .collect();
+        let packed = Tensor::from_vec(bytes, (out_features, in_features.div_ceil(8)), &Device::Cpu)?;
+        state.push((MASK.to_owned(), packed));
+        Ok(state)
+    }
+
+    fn load_state<'a>(&'a self, source: &mut StateSource<'_>) -> crate::Result<Vec<Change<'a>>> {
+        let mut changes = self.lora.load_state(source)?;
+        let (out_features, in_features) = (self.out_features(), self.in_features());
+        let packed = source.raw(MASK, &[out_features, in_features.div_ceil(8)], DType::U8)?;
+        let bits: Vec<f32> = packed
+            .to_vec2::<u8>()?
+            .iter()
+            .flat_map(|row| (0..in_features).map(|i| f32::from((row[i / 8] >> (i % 8)) & 1)))
+            .collect();
+        let a = self.lora.a();
+        let mask = Tensor::from_vec(bits, (out_features, in_features), &Device::Cpu)?
+            .to_device(a.device())?
+            .to_dtype(a.dtype())?;
+        changes.push(Box::new(move || {
+            self.set_mask(mask);
+            Ok(())
+        }));
+        Ok(changes)
+    }
+}
+
+/// `M * d`, without a gradient for M: the gradient of d is masked too, or goes straight through.
+struct Masked {
+    mask: Tensor,
+    through: bool,
+    state: Arc<State>,
+}
+
+impl Masked {
+    fn run<S: BackendStorage>(
+        &self,
+        d: &S,
+        layout: &Layout,
+        of: impl Fn(&Storage) -> Option<&S>,
+    ) -> Result<(S, Shape)> {
+        let (mask, mask_layout) = self.mask.storage_and_layout();
+        let mask = of(&mask)
+            .ok_or_else(|| candle_core::Error::Msg("the update is on another device than its mask".into()))?;
+        Ok((d.binary_impl::<Mul>(mask, layout, mask_layout)?, layout.shape().clone()))
+    }
+}
+
+impl CustomOp1 for Masked {
+    fn name(&self) -> &'static str {
+        "masked-update"
+    }
+
+    fn cpu_fwd(&self, d: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.run(d, layout, |s| if let Storage::Cpu(s) = s { Some(s) } else { None })
+    }
+
+    fn cuda_fwd(&self, d: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.run(d, layout, |s| if let Storage::Cuda(s) = s { Some(s) } else { None })
+    }
+
+    fn metal_fwd(&self, d: &MetalStorage, layout: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.run(d, layout, |s| if let Storage::Metal(s) = s { Some(s) } else { None })
+    }
+
+    fn bwd(&self, _d: &Tensor, _masked: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.detach();
+        if self.state.wanted.load(Ordering::Relaxed) {
+            *self.state.gradient.lock().unwrap_or_else(PoisonError::into_inner) = Some(grad.clone());
+        }
+        if self.through { Ok(Some(grad)) } else { (grad * &self.mask).map(Some) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_are_chosen_and_ties_are_scattered_but_always_the_same() {
+        assert_eq!(largest(&[0.5, 3.0, -1.0, 2.0], 2), [0.0, 1.0, 0.0, 1.0]);
+        let ties = largest(&[0.0; 1000], 250);
+        assert_eq!(ties.iter().sum::<f32>(), 250.0);
+        assert_eq!(ties, largest(&[0.0; 1000], 250));
+        for part in ties.chunks(250) {
+            assert!((30.0..100.0).contains(&part.iter().sum::<f32>()));
+        }
+        assert_eq!(largest(&[1.0, 2.0], 0), [0.0, 0.0]);
+        assert_eq!(largest(&[1.0, 2.0], 2), [1.0, 1.0]);
+    }
+}

@@ -1,0 +1,168 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::safetensors::Load;
+use candle_core::{DType, Device, Tensor};
+use safetensors::SafeTensors;
+
+use super::{PREFIX, PeftConfig, StateSource, WEIGHTS_FILE};
+use crate::adapter::{AdaLoraAdapter, Adapter, AdapterKind, Change};
+use crate::embedding::LoraEmbedding;
+use crate::{Error, FrozenLinear, Place, Result, embedding};
+
+/// A directory of adapters, read: its configuration, its modules and their tensors.
+///
+/// # Examples
+///
+/// ```no_run
+/// use candle_core::{DType, Device, Tensor};
+/// use flylora::{AdapterLinear, FrozenLinear};
+/// use flylora::files::AdapterFile;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let file = AdapterFile::read("adapters/french")?;
+/// for module in file.modules() {
+///     println!("{module}: {}", file.config().kind(module)?);
+/// }
+/// let base = FrozenLinear::new(Tensor::zeros((64, 64), DType::F32, &Device::Cpu)?, None)?;
+/// let adapter = file.adapter("model.layers.0.self_attn.q_proj", &base, DType::F32)?;
+/// let layer = AdapterLinear::from_parts(base, adapter)?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct AdapterFile {
+    dir: PathBuf,
+    config: PeftConfig,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+impl AdapterFile {
+    /// Reads `adapter_config.json` and `adapter_model.safetensors` in `dir`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`PeftConfig::read`], and [`Error::Io`] and [`Error::Format`] for the weights: missing, truncated or
+    /// something else, or with a tensor that is no part of an adapter.
+    pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref().to_owned();
+        let config = PeftConfig::read(&dir)?;
+        let path = dir.join(WEIGHTS_FILE);
+        let bytes = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+        let format = |message: String| Error::Format { path: path.clone(), message };
+        let views = SafeTensors::deserialize(&bytes)
+            .map_err(|e| format(format!("not a complete safetensors file: {e}")))?;
+        let mut tensors = BTreeMap::new();
+        for (key, view) in views.iter() {
+            let tensor = view.load(&Device::Cpu).map_err(|e| format(format!("{key}: {e}")))?;
+            tensors.insert(key.to_owned(), tensor);
+        }
+        Ok(Self { dir, config, tensors })
+    }
+
+    /// What the configuration says.
+    pub fn config(&self) -> &PeftConfig {
+        &self.config
+    }
+
+    /// The paths of the modules that have an adapter, sorted.
+    pub fn modules(&self) -> Vec<&str> {
+        let mut modules: Vec<&str> =
+            self.tensors.keys().filter_map(|key| module_of(key)).map(|(m, _)| m).collect();
+        modules.sort_unstable();
+        modules.dedup();
+        modules
+    }
+
+    /// Whether the adapter of a module is one of an embedding table.
+    pub fn is_embedding(&self, module: &str) -> bool {
+        self.tensors.contains_key(&super::key(module, embedding::A))
+    }
+
+    /// Makes the adapter of a module, over its layer, with variables of its own in `dtype` on the layer's device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::MissingKey`] and [`Error::FileShape`] where the file has no such module or one of another size, and
+    /// those of the kind's own constructor.
+    pub fn adapter(&self, module: &str, base: &FrozenLinear, dtype: DType) -> Result<Arc<dyn Adapter>> {
+        let place = Place::alone(module, dtype, &base.device());
+        let kind = self.config.kind(module)?;
+        let adapter: Arc<dyn Adapter> = match &kind {
+            // Ranks that were given up are not in the file.
+            AdapterKind::AdaLora(config) => {
+                let key = super::key(module, "lora_E");
+                let r = match self.tensors.get(&key) {
+                    Some(e) => e.dims().first().copied().unwrap_or(0),
+                    None => return Err(Error::MissingKey { path: self.weights_path(), key }),
+                };
+                Arc::new(AdaLoraAdapter::with_rank(
+                    base.in_features(),
+                    base.out_features(),
+                    r,
+                    config,
+                    &place,
+                )?)
+            }
+            kind => kind.build(base, &place)?,
+        };
+        let mut used = BTreeSet::new();
+        let changes = adapter.load_state(&mut StateSource::new(self, module, &mut used))?;
+        make(changes)?;
+        self.check_used(&used, |key| module_of(key).is_some_and(|(m, _)| m == module))?;
+        Ok(adapter)
+    }
+
+    /// Makes the adapter of an embedding table (vocab, dim), with variables of its own in `dtype` on the table's device.
+    ///
+    /// # Errors
+    ///
+    /// As [`adapter`](Self::adapter).
+    pub fn embedding(&self, module: &str, table: Tensor, dtype: DType) -> Result<LoraEmbedding> {
+        let place = Place::alone(module, dtype, table.device());
+        let embedding = LoraEmbedding::new(table, &self.config.lora(module), &place)?;
+        let mut used = BTreeSet::new();
+        let changes = super::Stored::load_state(&embedding, &mut StateSource::new(self, module, &mut used))?;
+        make(changes)?;
+        Ok(embedding)
+    }
+
+    /// A tensor of the file, by its full name, on the CPU.
+    pub fn tensor(&self, key: &str) -> Option<&Tensor> {
+        self.tensors.get(key)
+    }
+
+    pub(crate) fn weights_path(&self) -> PathBuf {
+        self.dir.join(WEIGHTS_FILE)
+    }
+
+    /// That every tensor in question was read.
+    pub(super) fn check_used(
+        &self,
+        used: &BTreeSet<String>,
+        in_question: impl Fn(&str) -> bool,
+    ) -> Result<()> {
+        let mut left = self.tensors.keys().filter(|key| in_question(key) && !used.contains(*key));
+        match left.next() {
+            None => Ok(()),
+            Some(key) => Err(Error::UnexpectedKey {
+                path: self.weights_path(),
+                key: key.clone(),
+                others: left.count(),
+            }),
+        }
+    }
+}
+
+fn make(changes: Vec<Change<'_>>) -> Result<()> {
+    changes.into_iter().try_for_each(|change| change())
+}
+
+/// The module and the name below it of a key that belongs to an adapter.
+pub(super) fn module_of(key: &str) -> Option<(&str, &str)> {
+    let path = key.strip_prefix(PREFIX)?;
+    // The last dot before `lora_` or `fly_`: names of modules may contain those.
+    let at = [".lora_", ".fly_"].iter().filter_map(|mark| path.rfind(mark)).max()?;
+    Some((path.get(..at)?, path.get(at + 1..)?))
+}

@@ -1,0 +1,175 @@
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{DType, Device, Result, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
+
+use super::AdapterFile;
+use crate::adapter::{Adapter, Merge};
+use crate::linear::{added, at_least_f32};
+use crate::{Error, FrozenLinear};
+
+/// The weights of a model with adapters merged into them as they are read, for models whose code one cannot change.
+///
+/// A model of candle-transformers that loads from a `VarBuilder` runs with the adapters and knows nothing of them. Each
+/// weight is computed in f32 and rounded once. Afterwards [`check_all_used`](Self::check_all_used) tells whether every
+/// adapter found its weight.
+///
+/// # Examples
+///
+/// ```
+/// use std::collections::HashMap;
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{Module, VarBuilder};
+/// use flylora::files::{AdapterFile, MergedWeights};
+/// use flylora::{FrozenLinear, LoraAdapter, LoraConfig, save_adapters};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// // A model's weights, and an adapter for one of them, as PEFT would have saved it.
+/// let weights = HashMap::from([("q_proj.weight".to_owned(), Tensor::randn(0f32, 1.0, (6, 12), &Device::Cpu)?)]);
+/// let dir = tempfile::tempdir()?;
+/// let config = LoraConfig::default().with_r(2);
+/// let adapter = LoraAdapter::seeded(12, 6, &config, "q_proj", DType::F32, &Device::Cpu)?;
+/// save_adapters(dir.path(), &[("q_proj", &adapter)])?;
+///
+/// let plain = VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu);
+/// let merged = MergedWeights::new(plain, AdapterFile::read(dir.path())?)?;
+/// let model = candle_nn::linear_no_bias(12, 6, merged.var_builder().pp("q_proj"))?; // any model that takes one
+/// merged.check_all_used()?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct MergedWeights {
+    inner: Arc<Inner>,
+    dtype: DType,
+    device: Device,
+}
+
+struct Inner {
+    weights: VarBuilder<'static>,
+    file: AdapterFile,
+    modules: BTreeSet<String>,
+    used: Mutex<BTreeSet<String>>,
+}
+
+impl MergedWeights {
+    /// Puts the adapters of `file` over the weights of `weights`, whose names are those of the adapters' modules with
+    /// `.weight`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Adapters`] where a module of the file cannot be merged, or the file holds no adapter.
+    pub fn new(weights: VarBuilder<'static>, file: AdapterFile) -> crate::Result<Self> {
+        let modules: BTreeSet<String> = file.modules().into_iter().map(str::to_owned).collect();
+        if modules.is_empty() {
+            let message = format!("{}: there is no adapter in it", file.weights_path().display());
+            return Err(Error::Adapters { message });
+        }
+        let (dtype, device) = (weights.dtype(), weights.device().clone());
+        let inner = Inner { weights, file, modules, used: Mutex::default() };
+        Ok(Self { inner: Arc::new(inner), dtype, device })
+    }
+
+    /// What to load the model from.
+    pub fn var_builder(&self) -> VarBuilder<'static> {
+        VarBuilder::from_backend(Box::new(self.clone()), self.dtype, self.device.clone())
+    }
+
+    /// That every adapter has been merged into a weight; to be called when the model is loaded.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Adapters`] names the first that has not: its model calls that weight by another name, or reads it as
+    /// part of another.
+    pub fn check_all_used(&self) -> crate::Result<()> {
+        let used = self.inner.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut unused = self.inner.modules.iter().filter(|module| !used.contains(*module));
+        let Some(first) = unused.next() else { return Ok(()) };
+        let more = match unused.count() {
+            0 => String::new(),
+            n => format!(" (and those of {n} more)"),
+        };
+        let message = format!("the adapter of {first}{more} was not used: nothing read {first}.weight");
+        Err(Error::Adapters { message })
+    }
+}
+
+impl Inner {
+    /// The module whose weight this is, if it has an adapter.
+    fn module<'a>(&self, name: &'a str) -> Option<&'a str> {
+        name.strip_suffix(".weight").filter(|module| self.modules.contains(*module))
+    }
+
+    /// Whether the weight is (in, out), as Conv1D keeps it: by the sizes of the adapter's factors, since PEFT goes by the
+    /// module and lets the configuration be wrong; by the configuration where in and out are equal.
+    fn is_turned(&self, module: &str, weight: &Tensor) -> bool {
+        let size = |names: [&str; 2], first: bool| {
+            let of = |name: &str| self.file.tensor(&super::key(module, name)).map(Tensor::dims);
+            let dims = names.iter().find_map(|name| of(name))?;
+            if first { dims.first().copied() } else { dims.last().copied() }
+        };
+        let inputs = size(["lora_A.weight", "lora_A"], false);
+        let outputs = size(["lora_B.weight", "lora_B"], true);
+        match (weight.dims(), inputs, outputs) {
+            (&[rows, columns], Some(inputs), Some(outputs)) if inputs != outputs => {
+                (rows, columns) == (inputs, outputs)
+            }
+            _ => self.file.config().fan_in_fan_out(),
+        }
+    }
+
+    fn merge(&self, module: &str, weight: &Tensor, dtype: DType) -> crate::Result<Tensor> {
+        let wide = at_least_f32(weight.dtype());
+        let weight = weight.to_dtype(wide)?;
+        let merged = if self.file.is_embedding(module) {
+            let embedding = self.file.embedding(module, weight.clone(), wide)?;
+            added(&weight, &embedding.delta_table()?)?
+        } else {
+            let turned = self.is_turned(module, &weight);
+            let base = if turned {
+                FrozenLinear::conv1d(weight.clone(), None)?
+            } else {
+                FrozenLinear::new(weight.clone(), None)?
+            };
+            let adapter = self.file.adapter(module, &base, wide)?;
+            if adapter.merge_quality() != Merge::Exact {
+                let message = format!("{module}: {} cannot be merged into a weight", adapter.kind());
+                return Err(Error::Adapters { message });
+            }
+            let delta = adapter.delta_weight()?;
+            added(&weight, &if turned { delta.t()? } else { delta })?
+        };
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(module.to_owned());
+        Ok(merged.to_dtype(dtype)?.contiguous()?)
+    }
+}
+
+impl SimpleBackend for MergedWeights {
+    fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
+        let weights = self.inner.weights.clone().set_device(device.clone());
+        match self.inner.module(name) {
+            None => weights.get_with_hints_dtype(shape, name, init, dtype),
+            Some(module) => {
+                let weight = weights.get_with_hints_dtype(shape, name, init, at_least_f32(dtype))?;
+                Ok(self.inner.merge(module, &weight, dtype)?)
+            }
+        }
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        let weights = self.inner.weights.clone().set_device(device.clone());
+        match self.inner.module(name) {
+            None => weights.get_unchecked_dtype(name, dtype),
+            Some(module) => {
+                let weight = weights.get_unchecked_dtype(name, at_least_f32(dtype))?;
+                Ok(self.inner.merge(module, &weight, dtype)?)
+            }
+        }
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.inner.weights.contains_tensor(name)
+    }
+}

@@ -1,0 +1,143 @@
+"""Adapters and outputs of Hugging Face PEFT, for tests/peft.rs.
+
+    python peft_golden.py            writes peft/: a small model, adapters that PEFT saved, and the model's outputs
+    python peft_golden.py flylora    reads flylora/*: adapters that flylora saved; writes the outputs that PEFT gives
+
+The adapters in flylora/ are written by `cargo test -p flylora --test peft -- --ignored`.
+Made with peft 0.21.2, transformers 4.57.6, torch 2.15.0.
+"""
+
+import json
+import pathlib
+import shutil
+import sys
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+HERE = pathlib.Path(__file__).parent
+IDS = torch.tensor([[0, 3, 10, 3], [7, 1, 2, 9]])
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj = nn.Linear(8, 6)
+        self.c_attn = Conv1D(8, 6)  # weight (in, out) = (6, 8)
+        self.up_proj = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        return x + self.up_proj(torch.tanh(self.c_attn(torch.tanh(self.q_proj(x)))))
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(11, 8)
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(self, ids):
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def base():
+    model = Tiny()
+    path = HERE / "peft" / "base.safetensors"
+    if path.exists():
+        model.load_state_dict(load_file(path))
+    else:
+        path.parent.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.5)
+        save_file(model.state_dict(), path, metadata={"format": "pt"})
+    return model
+
+
+def output(model):
+    with torch.no_grad():
+        return model.double()(IDS).tolist()
+
+
+def wake(model, seed):
+    """Values for all that is trained, so that an adapter that does nothing is noticed."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            if p.requires_grad:
+                if "magnitude" in name:
+                    p.mul_(1.0 + 0.3 * torch.randn_like(p))
+                else:
+                    p.copy_(0.4 * torch.randn_like(p))
+
+
+def allocate(model):
+    """A short run of AdaLoRA, so that the ranks differ."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    target = torch.randn(2, 4, 8)
+    for step in range(1, 9):
+        loss = (model(IDS) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+
+
+CASES = {
+    "lora": LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "c_attn", "up_proj"],
+        rank_pattern={r"layers\.1\..*_proj": 2, "q_proj": 3},
+        alpha_pattern={"^layers.0.up_proj": 5},
+        fan_in_fan_out=True,
+    ),
+    "rslora": LoraConfig(r=4, lora_alpha=3, target_modules="all-linear", use_rslora=True),
+    "dora": LoraConfig(r=3, lora_alpha=6, target_modules=r".*\.(q_proj|up_proj)", use_dora=True),
+    "embedding": LoraConfig(r=2, lora_alpha=3, target_modules=["embed_tokens", "layers.1.up_proj"]),
+    "adalora": AdaLoraConfig(
+        init_r=4, target_r=2, lora_alpha=6, total_step=8, tinit=1, tfinal=2, target_modules=["q_proj", "up_proj"]
+    ),
+    "adalora_full": AdaLoraConfig(init_r=4, lora_alpha=6, total_step=8, target_modules=["q_proj", "up_proj"]),
+}
+
+
+def from_peft():
+    outputs = {"base": output(base())}
+    for seed, (name, config) in enumerate(CASES.items()):
+        model = get_peft_model(base(), config)
+        wake(model, seed + 1)
+        if name == "adalora":
+            allocate(model)
+        folder = HERE / "peft" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+        again = PeftModel.from_pretrained(base(), folder)
+        outputs[name] = output(again)
+        assert torch.allclose(torch.tensor(outputs[name]), torch.tensor(output(model)), atol=1e-6), name
+    (HERE / "peft" / "outputs.json").write_text(json.dumps(outputs) + "\n")
+
+
+def from_flylora():
+    outputs = {}
+    for folder in sorted(p for p in (HERE / "flylora").iterdir() if p.is_dir()):
+        model = PeftModel.from_pretrained(base(), folder)
+        loaded = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+        stored = sum(t.numel() for t in load_file(folder / "adapter_model.safetensors").values())
+        assert loaded == stored, (folder, loaded, stored)
+        outputs[folder.name] = output(model)
+    (HERE / "flylora" / "outputs.json").write_text(json.dumps(outputs) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["flylora"]:
+        from_flylora()
+    else:
+        from_peft()

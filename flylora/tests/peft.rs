@@ -1,0 +1,307 @@
+//! Against Hugging Face PEFT, both ways; `golden/peft_golden.py` writes the files.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, IndexOp, Tensor, Var};
+use candle_nn::{Optimizer, SGD, VarBuilder};
+use common::{largest_difference, values};
+use flylora::files::{AdapterFile, MergedWeights, SaveOptions, WEIGHTS_FILE, save_adapters_with};
+use flylora::{
+    AdaLoraConfig, Adapter, AdapterKind, AnyLinear, FrozenLinear, LoraConfig, LoraEmbedding, LoraInit, Place,
+    Scaling, load_adapters,
+};
+
+fn golden(which: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(which)
+}
+
+fn base() -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(golden("peft/base.safetensors"), &Device::Cpu).unwrap()
+}
+
+fn outputs(which: &str) -> HashMap<String, Tensor> {
+    let text = std::fs::read_to_string(golden(which).join("outputs.json")).unwrap();
+    let outputs: HashMap<String, Vec<Vec<Vec<f64>>>> = serde_json::from_str(&text).unwrap();
+    outputs.into_iter().map(|(name, y)| (name, Tensor::new(y, &Device::Cpu).unwrap())).collect()
+}
+
+fn ids() -> Tensor {
+    Tensor::new(&[[0u32, 3, 10, 3], [7, 1, 2, 9]], &Device::Cpu).unwrap()
+}
+
+const MODULES: [&str; 3] = ["q_proj", "c_attn", "up_proj"];
+
+/// The layers of the small model, each with an adapter or without.
+struct Tiny {
+    embed: LoraEmbedding,
+    layers: Vec<(String, FrozenLinear, Option<AnyLinear>)>,
+}
+
+impl Tiny {
+    /// `make` says which adapter a module gets.
+    fn new(make: impl Fn(&str, &FrozenLinear) -> Option<Arc<dyn Adapter>>) -> Self {
+        let weights = base();
+        let wide = |name: &str| weights[name].to_dtype(DType::F64).unwrap();
+        let place = Place::alone("embed_tokens", DType::F64, &Device::Cpu);
+        let config = LoraConfig::default().with_r(2);
+        let mut embed = LoraEmbedding::new(wide("embed_tokens.weight"), &config, &place).unwrap();
+        embed.set_enabled(false);
+        let mut layers = Vec::new();
+        for i in 0..2 {
+            for module in MODULES {
+                let path = format!("layers.{i}.{module}");
+                let weight = wide(&format!("{path}.weight"));
+                let bias = (module != "up_proj").then(|| wide(&format!("{path}.bias")));
+                let frozen = if module == "c_attn" {
+                    FrozenLinear::conv1d(weight, bias).unwrap()
+                } else {
+                    FrozenLinear::new(weight, bias).unwrap()
+                };
+                let adapted = make(&path, &frozen)
+                    .map(|adapter| AnyLinear::from_parts(frozen.clone(), adapter).unwrap());
+                layers.push((path, frozen, adapted));
+            }
+        }
+        Self { embed, layers }
+    }
+
+    fn run(&self, i: usize, x: &Tensor) -> Tensor {
+        match &self.layers[i] {
+            (_, _, Some(layer)) => layer.forward(x).unwrap(),
+            (_, frozen, None) => frozen.forward(x).unwrap(),
+        }
+    }
+
+    fn forward(&self) -> Tensor {
+        let mut x = self.embed.forward(&ids()).unwrap();
+        for block in 0..2 {
+            let q = self.run(3 * block, &x).tanh().unwrap();
+            let c = self.run(3 * block + 1, &q).tanh().unwrap();
+            x = (x + self.run(3 * block + 2, &c)).unwrap();
+        }
+        x
+    }
+
+    fn adapted(&self) -> Vec<(&str, &AnyLinear)> {
+        self.layers.iter().filter_map(|(path, _, layer)| Some((path.as_str(), layer.as_ref()?))).collect()
+    }
+}
+
+#[test]
+fn adapters_that_peft_saved_give_the_outputs_of_peft_in_every_kind() {
+    let want = outputs("peft");
+    let plain = Tiny::new(|_, _| None).forward();
+    assert!(largest_difference(&plain, &want["base"]) < 1e-12);
+    for name in ["lora", "rslora", "dora", "embedding", "adalora", "adalora_full"] {
+        let file = AdapterFile::read(golden("peft").join(name)).unwrap();
+        let modules = file.modules();
+        let mut model = Tiny::new(|path, frozen| {
+            modules.contains(&path).then(|| file.adapter(path, frozen, DType::F64).unwrap())
+        });
+        if name == "embedding" {
+            assert!(file.is_embedding("embed_tokens"));
+            model.embed = file.embedding("embed_tokens", model.embed.table().clone(), DType::F64).unwrap();
+        }
+        let got = model.forward();
+        assert!(largest_difference(&got, &want[name]) < 1e-6, "{name}");
+        assert!(largest_difference(&got, &plain) > 0.05, "{name} has an effect");
+        // The targets that the file names are those that it holds.
+        for i in 0..2 {
+            for module in MODULES {
+                let path = format!("layers.{i}.{module}");
+                assert_eq!(
+                    file.config().targets().selects(&path),
+                    modules.contains(&path.as_str()),
+                    "{name}: {path}"
+                );
+            }
+        }
+        // And merged.
+        for (path, _, layer) in &mut model.layers {
+            if let Some(layer) = layer {
+                layer.merge().unwrap();
+                assert!(layer.is_merged(), "{path}");
+            }
+        }
+        model.embed.merge().unwrap();
+        assert!(largest_difference(&model.forward(), &want[name]) < 1e-6, "{name}, merged");
+    }
+}
+
+#[test]
+fn merged_weights_give_the_outputs_of_peft_to_a_model_that_knows_nothing_of_adapters() {
+    let want = outputs("peft");
+    for name in ["lora", "rslora", "dora", "embedding", "adalora", "adalora_full"] {
+        let vb = VarBuilder::from_tensors(base(), DType::F64, &Device::Cpu);
+        let merged = MergedWeights::new(vb, AdapterFile::read(golden("peft").join(name)).unwrap()).unwrap();
+        let vb = merged.var_builder();
+        let unused = merged.check_all_used().unwrap_err().to_string();
+        assert!(unused.contains("was not used: nothing read"), "{unused}");
+        let mut x = vb
+            .get((11, 8), "embed_tokens.weight")
+            .unwrap()
+            .index_select(&ids().flatten_all().unwrap(), 0)
+            .unwrap();
+        for i in 0..2 {
+            let vb = vb.pp(format!("layers.{i}"));
+            let q = candle_nn::linear(8, 6, vb.pp("q_proj")).unwrap();
+            let (c, bias) = (vb.get((6, 8), "c_attn.weight").unwrap(), vb.get(8, "c_attn.bias").unwrap());
+            let up = vb.get_unchecked("up_proj.weight").unwrap();
+            let q = candle_nn::Module::forward(&q, &x).unwrap().tanh().unwrap();
+            let c = q.matmul(&c).unwrap().broadcast_add(&bias).unwrap().tanh().unwrap();
+            x = (x + c.matmul(&up.t().unwrap()).unwrap()).unwrap();
+        }
+        assert_eq!(x.dtype(), DType::F64);
+        merged.check_all_used().unwrap();
+        assert!(largest_difference(&x, &want[name].flatten_to(1).unwrap()) < 1e-6, "{name}");
+        assert!(vb.contains_tensor("layers.0.q_proj.bias") && !vb.contains_tensor("lm_head.weight"));
+    }
+}
+
+/// The kinds that PEFT reads, trained for a few steps.
+fn trained() -> Vec<(&'static str, Tiny)> {
+    let lora = LoraConfig::default().with_r(2).with_alpha(3.0);
+    let kinds = [
+        ("lora", AdapterKind::Lora(lora.clone())),
+        ("rslora", AdapterKind::Lora(lora.clone().with_scaling(Scaling::AlphaOverSqrtR))),
+        ("pissa", AdapterKind::Lora(lora.clone().with_init(LoraInit::Pissa { iterations: None }))),
+        ("orthogonal", AdapterKind::Lora(lora.clone().with_init(LoraInit::Orthogonal))),
+        ("dora", AdapterKind::Dora(lora)),
+        ("adalora", AdapterKind::AdaLora(AdaLoraConfig::default().with_init_r(3))),
+    ];
+    let target = common::noise(&[2, 4, 8], 1.0, DType::F64, 7);
+    kinds
+        .into_iter()
+        .map(|(name, kind)| {
+            let model = Tiny::new(|path, frozen| {
+                // Of other sizes in the second block.
+                let kind = match &kind {
+                    AdapterKind::Lora(c) if path.starts_with("layers.1") && name == "lora" => {
+                        AdapterKind::Lora(c.clone().with_r(3).with_alpha(2.5))
+                    }
+                    kind => kind.clone(),
+                };
+                let place = Place::alone(path, DType::F32, &Device::Cpu);
+                Some(kind.build(frozen, &place).unwrap())
+            });
+            let vars: Vec<Var> = model.adapted().iter().flat_map(|(_, layer)| layer.vars()).collect();
+            if name == "adalora" {
+                // Its own start is so near to nothing that a few steps would not show.
+                for (i, var) in vars.iter().enumerate() {
+                    var.set(&common::noise(var.dims(), 0.4, var.dtype(), i as u64)).unwrap();
+                }
+            }
+            let mut sgd = SGD::new(vars, 0.2).unwrap();
+            let loss = || (model.forward() - &target).unwrap().sqr().unwrap().mean_all().unwrap();
+            for _ in 0..5 {
+                sgd.backward_step(&loss()).unwrap();
+            }
+            (name, model)
+        })
+        .collect()
+}
+
+/// Writes the adapters that `golden/peft_golden.py flylora` loads into PEFT.
+#[test]
+#[ignore = "writes golden files"]
+fn write_the_adapters_for_peft() {
+    for (name, model) in trained() {
+        let options = SaveOptions { fan_in_fan_out: true, ..SaveOptions::default() };
+        save_adapters_with(golden("flylora").join(name), &model.adapted(), &options).unwrap();
+    }
+}
+
+#[test]
+fn adapters_that_flylora_trained_give_in_peft_what_they_give_here() {
+    let want = outputs("flylora");
+    assert_eq!(want.len(), 6);
+    let plain = Tiny::new(|_, _| None).forward();
+    for (name, model) in trained() {
+        let dir = golden("flylora").join(name);
+        // From the files that PEFT was given.
+        let file = AdapterFile::read(&dir).unwrap();
+        let loaded = Tiny::new(|path, frozen| Some(file.adapter(path, frozen, DType::F64).unwrap()));
+        let got = loaded.forward();
+        assert!(largest_difference(&got, &want[name]) < 1e-6, "{name}");
+        assert!(largest_difference(&got, &plain) > 0.02, "{name} has an effect");
+        // What is written today is what PEFT was given then: the same files from the same adapters.
+        let again = tempfile::tempdir().unwrap();
+        load_adapters(&dir, &model.adapted()).unwrap();
+        let options = SaveOptions { fan_in_fan_out: true, ..SaveOptions::default() };
+        save_adapters_with(again.path(), &model.adapted(), &options).unwrap();
+        for file in [WEIGHTS_FILE, "adapter_config.json"] {
+            let read = |dir: &Path| std::fs::read(dir.join(file)).unwrap();
+            assert!(read(again.path()) == read(&dir), "{name}: {file} is written otherwise");
+        }
+        assert!(largest_difference(&model.forward(), &want[name]) < 1e-5, "{name}");
+    }
+}
+
+fn data() -> Option<PathBuf> {
+    std::env::var_os("VESPER_DATA").map(PathBuf::from)
+}
+
+/// candle-transformers' own Llama, unchanged, with adapters that PEFT trained.
+#[test]
+fn peft_adapters_run_in_the_llama_of_candle_transformers() {
+    use candle_transformers::models::llama::{Cache, Llama, LlamaConfig};
+
+    let Some(data) = data() else {
+        println!("skipped: peft_adapters_run_in_the_llama_of_candle_transformers (VESPER_DATA is not set)");
+        return;
+    };
+    let folder = data.join("models/stories260K");
+    let config: LlamaConfig =
+        serde_json::from_str(&std::fs::read_to_string(folder.join("config.json")).unwrap()).unwrap();
+    let config = config.into_config(false);
+    for name in ["stories260K-lora-qv-r8", "stories260K-lora-all-linear-r4-rslora"] {
+        let dir = data.join("peft").join(name);
+        let reference: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(dir.join("reference_logits.json")).unwrap())
+                .unwrap();
+        let numbers = |field: &str| -> Vec<f64> {
+            reference[field].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
+        };
+        let weights = candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap();
+        let vb = VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu);
+        let merged = MergedWeights::new(vb, AdapterFile::read(&dir).unwrap()).unwrap();
+        let model = Llama::load(merged.var_builder(), &config).unwrap();
+        merged.check_all_used().unwrap();
+        let ids: Vec<u32> = numbers("prompt_ids").iter().map(|id| *id as u32).collect();
+        let ids = Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+        let mut cache = Cache::new(false, DType::F32, &config, &Device::Cpu).unwrap();
+        let logits = model.forward(&ids, 0, &mut cache).unwrap();
+        let want = Tensor::new(numbers("last_logits"), &Device::Cpu).unwrap();
+        assert!(largest_difference(&logits.i(0).unwrap(), &want) < 1e-4, "{name}");
+        let size = values(&want).iter().fold(0f64, |m, v| m.max(v.abs()));
+        assert!(size > 5.0);
+    }
+}
+
+/// An adapter for GPT-2, whose weights are stored the other way around; the base is not there, only its sizes.
+#[test]
+fn an_adapter_for_gpt2_is_read_with_its_transposed_weights() {
+    let Some(data) = data() else {
+        println!("skipped: an_adapter_for_gpt2_is_read_with_its_transposed_weights (VESPER_DATA is not set)");
+        return;
+    };
+    let file = AdapterFile::read(data.join("peft/gpt2-causal-tigrinya")).unwrap();
+    assert!(file.config().fan_in_fan_out());
+    let modules = file.modules();
+    assert_eq!(modules.len(), 36);
+    let path = "transformer.h.0.attn.c_proj"; // square
+    assert!(modules.contains(&path) && file.config().targets().selects(path));
+    let weight = common::noise(&[768, 768], 0.05, DType::F32, 1);
+    let weights = HashMap::from([(format!("{path}.weight"), weight.clone())]);
+    let vb = VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu);
+    let merged = MergedWeights::new(vb, file.clone()).unwrap();
+    let got = merged.var_builder().get((768, 768), &format!("{path}.weight")).unwrap();
+    let tensor = |name: &str| file.tensor(&format!("base_model.model.{path}.{name}.weight")).unwrap();
+    let delta = (tensor("lora_B").matmul(tensor("lora_A")).unwrap() * 4.0).unwrap();
+    assert!(largest_difference(&got, &(weight + delta.t().unwrap()).unwrap()) < 1e-6);
+}

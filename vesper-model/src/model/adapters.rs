@@ -1,0 +1,162 @@
+//! Adapters of any kind on a model that is there already: attached, saved, loaded, merged.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use flylora::files::AdapterFile;
+use flylora::{Adapter, AdapterKind, Error, FrozenLinear, Merge, Place, Targets, save_adapters};
+
+use super::VesperLM;
+use crate::{Projection, Result};
+
+/// The path of a projection's module, as Hugging Face names it.
+fn module(block: usize, projection: Projection) -> String {
+    format!("model.layers.{block}.{}", projection.path())
+}
+
+impl VesperLM {
+    /// Freezes the model and puts a new adapter beside every projection that `targets` selects by its Hugging Face name
+    /// (`model.layers.0.self_attn.q_proj` and so on); the adapters' variables are f32.
+    ///
+    /// Only the adapters are to be trained then: [`VesperLM::adapters`] has them.
+    ///
+    /// # Errors
+    /// Targets that select nothing, a configuration that does not fit a projection. The model is then as it was.
+    ///
+    /// # Examples
+    /// ```
+    /// use vesper_model::candle_core::{DType, Device};
+    /// use vesper_model::candle_nn::VarMap;
+    /// use vesper_model::flylora::{AdapterKind, FlyLoraConfig, Targets};
+    /// use vesper_model::{VesperConfig, VesperLM};
+    ///
+    /// let config = VesperConfig::preset("nano")?.with_vocab(64);
+    /// let mut model = VesperLM::initialize(&config, &VarMap::new(), 0, DType::F32, &Device::Cpu)?;
+    /// let kind = AdapterKind::FlyLora(FlyLoraConfig::default());
+    /// model.attach(&kind, &Targets::names(["q_proj", "v_proj"]))?;
+    /// assert_eq!(model.adapters().len(), 2 * config.num_hidden_layers);
+    /// # Ok::<(), vesper_model::ModelError>(())
+    /// ```
+    pub fn attach(&mut self, kind: &AdapterKind, targets: &Targets) -> Result<()> {
+        let device = self.device().clone();
+        self.attach_each(|path, layer| {
+            if !targets.selects(path) {
+                return Ok(None);
+            }
+            Ok(Some(kind.build(layer, &Place::alone(path, DType::F32, &device))?))
+        })
+    }
+
+    /// Freezes the model and puts the adapters of a directory beside its projections: those that
+    /// [`VesperLM::save_adapters`] wrote, or that PEFT trained on the same model.
+    ///
+    /// # Errors
+    /// What is wrong with which file, and an adapter of a module that is no projection here. The model is then as it
+    /// was.
+    pub fn attach_from(&mut self, dir: impl AsRef<Path>) -> Result<()> {
+        let file = AdapterFile::read(dir)?;
+        let modules = file.modules();
+        let mut found = Vec::new();
+        let mut model = self.clone();
+        model.attach_each(|path, layer| {
+            if !modules.contains(&path) {
+                return Ok(None);
+            }
+            found.push(path.to_owned());
+            Ok(Some(file.adapter(path, layer, DType::F32)?))
+        })?;
+        if let Some(other) = modules.iter().find(|module| !found.iter().any(|f| f == *module)) {
+            let message = format!("the model has no projection named {other}, which the adapters are for");
+            return Err(Error::Adapters { message }.into());
+        }
+        *self = model;
+        Ok(())
+    }
+
+    /// The adapters by the Hugging Face names of their projections, in the order of the forward pass.
+    pub fn adapters(&self) -> Vec<(String, Arc<dyn Adapter>)> {
+        let blocks = self.blocks.iter().enumerate();
+        blocks
+            .flat_map(|(i, block)| {
+                let of = move |(projection, adapter): (Projection, &Arc<dyn Adapter>)| {
+                    (module(i, projection), Arc::clone(adapter))
+                };
+                block.packs().into_iter().flat_map(super::projection::Packed::adapters).map(of)
+            })
+            .collect()
+    }
+
+    /// Writes the adapters as a directory that PEFT reads (kinds that PEFT has) and [`VesperLM::attach_from`].
+    ///
+    /// # Errors
+    /// A model without adapters, a full disk: names the file.
+    pub fn save_adapters(&self, dir: impl AsRef<Path>) -> Result<()> {
+        let adapters = self.adapters();
+        let adapters: Vec<(&str, &Arc<dyn Adapter>)> =
+            adapters.iter().map(|(p, a)| (p.as_str(), a)).collect();
+        Ok(save_adapters(dir, &adapters)?)
+    }
+
+    /// The model with its adapters in the weights, and without adapters; none where one of them chooses by its input, so
+    /// that no weight does what it does.
+    ///
+    /// # Errors
+    /// A device that is out of memory.
+    pub fn merged(&self) -> Result<Option<Self>> {
+        let mut model = self.clone();
+        for block in &mut model.blocks {
+            for pack in block.packs_mut() {
+                match pack.merged()? {
+                    Some(merged) => *pack = merged,
+                    None => return Ok(None),
+                }
+            }
+        }
+        model.config.adapter = None;
+        Ok(Some(model))
+    }
+
+    /// What merging the adapters does to the outputs: [`Merge::Exact`] or [`Merge::Unsupported`].
+    pub fn merge_quality(&self) -> Merge {
+        let exact = self.adapters().iter().all(|(_, adapter)| adapter.merge_quality() == Merge::Exact);
+        if exact { Merge::Exact } else { Merge::Unsupported }
+    }
+
+    /// The parameters without adapters by the names of [`VesperConfig::parameters`](crate::VesperConfig::parameters), as
+    /// [`hf::save`](crate::hf::save) takes them.
+    pub fn weights(&self) -> HashMap<String, Tensor> {
+        let mut weights = HashMap::from([
+            ("model.embed_tokens.weight".to_owned(), self.embed.detach()),
+            ("model.norm.weight".to_owned(), self.norm.detach()),
+        ]);
+        if let Some(head) = &self.head {
+            weights.insert("lm_head.weight".into(), head.detach());
+        }
+        for (i, block) in self.blocks.iter().enumerate() {
+            for (name, weight) in block.weights() {
+                weights.insert(format!("model.layers.{i}.{name}.weight"), weight.detach());
+            }
+        }
+        weights
+    }
+
+    fn attach_each(
+        &mut self,
+        mut make: impl FnMut(&str, &FrozenLinear) -> Result<Option<Arc<dyn Adapter>>>,
+    ) -> Result<()> {
+        let mut model = self.detach();
+        for (i, block) in model.blocks.iter_mut().enumerate() {
+            for pack in block.packs_mut() {
+                pack.attach(&mut |projection, layer| make(&module(i, projection), layer))?;
+            }
+        }
+        if model.adapters().is_empty() {
+            let message = "the targets select none of the model's projections".into();
+            return Err(Error::Adapters { message }.into());
+        }
+        *self = model;
+        Ok(())
+    }
+}

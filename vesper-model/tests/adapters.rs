@@ -1,0 +1,160 @@
+//! Adapters of every kind on a model.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::{Optimizer, SGD, VarMap};
+use flylora::{
+    AdaLoraConfig, Adapter, AdapterKind, FlyLoraConfig, LoraConfig, LoraInit, MaskedLoraConfig, Merge,
+    Targets,
+};
+use vesper_model::{VesperConfig, VesperLM, flylora};
+
+fn config() -> VesperConfig {
+    let mut config = VesperConfig::preset("nano").unwrap().with_vocab(64).with_kv_heads(2);
+    config.num_hidden_layers = 2;
+    config
+}
+
+fn model() -> VesperLM {
+    VesperLM::initialize(&config(), &VarMap::new(), 5, DType::F32, &Device::Cpu).unwrap()
+}
+
+fn kinds() -> Vec<AdapterKind> {
+    let lora = LoraConfig::default().with_r(4);
+    vec![
+        AdapterKind::Lora(lora.clone()),
+        AdapterKind::Lora(lora.clone().with_init(LoraInit::Pissa { iterations: Some(3) })),
+        AdapterKind::Dora(lora.clone()),
+        AdapterKind::AdaLora(AdaLoraConfig::default().with_init_r(4)),
+        AdapterKind::FlyLora(FlyLoraConfig::default().with_ranks(16, 4)),
+        AdapterKind::MaskedLora(MaskedLoraConfig::default().with_lora(lora)),
+    ]
+}
+
+fn ids(seed: u32) -> Tensor {
+    let ids: Vec<u32> = (0..24).map(|i: u32| (i * 7 + seed * 13 + i * i) % 64).collect();
+    Tensor::from_vec(ids, (2, 12), &Device::Cpu).unwrap()
+}
+
+fn difference(a: &Tensor, b: &Tensor) -> f32 {
+    (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap()
+}
+
+fn vars(model: &VesperLM) -> Vec<(String, Var)> {
+    let adapters = model.adapters();
+    let of = |(path, adapter): &(String, std::sync::Arc<dyn Adapter>)| {
+        adapter
+            .parameters()
+            .into_iter()
+            .map(|(name, var)| (format!("{path}.{name}"), var))
+            .collect::<Vec<_>>()
+    };
+    adapters.iter().flat_map(of).collect()
+}
+
+#[test]
+fn every_kind_starts_as_the_model_trains_saves_loads_and_merges() {
+    let targets = Targets::names(["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]);
+    let plain = model();
+    let want = plain.forward(&ids(0)).unwrap();
+    for kind in kinds() {
+        let mut adapted = plain.clone();
+        adapted.attach(&kind, &targets).unwrap();
+        assert_eq!(adapted.adapters().len(), 2 * 5);
+        assert_eq!(adapted.adapters()[0].0, "model.layers.0.self_attn.q_proj");
+        assert!(difference(&adapted.forward(&ids(0)).unwrap(), &want) < 1e-5, "{kind}");
+
+        for (i, (_, var)) in vars(&adapted).iter().enumerate() {
+            // Away from the start, where half of the gradients are 0.
+            let n = var.elem_count();
+            let values: Vec<f32> =
+                (0..n).map(|j| 0.05 * (((j * 37 + i * 11) % 19) as f32 / 9.0 - 1.0)).collect();
+            let moved = Tensor::from_vec(values, var.shape(), var.device()).unwrap();
+            var.set(&(var.as_detached_tensor() + moved).unwrap()).unwrap();
+        }
+        let loss = || adapted.loss(&ids(1), &ids(2)).unwrap().loss;
+        let first = loss();
+        let grads = first.backward().unwrap();
+        flylora::audit(vars(&adapted), &grads).unwrap();
+        let weights = adapted.weights();
+        let mut sgd = SGD::new(vars(&adapted).into_iter().map(|(_, var)| var).collect(), 0.3).unwrap();
+        for _ in 0..4 {
+            sgd.backward_step(&loss()).unwrap();
+        }
+        assert!(loss().to_scalar::<f32>().unwrap() < first.to_scalar::<f32>().unwrap(), "{kind}");
+        for (name, weight) in adapted.weights() {
+            assert!(grads.get(&weights[&name]).is_none());
+            assert_eq!(difference(&weight, &weights[&name]), 0.0, "{kind}: {name} moved");
+        }
+
+        let y = adapted.forward(&ids(3)).unwrap();
+        assert!(difference(&y, &plain.forward(&ids(3)).unwrap()) > 1e-3, "{kind}");
+        assert!(difference(&adapted.detach().forward(&ids(3)).unwrap(), &y) < 1e-5);
+        let dir = tempfile::tempdir().unwrap();
+        adapted.save_adapters(dir.path()).unwrap();
+        let mut loaded = plain.clone();
+        loaded.attach_from(dir.path()).unwrap();
+        assert!(difference(&loaded.forward(&ids(3)).unwrap(), &y) < 1e-5, "{kind}");
+        match adapted.merged().unwrap() {
+            None => assert!(matches!(kind, AdapterKind::FlyLora(_))),
+            Some(merged) => {
+                assert_eq!(adapted.merge_quality(), Merge::Exact);
+                assert!(merged.adapters().is_empty());
+                assert!(difference(&merged.forward(&ids(3)).unwrap(), &y) < 1e-4, "{kind}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_the_model_stays_as_it_was() {
+    let mut model = model();
+    let kind = AdapterKind::Lora(LoraConfig::default().with_r(4));
+    let error = model.attach(&kind, &Targets::names(["lm_head"])).unwrap_err().to_string();
+    assert!(error.contains("select none of the model's projections"), "{error}");
+    let huge = AdapterKind::Lora(LoraConfig::default().with_r(4000));
+    assert!(
+        model.attach(&huge, &Targets::all_linear()).unwrap_err().to_string().contains("r must be at most")
+    );
+    assert!(model.adapters().is_empty());
+
+    // Adapters of a model with more layers.
+    let mut larger = config();
+    larger.num_hidden_layers = 3;
+    let mut other = VesperLM::initialize(&larger, &VarMap::new(), 5, DType::F32, &Device::Cpu).unwrap();
+    other.attach(&kind, &Targets::names(["q_proj"])).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    other.save_adapters(dir.path()).unwrap();
+    let error = model.attach_from(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("no projection named model.layers.2.self_attn.q_proj"), "{error}");
+    assert!(model.adapters().is_empty());
+    assert!(model.save_adapters(dir.path()).unwrap_err().to_string().contains("no adapter"));
+}
+
+/// Adapters that PEFT trained, on a model that VesperLM loads as a Llama.
+#[test]
+fn adapters_of_peft_give_their_reference_logits() {
+    let Some(data) = std::env::var_os("VESPER_DATA").map(std::path::PathBuf::from) else {
+        println!("skipped: adapters_of_peft_give_their_reference_logits (VESPER_DATA is not set)");
+        return;
+    };
+    for name in ["stories260K-lora-qv-r8", "stories260K-lora-all-linear-r4-rslora"] {
+        let dir = data.join("peft").join(name);
+        let text = std::fs::read_to_string(dir.join("reference_logits.json")).unwrap();
+        let reference: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let numbers = |field: &str| -> Vec<f32> {
+            reference[field].as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect()
+        };
+        let folder = data.join("models/stories260K");
+        let mut model = VesperLM::load(folder, DType::F32, &Device::Cpu).unwrap();
+        model.attach_from(&dir).unwrap();
+        let ids: Vec<u32> = numbers("prompt_ids").iter().map(|id| *id as u32).collect();
+        let ids = Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+        let want = Tensor::new(numbers("last_logits"), &Device::Cpu).unwrap();
+        for model in [model.merged().unwrap().unwrap(), model] {
+            let logits = model.forward(&ids).unwrap();
+            let last = logits.squeeze(0).unwrap().get(ids.dim(1).unwrap() - 1).unwrap();
+            assert!(difference(&last, &want) < 1e-4, "{name}: {}", difference(&last, &want));
+        }
+    }
+}
