@@ -72,11 +72,12 @@ fn describe(inspect: &Inspect) -> Result<()> {
         let lines = access::describe(path)?;
         if inspect.json {
             let object: serde_json::Map<String, serde_json::Value> =
-                lines.into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect();
+                lines.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
             say!("{}", serde_json::to_string(&object)?);
         } else {
             for (name, value) in lines {
-                say!("{name:<22} {value}");
+                let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                say!("{:<22} {value}", name.replace('_', " "));
             }
         }
     }

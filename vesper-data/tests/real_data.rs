@@ -1,6 +1,6 @@
 //! Real tokenizers and texts, from the folder that the environment variable VESPER_DATA names.
 // The helpers of tests may panic as the tests themselves do.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
 
 use std::path::PathBuf;
 

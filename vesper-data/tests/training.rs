@@ -196,6 +196,23 @@ fn settings_out_of_range_and_text_without_words_are_refused() {
 }
 
 #[test]
+fn text_that_spells_special_tokens_teaches_none_of_them() {
+    let text = "<s> <mask> </s>x <pad> ".repeat(50);
+    for algorithm in [Algorithm::Bpe, Algorithm::Unigram] {
+        let config = TrainConfig::default()
+            .with_algorithm(algorithm)
+            .with_layout(TokenLayout::Camembert)
+            .with_vocab_size(400);
+        let tokenizer = TextTokenizer::train([Ok(&text)], &config, |_| {}).unwrap();
+        let last = u32::try_from(tokenizer.vocab_size()).unwrap() - 1;
+        assert_eq!(tokenizer.token_to_id("<mask>"), Some(last));
+        let names: Vec<String> = (0..=last).map(|id| tokenizer.id_to_token(id).unwrap()).collect();
+        assert!(["<s>", "<mask>", "</s>"].iter().all(|name| names.iter().filter(|n| n == name).count() == 1));
+        assert_eq!(tokenizer.encode("<s>").unwrap(), [5]);
+    }
+}
+
+#[test]
 fn progress_is_told_from_the_first_document_to_the_last_token() {
     let mut seen = Vec::new();
     let config = TrainConfig::default().with_vocab_size(600);

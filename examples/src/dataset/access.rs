@@ -6,6 +6,7 @@ use std::time::Instant;
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use serde_json::Value;
 use vesper_data::tokenizer::TrainProgress;
 use vesper_data::{Document, Documents, Sources, TextTokenizer, TokenCache, TrainConfig};
 
@@ -35,6 +36,10 @@ pub struct Counts {
     pub records_skipped: u64,
     /// Questions, where the files hold questions about texts.
     pub questions: Option<u64>,
+    /// Those of the questions that the text does not answer.
+    pub impossible_questions: Option<u64>,
+    /// Answers that are not where the file says, but elsewhere in the text.
+    pub wrong_answer_offsets: Option<u64>,
     /// Bytes of text, without what the file formats put around it.
     pub bytes: u64,
     /// Characters.
@@ -42,8 +47,11 @@ pub struct Counts {
 }
 
 /// The files and folders, as they are to be read.
-pub fn sources(text: &Text) -> Sources {
-    Sources::new(text.paths())
+///
+/// # Errors
+/// Flags that contradict each other.
+pub fn sources(text: &Text) -> Result<Sources> {
+    Ok(Sources::new(text.paths()).with_settings(text.read.settings()?))
 }
 
 /// The documents.
@@ -67,14 +75,20 @@ pub fn counts(sources: &Sources) -> Result<Counts> {
         counts.bytes += text.len() as u64;
         counts.characters += text.chars().count() as u64;
     }
-    (counts.records_skipped, counts.questions) = report(&documents);
-    Ok(counts)
-}
-
-/// What the readers say about the records: how many were passed over, and how many questions there were.
-fn report(documents: &Documents) -> (u64, Option<u64>) {
     let report = documents.report();
-    (report.skipped(), Some(report.questions()).filter(|&questions| questions > 0))
+    counts.records_skipped = report.skipped();
+    if report.questions() > 0 {
+        counts.questions = Some(report.questions());
+        counts.impossible_questions = Some(report.impossible());
+        counts.wrong_answer_offsets = Some(report.wrong_offsets());
+    }
+    for message in report.messages() {
+        crate::note!("skipped: {message}");
+    }
+    for note in report.notes() {
+        crate::note!("note: {note}");
+    }
+    Ok(counts)
 }
 
 /// The tokens of text, from its cache where there is one.
@@ -83,7 +97,7 @@ fn report(documents: &Documents) -> (u64, Option<u64>) {
 /// Names what cannot be read or written.
 pub fn open(text: &Text) -> Result<Opened> {
     let started = Instant::now();
-    let sources = sources(text);
+    let sources = sources(text)?;
     let bytes = file_bytes(&sources)?;
     let tokenizer = tokenizer(text, &sources, bytes)?;
     crate::files::create_dir(&text.cache)?;
@@ -142,26 +156,26 @@ fn bar(bytes: u64, message: &'static str) -> ProgressBar {
     bar
 }
 
-/// What a cache says about itself, as lines of name and value, once all of its checksums are verified.
+/// What a cache says about itself, by name, once all of its checksums are verified.
 ///
 /// # Errors
 /// A folder that is no cache, or a damaged one.
-pub fn describe(path: &Path) -> Result<Vec<(&'static str, String)>> {
+pub fn describe(path: &Path) -> Result<Vec<(&'static str, Value)>> {
     let cache = TokenCache::open(path)?;
     cache.verify()?;
     let key = cache.key();
     let hex = |digest: [u8; 32]| digest.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
     Ok(vec![
-        ("cache", cache.path().display().to_string()),
-        ("shards", cache.shards().len().to_string()),
-        ("documents", cache.document_count().to_string()),
-        ("tokens", cache.len().to_string()),
-        ("unknown tokens", cache.unknown_tokens().to_string()),
-        ("records skipped", cache.skipped_records().to_string()),
-        ("bytes of text", cache.text_bytes().to_string()),
-        ("vocabulary", key.vocab_size.to_string()),
-        ("bytes a token", if key.vocab_size <= 1 << 16 { "2" } else { "4" }.to_owned()),
-        ("sources, SHA-256", hex(key.content)),
-        ("tokenizer, SHA-256", hex(key.tokenizer)),
+        ("cache", cache.path().display().to_string().into()),
+        ("shards", cache.shards().len().into()),
+        ("documents", cache.document_count().into()),
+        ("tokens", cache.len().into()),
+        ("unknown_tokens", cache.unknown_tokens().into()),
+        ("records_skipped", cache.skipped_records().into()),
+        ("bytes", cache.text_bytes().into()),
+        ("vocab_size", key.vocab_size.into()),
+        ("token_bytes", if key.vocab_size <= 1 << 16 { 2 } else { 4 }.into()),
+        ("sources_sha256", hex(key.content).into()),
+        ("tokenizer_sha256", hex(key.tokenizer).into()),
     ])
 }

@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::de::DeserializeOwned;
-use vesper_data::TrainConfig;
 use vesper_data::french::{
     Apostrophes, Cleanup, Composition, Dashes, Ellipses, Invisible, Ligatures, Quotes, Spaces,
 };
 use vesper_data::sizing::{Law, LossFit};
+use vesper_data::source::{BrokenRecords, FormatKind, LossOn, SquadDocuments};
 use vesper_data::tokenizer::{Algorithm, TokenLayout};
+use vesper_data::{ReadSettings, TrainConfig};
 
 /// Look at text as a model will see it: tokens, statistics, samples, and what to train on it.
 #[derive(Debug, Clone, Parser)]
@@ -65,6 +66,66 @@ pub struct Text {
     /// Folder of the token caches
     #[arg(long, value_name = "DIR", default_value = "data-cache")]
     pub cache: PathBuf,
+    /// How the files are read
+    #[command(flatten)]
+    pub read: Read,
+}
+
+/// How files are read.
+#[derive(Debug, Clone, Args)]
+pub struct Read {
+    /// The format of every file [default: by each file's content and name]
+    #[arg(long, value_name = "NAME", value_parser = named::<FormatKind>)]
+    pub format: Option<FormatKind>,
+    /// Where the text of a JSON or Parquet record is, such as `text` or `page.body` [default: by the fields' names]
+    #[arg(long, value_name = "FIELD")]
+    pub text_field: Option<String>,
+    /// Where in a JSON document its list of records is [default: the document is the list]
+    #[arg(long, value_name = "FIELD")]
+    pub records: Option<String>,
+    /// What a document of a SQuAD file is: pairs (of question and answer) or paragraphs [default: pairs]
+    #[arg(long, value_name = "KIND", value_parser = named::<SquadDocuments>)]
+    pub squad: Option<SquadDocuments>,
+    /// What counts in the loss where there are answers: answers or everything [default: answers]
+    #[arg(long, value_name = "PART", value_parser = named::<LossOn>)]
+    pub loss: Option<LossOn>,
+    /// How many broken records are passed over and reported before one is an error: a number or any
+    #[arg(long, value_name = "N", default_value = "1000", value_parser = broken)]
+    pub broken: BrokenRecords,
+}
+
+impl Read {
+    /// The flags as settings.
+    ///
+    /// # Errors
+    /// A flag that is out of range.
+    pub fn settings(&self) -> Result<ReadSettings> {
+        let mut settings = ReadSettings::default().with_broken(self.broken);
+        settings.format = self.format;
+        if let Some(field) = &self.text_field {
+            settings = settings.with_text(field.as_str());
+        }
+        if let Some(field) = &self.records {
+            settings = settings.with_records(field.as_str());
+        }
+        settings.squad = self.squad.unwrap_or_default();
+        settings.loss = self.loss.unwrap_or_default();
+        settings.validate()?;
+        Ok(settings)
+    }
+}
+
+/// A number of broken records, or any.
+fn broken(value: &str) -> Result<BrokenRecords, String> {
+    match value {
+        "any" => Ok(BrokenRecords::Any),
+        _ => value.parse().map(BrokenRecords::AtMost).map_err(|_| "expected a number, or any".to_owned()),
+    }
+}
+
+/// A choice by the name that the settings have for it.
+fn named<T: DeserializeOwned>(name: &str) -> Result<T, String> {
+    serde_json::from_value(name.into()).map_err(|error| error.to_string())
 }
 
 /// A kind of tokenizer to train.

@@ -118,7 +118,12 @@ impl Stats {
             number("records skipped", counts.records_skipped.to_string());
         }
         if let Some(questions) = counts.questions {
-            number("questions", questions.to_string());
+            let (impossible, wrong) = (counts.impossible_questions, counts.wrong_answer_offsets);
+            let (impossible, wrong) = (impossible.unwrap_or(0), wrong.unwrap_or(0));
+            number(
+                "questions",
+                format!("{questions}, {impossible} of them impossible, {wrong} answers misplaced"),
+            );
         }
         number("bytes", counts.bytes.to_string());
         number("characters", counts.characters.to_string());

@@ -54,7 +54,8 @@ fn a_cache_is_built_once_and_says_what_it_is() {
         "{lines}"
     );
     let object = json(&succeeds("data", dir, &["inspect", "--json", cache]));
-    assert_eq!(object["documents"], "1");
+    assert_eq!((&object["documents"], &object["token_bytes"]), (&1.into(), &2.into()));
+    assert!((30.0..=60.0).contains(&number(&object["vocab_size"])), "{object}");
     fails("data", dir, &["inspect", "text.txt"], &["text.txt", "token cache"]);
 }
 

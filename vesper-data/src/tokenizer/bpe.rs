@@ -160,6 +160,7 @@ pub(super) fn train(
     let mut merges: Vec<Pair> = Vec::new();
     let mut merged: HashMap<Pair, u32> = HashMap::new();
     let last = layout.last();
+    let specials = [layout.first(Pieces::Bytes), last].concat();
     while tokens.len() + last.len() < vocab_size {
         if merges.len().is_multiple_of(REPORT) {
             progress(TrainProgress::Merging { tokens: tokens.len(), vocab_size });
@@ -167,6 +168,10 @@ pub(super) fn train(
         let Some(pair) = pairs.pop() else { break };
         let name = |id: u32| tokens.get(id as usize).map_or("", String::as_str);
         let joined = [name(pair.0), name(pair.1)].concat();
+        // Text that spells a special token becomes that token before it is cut into words.
+        if specials.contains(&joined.as_str()) {
+            continue;
+        }
         // The same string can come from two pairs: (ab, c) and (a, bc).
         let id = *id_of.entry(joined.clone()).or_insert(tokens.len() as u32);
         if id as usize == tokens.len() {

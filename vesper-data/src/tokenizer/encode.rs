@@ -311,7 +311,7 @@ mod tests {
     }
 
     /// A BPE that takes the text as one word, as Llama's does, with every byte as a token of its own.
-    fn llama() -> TextTokenizer {
+    fn llama(metaspace: bool) -> TextTokenizer {
         let mut vocab: Vec<String> = ["<s>", "</s>", "\u{2581}", "a", "b", "c"].map(str::to_owned).into();
         vocab.extend((0..=255_u8).map(|byte| format!("<0x{byte:02X}>")));
         let merges = [
@@ -326,7 +326,7 @@ mod tests {
         vocab.extend(merges.iter().map(|pair| pair.concat()));
         let vocab: serde_json::Map<String, serde_json::Value> =
             vocab.into_iter().enumerate().map(|(id, token)| (token, id.into())).collect();
-        let json = serde_json::json!({
+        let mut json = serde_json::json!({
             "version": "1.0",
             "added_tokens": [{"id": 0, "content": "<s>", "special": true, "lstrip": false, "rstrip": false,
                 "single_word": false, "normalized": false}],
@@ -337,6 +337,12 @@ mod tests {
             "model": {"type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": true, "fuse_unk": true,
                 "unk_token": "<s>"},
         });
+        if metaspace {
+            json["normalizer"] = serde_json::Value::Null;
+            json["pre_tokenizer"] = serde_json::json!(
+                {"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "first", "split": false}
+            );
+        }
         let tokenizer =
             TextTokenizer::new(serde_json::from_value(json).unwrap(), serde_json::Map::new()).unwrap();
         assert_eq!(tokenizer.segments, Segments::Spaces);
@@ -391,8 +397,8 @@ mod tests {
             bytes in 1..12_usize,
             numbers in prop::collection::vec(any::<usize>(), 0..6),
         ) {
-            thread_local!(static TOKENIZERS: [TextTokenizer; 3] =
-                [unigram("always"), unigram("first"), llama()]);
+            thread_local!(static TOKENIZERS: [TextTokenizer; 4] =
+                [unigram("always"), unigram("first"), llama(false), llama(true)]);
             let loss = ranges(&text, numbers);
             TOKENIZERS.with(|tokenizers| {
                 for tokenizer in tokenizers {

@@ -87,12 +87,13 @@ impl<'a> Counter<'a> {
     /// Drops the rarest words where there are too many different ones, until half of the limit is free: names,
     /// numbers and misspellings, which a vocabulary is too small for anyway.
     fn forget_rare_words(&mut self) {
-        let mut rare = 1;
-        let keep = if self.counts.len() > self.limit { self.limit / 2 } else { return };
-        while self.counts.len() > keep {
-            self.counts.retain(|_, count| *count > rare);
-            rare *= 2;
+        if self.counts.len() <= self.limit {
+            return;
         }
+        let mut words: Vec<(String, u64)> = self.counts.drain().collect();
+        words.sort_unstable_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+        words.truncate(self.limit / 2);
+        self.counts.extend(words);
     }
 }
 
@@ -124,7 +125,7 @@ mod tests {
         for round in 0..20 {
             let rare: Vec<String> = (0..30).map(|word| format!("rare{}", 30 * round + word)).collect();
             counter.add(&[format!("{} often", rare.join(" "))]).unwrap();
-            assert!(counter.counts.len() <= 100 + 62, "{}", counter.counts.len());
+            assert!((50..=100).contains(&counter.counts.len()) || round == 0, "{}", counter.counts.len());
         }
         assert_eq!(counter.counts.get("Ġoften"), Some(&20));
     }
