@@ -412,3 +412,39 @@ fn a_cache_without_documents_is_empty() {
     drop(build(only_empty.path(), 300, 64, &plain(&[vec![], vec![]])).unwrap());
     assert_eq!(read(only_empty.path()).unwrap(), (vec![], vec![0..0, 0..0], vec![]));
 }
+
+/// The digests are those of `golden/cache_format.py`, which writes the files from the format's description and knows
+/// nothing of this crate.
+#[test]
+fn the_bytes_are_those_of_the_description() {
+    type Loss = Option<Vec<Range<usize>>>;
+    let narrow: Vec<(Vec<u32>, Loss, u64)> = vec![
+        (vec![1, 2, 3], None, 2),
+        (vec![299, 5, 6, 7], Some(vec![2..4]), 4),
+        (vec![], Some(vec![]), 0),
+        (vec![8; 5], Some(vec![]), 0),
+    ];
+    let wide: Vec<(Vec<u32>, Loss, u64)> =
+        vec![(vec![69_999, 1], None, 0), (vec![2, 3, 4], Some(vec![0..3]), 0)];
+    for (vocab_size, documents, expected) in [(300, narrow, GOLDEN_NARROW), (70_000, wide, GOLDEN_WIDE)] {
+        let folder = tempfile::tempdir().unwrap();
+        let key = CacheKey { content: [1; 32], tokenizer: [2; 32], vocab_size };
+        let documents = documents.into_iter().map(|(ids, loss, unknown)| Ok(Encoded { ids, unknown, loss }));
+        drop(TokenCache::build(folder.path(), key, documents).unwrap());
+        let digests = files(folder.path()).into_iter().rev().map(|file| {
+            use sha2::{Digest, Sha256};
+            let digest = Sha256::digest(std::fs::read(file).unwrap());
+            digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+        });
+        assert_eq!(digests.collect::<Vec<_>>(), expected);
+    }
+}
+
+const GOLDEN_NARROW: [&str; 2] = [
+    "7f533f00e057181e293f098bc3a7decf3c208e23486cea2ad93d151b83ea1609",
+    "0bbca4c32aa5364bdc9f35a3e81657650b9abdf3155c8844b90c3c065edaf7ca",
+];
+const GOLDEN_WIDE: [&str; 2] = [
+    "6c5d43992ff3c1863cdf860c726ea795d3cdfd855f9f76a2cac596611871952b",
+    "a4eb78d20b517c1cb07b020023c24af70d68ef3233f267cdd6c04aa8f548af19",
+];
