@@ -12,8 +12,10 @@ fn key(vocab_size: u64) -> CacheKey {
     CacheKey { content: [7; 32], tokenizer: [8; 32], vocab_size }
 }
 
+type Loss = Option<Vec<Range<usize>>>;
+
 /// Documents with or without ranges that the loss is taken over.
-type Documents = Vec<(Vec<u32>, Option<Vec<Range<usize>>>)>;
+type Documents = Vec<(Vec<u32>, Loss)>;
 
 fn plain(documents: &[Vec<u32>]) -> Documents {
     documents.iter().map(|ids| (ids.clone(), None)).collect()
@@ -163,7 +165,7 @@ fn sample() -> (tempfile::TempDir, Documents) {
     let folder = tempfile::tempdir().unwrap();
     let documents = vec![
         (vec![1, 2, 3], None),
-        (vec![299, 5, 6, 7], Some(vec![2..4])),
+        (vec![299, 5, 6, 7], Some(vec![2..3, 3..4])),
         (vec![8; 5], None),
         (vec![9], Some(vec![])),
     ];
@@ -193,6 +195,8 @@ fn every_single_byte_of_every_file_is_guarded() {
     assert_eq!(read(folder.path()).unwrap().0, good.0);
 }
 
+type Change = fn(&mut Vec<u8>);
+
 /// The message without the folder's own path.
 fn message(folder: &Path, error: &DataError) -> String {
     error.to_string().replace(folder.to_str().unwrap(), "CACHE").replace('\\', "/")
@@ -205,7 +209,6 @@ fn messages_name_the_file_and_say_what_was_found_and_expected() {
     let all = files(folder);
     let shard = all[1].file_name().unwrap().to_str().unwrap().to_owned();
     assert!(shard.ends_with("-00001.shard"), "{all:?}");
-    type Change = fn(&mut Vec<u8>);
     let cases: [(usize, Change, &str); 8] = [
         (
             2,
@@ -302,7 +305,6 @@ fn resealed(bytes: &mut [u8], digests: &[(usize, Range<usize>)]) {
 
 #[test]
 fn ids_and_indices_that_do_not_fit_are_noticed_behind_right_checksums() {
-    type Change = fn(&mut Vec<u8>);
     // Shard 0 of seven ids: 256..270, padding to 272, two documents to 304, one range to 320.
     let cases: [(Change, &str); 6] = [
         (|bytes| bytes[257] = 0xFF, "it holds id 65281, expected ids below 300"),
@@ -412,3 +414,38 @@ fn a_cache_without_documents_is_empty() {
     drop(build(only_empty.path(), 300, 64, &plain(&[vec![], vec![]])).unwrap());
     assert_eq!(read(only_empty.path()).unwrap(), (vec![], vec![0..0, 0..0], vec![]));
 }
+
+/// The digests are those of `golden/cache_format.py`, which writes the files from the format's description and knows
+/// nothing of this crate.
+#[test]
+fn the_bytes_are_those_of_the_description() {
+    let narrow: Vec<(Vec<u32>, Loss, u64)> = vec![
+        (vec![1, 2, 3], None, 2),
+        (vec![299, 5, 6, 7], Some(vec![2..3, 3..4]), 4),
+        (vec![], Some(vec![]), 0),
+        (vec![8; 5], Some(vec![]), 0),
+    ];
+    let wide: Vec<(Vec<u32>, Loss, u64)> =
+        vec![(vec![69_999, 1], None, 0), (vec![2, 3, 4], Some(vec![0..1, 1..3]), 0)];
+    for (vocab_size, documents, expected) in [(300, narrow, GOLDEN_NARROW), (70_000, wide, GOLDEN_WIDE)] {
+        let folder = tempfile::tempdir().unwrap();
+        let key = CacheKey { content: [1; 32], tokenizer: [2; 32], vocab_size };
+        let documents = documents.into_iter().map(|(ids, loss, unknown)| Ok(Encoded { ids, unknown, loss }));
+        drop(TokenCache::build(folder.path(), key, documents).unwrap());
+        let digests = files(folder.path()).into_iter().rev().map(|file| {
+            use sha2::{Digest, Sha256};
+            let digest = Sha256::digest(std::fs::read(file).unwrap());
+            digest.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
+        });
+        assert_eq!(digests.collect::<Vec<_>>(), expected);
+    }
+}
+
+const GOLDEN_NARROW: [&str; 2] = [
+    "7f533f00e057181e293f098bc3a7decf3c208e23486cea2ad93d151b83ea1609",
+    "0bbca4c32aa5364bdc9f35a3e81657650b9abdf3155c8844b90c3c065edaf7ca",
+];
+const GOLDEN_WIDE: [&str; 2] = [
+    "6c5d43992ff3c1863cdf860c726ea795d3cdfd855f9f76a2cac596611871952b",
+    "a4eb78d20b517c1cb07b020023c24af70d68ef3233f267cdd6c04aa8f548af19",
+];

@@ -209,7 +209,7 @@ fn the_mask_lets_each_token_see_its_own_document_only() {
 
 #[test]
 fn targets_that_the_loss_leaves_out_are_ignored_and_counted() {
-    let pair = Encoded { ids: vec![1, 2, 3, 4, 5], unknown: 0, loss: Some(vec![3..5]) };
+    let pair = Encoded { ids: vec![1, 2, 3, 4, 5], unknown: 0, loss: Some(vec![3..4, 4..5]) };
     let tokens = Tokens::from_documents([Ok(pair)]).unwrap();
     let batch = PackedSampler::new(tokens, config(1, 6)).unwrap().next_batch(&Device::Cpu).unwrap();
     assert_eq!(numbers(&batch.inputs), [[1, 2, 3, 4, 0, 0]]);

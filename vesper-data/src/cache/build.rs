@@ -249,11 +249,10 @@ impl<'a> CacheBuilder<'a> {
         };
         let mut documents = sources.documents()?;
         let report = documents.report();
-        let mut counted = documents.by_ref().map(|document: Result<Document>| {
-            if let Ok(document) = &document {
+        let mut counted = documents.by_ref().inspect(|document: &Result<Document>| {
+            if let Ok(document) = document {
                 bytes.fetch_add(document.text.len() as u64, Ordering::Relaxed);
             }
-            document
         });
         for document in 0..done.documents {
             reporter.progress.documents = document;

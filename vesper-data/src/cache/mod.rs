@@ -276,7 +276,7 @@ impl TokenCache {
         self.in_shards(range, &mut |shard, part| {
             let first = shard.tokens().start;
             shard.ignored(part.start - first..part.end - first, &mut |own| {
-                f(own.start + first..own.end + first)
+                f(own.start + first..own.end + first);
             })
         })
     }

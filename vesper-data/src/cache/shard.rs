@@ -95,7 +95,7 @@ impl ShardHeader {
         let ignored = self.ignored.checked_mul(IGNORED_BYTES)?;
         let bytes =
             (HEADER_BYTES as u64).checked_add(self.id_bytes()?)?.checked_add(index)?.checked_add(ignored)?;
-        (bytes <= isize::MAX as u64).then_some(bytes)
+        isize::try_from(bytes).is_ok().then_some(bytes)
     }
 
     /// What the manifest keeps of it.
