@@ -62,7 +62,7 @@ impl Documents {
 
     pub(super) fn of_files(files: Vec<SourceFile>, first: PathBuf, context: Context) -> Self {
         let report = context.report.clone();
-        let files = Files { files: files.into(), current: None, first, any: false, skipped: 0, context };
+        let files = Files { rest: files.into(), current: None, first, any: false, skipped: 0, context };
         Self { reading: Reading::Files(files), report, counts: true, done: false }
     }
 
@@ -102,7 +102,7 @@ impl std::fmt::Debug for Documents {
         let mut debug = f.debug_struct("Documents");
         if let Reading::Files(files) = &self.reading {
             debug.field("current", &files.current.as_ref().map(|open| &open.file.path));
-            debug.field("rest", &files.files.len());
+            debug.field("rest", &files.rest.len());
         }
         debug.field("report", &self.report).finish_non_exhaustive()
     }
@@ -110,7 +110,7 @@ impl std::fmt::Debug for Documents {
 
 /// The documents of files.
 struct Files {
-    files: VecDeque<SourceFile>,
+    rest: VecDeque<SourceFile>,
     current: Option<OpenFile>,
     /// The first path that was named, for the message when there is no text at all.
     first: PathBuf,
@@ -132,7 +132,7 @@ impl Files {
     fn advance(&mut self) -> Result<Option<Document>> {
         loop {
             let Some(current) = &mut self.current else {
-                let Some(file) = self.files.pop_front() else {
+                let Some(file) = self.rest.pop_front() else {
                     if self.any {
                         return Ok(None);
                     }

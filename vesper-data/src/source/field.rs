@@ -193,8 +193,8 @@ mod tests {
 
     use super::*;
 
-    fn take(path: &str, record: Value) -> Result<String, String> {
-        FieldPath::from(path).text(&record)
+    fn take(path: &str, record: &Value) -> Result<String, String> {
+        FieldPath::from(path).text(record)
     }
 
     #[test]
@@ -213,7 +213,7 @@ mod tests {
             ("a.f", ""),
             ("/x~1y/~0", "6"),
         ] {
-            assert_eq!(take(path, record.clone()).unwrap(), expected, "{path}");
+            assert_eq!(take(path, &record).unwrap(), expected, "{path}");
         }
     }
 
@@ -229,12 +229,12 @@ mod tests {
             ("a.c.7", "the element \"a.c.7\" is missing (the list of \"a.c\" has 2)"),
             ("e", "\"e\" is a boolean, expected a string"),
         ] {
-            assert_eq!(take(path, record.clone()).unwrap_err(), expected);
+            assert_eq!(take(path, &record).unwrap_err(), expected);
             if let Ok(value) = FieldPath::from(path).get(&record) {
                 assert!(!value.is_string(), "{path}");
             }
         }
-        assert_eq!(take("x", json!([])).unwrap(), "");
-        assert_eq!(take("x", json!(7)).unwrap_err(), "expected an object with \"x\", got a number");
+        assert_eq!(take("x", &json!([])).unwrap(), "");
+        assert_eq!(take("x", &json!(7)).unwrap_err(), "expected an object with \"x\", got a number");
     }
 }

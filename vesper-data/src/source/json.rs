@@ -62,7 +62,7 @@ impl Elements {
                 }
                 State::Single => {
                     self.state = State::Done;
-                    let document = self.record();
+                    let document = self.record().map_err(hint);
                     // A broken record is one whether or not more comes behind it.
                     self.stream.finish()?;
                     return document;
@@ -133,7 +133,18 @@ impl Elements {
             .bytes
             .ok_or_else(|| too_long("record", limit))
             .and_then(|bytes| record::parse(&bytes, Some(value.line)))
-            .and_then(|record| record::document(record, &self.context, path, place))
+            .and_then(|record| record::document(&record, &self.context, path, place))
             .map_err(|problem| DataError::Record { path: path.to_path_buf(), place: place(), problem })
+    }
+}
+
+/// Where the whole document is the one record: what it may be instead.
+fn hint(error: DataError) -> DataError {
+    match error {
+        DataError::Record { path, place, problem } => {
+            let problem = format!("{problem}; the setting \"records\" names a list within the document");
+            DataError::Record { path, place, problem }
+        }
+        other => other,
     }
 }

@@ -279,7 +279,7 @@ fn closing(open: u8) -> u8 {
 }
 
 fn breaks(bytes: &[u8]) -> u64 {
-    bytes.iter().filter(|byte| **byte == b'\n').count() as u64
+    bytes.split(|byte| *byte == b'\n').skip(1).count() as u64
 }
 
 fn name(byte: Option<u8>) -> String {

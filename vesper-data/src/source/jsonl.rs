@@ -35,7 +35,7 @@ fn next_document(lines: &mut Lines, context: &Context) -> Result<Option<Document
         }
         let place = || Place::Line(lines.number());
         let document = record::parse(line.as_bytes(), None)
-            .and_then(|value| record::document(value, context, lines.path(), place))
+            .and_then(|value| record::document(&value, context, lines.path(), place))
             .map_err(|problem| lines.broken(lines.number(), problem))?;
         if document.is_some() {
             return Ok(document);

@@ -97,7 +97,7 @@ pub(super) fn render<'a>(turns: impl IntoIterator<Item = Turn<'a>>, loss: LossOn
         if !text.is_empty() {
             text.push_str("\n\n");
         }
-        ranges.extend(open.take().map(|start| start..text.len()));
+        close(&mut ranges, open.take(), text.len());
         text.push_str(turn.label);
         open = turn.answer.then_some(text.len());
         if !turn.label.is_empty() {
@@ -105,8 +105,17 @@ pub(super) fn render<'a>(turns: impl IntoIterator<Item = Turn<'a>>, loss: LossOn
         }
         text.push_str(&turn.text);
     }
-    ranges.extend(open.map(|start| start..text.len()));
+    close(&mut ranges, open, text.len());
     Rendered { text, loss: (loss == LossOn::Answers).then_some(ranges) }
+}
+
+/// Ends the range that begins at `start`, if one does. Ranges that touch become one.
+fn close(ranges: &mut Vec<Range<usize>>, start: Option<usize>, end: usize) {
+    match (start, ranges.last_mut()) {
+        (Some(start), Some(last)) if last.end == start => last.end = end,
+        (Some(start), _) => ranges.push(start..end),
+        (None, _) => {}
+    }
 }
 
 #[cfg(test)]
@@ -129,6 +138,12 @@ mod tests {
         assert_eq!(text, "Contexte.\n\nQ: un ?\n\nA: é\n\nA: deux");
         let learned: Vec<&str> = loss.unwrap().into_iter().map(|range| &text[range]).collect();
         assert_eq!(learned, [" é\n\n", " deux"]);
+        let unlabelled =
+            render([turn("", "a", true), turn("", "b", true), turn("", "c", false)], LossOn::Answers);
+        assert_eq!(
+            (unlabelled.text.as_str(), unlabelled.loss.unwrap().as_slice()),
+            ("a\n\nb\n\nc", &[0..6][..])
+        );
         assert_eq!(render(turns(), LossOn::Everything).loss, None);
         assert_eq!(render([], LossOn::Answers).loss, Some(vec![]));
     }

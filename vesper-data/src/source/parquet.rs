@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use parquet::basic::{Compression, ConvertedType};
+use parquet::file::metadata::RowGroupMetaData;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use parquet::record::reader::RowIter;
@@ -40,14 +41,14 @@ impl Format for Parquet {
         let path = input.path().clone();
         // The end of the file is read first: it says what is where.
         drop(input);
-        let rows = open(&path, context)?;
-        let mut reader = Rows { rows, path, context: context.clone(), number: 0 };
+        let iter = open(&path, context)?;
+        let mut reader = Rows { iter, path, context: context.clone(), number: 0 };
         Ok(Box::new(std::iter::from_fn(move || reader.next_document().transpose())))
     }
 }
 
 struct Rows {
-    rows: RowIter<'static>,
+    iter: RowIter<'static>,
     path: Arc<Path>,
     context: Context,
     /// The number of the row that was read last, from 1.
@@ -57,12 +58,12 @@ struct Rows {
 impl Rows {
     fn next_document(&mut self) -> Result<Option<Document>> {
         loop {
-            let row = guarded(&self.path, || self.rows.next().transpose())?;
+            let row = guarded(&self.path, || self.iter.next().transpose())?;
             let Some(row) = row else { return Ok(None) };
             self.number += 1;
             let place = || Place::Row(self.number);
             let document = fields(row.into_columns().into_iter())
-                .and_then(|row| record::document(row, &self.context, &self.path, place))
+                .and_then(|row| record::document(&row, &self.context, &self.path, place))
                 .map_err(|problem| DataError::Record {
                     path: self.path.to_path_buf(),
                     place: place(),
@@ -142,7 +143,7 @@ fn check_codecs(path: &Path, reader: &SerializedFileReader<File>, columns: &[Str
     if cfg!(feature = "parquet-zstd") {
         return Ok(());
     }
-    let zstd = reader.metadata().row_groups().iter().flat_map(|group| group.columns()).any(|column| {
+    let zstd = reader.metadata().row_groups().iter().flat_map(RowGroupMetaData::columns).any(|column| {
         let name = column.column_path().parts().first();
         matches!(column.compression(), Compression::ZSTD(_))
             && name.is_some_and(|name| columns.contains(name))

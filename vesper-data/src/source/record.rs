@@ -92,31 +92,31 @@ pub(super) fn parse(bytes: &[u8], line: Option<u64>) -> Result<Value, String> {
 
 /// The document of a record; `None` if it is blank, or what is wrong with it.
 pub(super) fn document(
-    record: Value,
+    record: &Value,
     context: &Context,
     path: &Arc<Path>,
     place: impl Fn() -> Place,
 ) -> Result<Option<Document>, String> {
-    let Value::Object(fields) = &record else {
-        return Err(format!("expected an object like {{\"text\": \"...\"}}, got {}", kind(&record)));
+    let Value::Object(fields) = record else {
+        return Err(format!("expected an object like {{\"text\": \"...\"}}, got {}", kind(record)));
     };
     let settings = &context.settings;
     let labels = &settings.labels;
     let rendered = match Layout::of(&settings.fields, |name| fields.contains_key(name)) {
-        Layout::Text(path) => Rendered { text: path.text(&record)?, loss: None },
-        Layout::Chat(path) => render(messages(path.get(&record)?, path.as_str(), labels)?, settings.loss),
+        Layout::Text(path) => Rendered { text: path.text(record)?, loss: None },
+        Layout::Chat(path) => render(messages(path.get(record)?, path.as_str(), labels)?, settings.loss),
         Layout::Instruction { instruction, input, output } => {
-            let mut request = instruction.text(&record)?;
+            let mut request = instruction.text(record)?;
             // An input may be missing or null, as it may be blank.
             if let Some(input) = input
-                && input.get(&record).is_ok_and(|value| !value.is_null())
+                && input.get(record).is_ok_and(|value| !value.is_null())
             {
-                let input = input.text(&record)?;
+                let input = input.text(record)?;
                 if !input.trim().is_empty() {
                     request = format!("{request}\n\n{input}");
                 }
             }
-            let answer = output.text(&record)?;
+            let answer = output.text(record)?;
             if answer.trim().is_empty() {
                 return Err(format!("{:?} is blank", output.as_str()));
             }
@@ -126,7 +126,7 @@ pub(super) fn document(
             ];
             render(turns, settings.loss)
         }
-        Layout::Question => squad::record(&record, context, path, &place)?,
+        Layout::Question => squad::record(record, context, path, &place)?,
     };
     let line = match place() {
         Place::Line(line) | Place::Row(line) | Place::Record { line, .. } | Place::Question { line, .. } => {

@@ -3,7 +3,7 @@
 use vesper_data::source::{Fields, Labels, LossOn};
 use vesper_data::{Document, ReadSettings};
 
-use crate::{learned, message, read_with, texts};
+use crate::{learned, message, read_with};
 
 fn one(line: &str, settings: ReadSettings) -> Document {
     let mut documents = read_with("a.jsonl", line.as_bytes(), settings).unwrap();
@@ -77,7 +77,7 @@ fn an_answer_of_weight_zero_is_not_learned() {
 fn a_text_is_taken_before_a_conversation() {
     let line = r#"{"text": "t", "messages": [], "instruction": "i", "output": "o"}"#;
     let document = one(line, ReadSettings::default());
-    assert_eq!((texts(&[document.clone()])[0], document.loss), ("t", None));
+    assert_eq!((document.text.as_str(), document.loss), ("t", None));
 }
 
 #[test]

@@ -59,12 +59,9 @@ proptest! {
             .iter()
             .map(|turns| turns.iter().map(|turn| format!("[a:] {turn}x")).collect::<Vec<_>>().join("\n"))
             .collect();
-        let mut text = String::new();
-        for (document, blank) in documents.iter().zip(&blanks) {
-            text += &format!("{document}\n{blank}\n");
-        }
+        let text = documents.iter().zip(&blanks).map(|(document, blank)| format!("{document}\n{blank}\n"));
+        let text = text.collect::<Vec<_>>().concat();
         let read: Vec<String> = read_file("a.txt", text.as_bytes()).unwrap().into_iter().map(|(text, _)| text).collect();
-        // Blanks that are left before a turn on its line belong to no conversation's first turn: they are none.
         prop_assert_eq!(read, documents);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use vesper_data::source::{TextDocuments, content_digest};
+use vesper_data::source::{BrokenRecords, FormatKind, TextDocuments, content_digest};
 use vesper_data::{DataError, Document, Documents, Place, ReadSettings, Result, Sources};
 
 use crate::{folder, message, read, read_file, read_with, texts};
@@ -197,6 +197,28 @@ fn a_file_that_is_named_and_found_is_read_as_often_as_it_is_named() {
     assert_eq!(sources.files().unwrap().len(), 4);
     let documents: Vec<Document> = sources.documents().unwrap().map(Result::unwrap).collect();
     assert_eq!(texts(&documents), ["a", "a", "b", "a"]);
+}
+
+#[test]
+fn the_digest_of_settings_follows_what_decides_the_documents_and_nothing_else() {
+    let digest = |files: &[(&str, &[u8])], settings: ReadSettings| {
+        let folder = folder(files);
+        Sources::new([folder.path()]).with_settings(settings).settings_digest().unwrap()
+    };
+    let settings = ReadSettings::default;
+    let files: &[(&str, &[u8])] = &[("a.txt", b"a"), ("b.jsonl", b"b")];
+    let first = digest(files, settings());
+    assert_eq!(first, digest(&[("x.md", b"other"), ("y.ndjson", b"words")], settings()));
+    assert_eq!(first, digest(files, settings().with_broken(BrokenRecords::Any)));
+    assert_ne!(first, digest(files, settings().with_text("body")));
+    assert_ne!(first, digest(files, settings().with_text_documents(TextDocuments::Lines)));
+    assert_ne!(first, digest(files, settings().with_max_record_bytes(10)));
+    assert_ne!(first, digest(&[("a.txt", b"[a:] b"), ("b.jsonl", b"b")], settings()));
+    assert_ne!(first, digest(&[("b.jsonl", b"b"), ("c.txt", b"a")], settings()));
+    assert_ne!(first, digest(&files[..1], settings()));
+    let text = digest(&files[..1], settings());
+    assert_eq!(text, digest(&files[..1], settings().with_format(FormatKind::Text)));
+    assert!(Sources::new(["none.txt"]).settings_digest().is_err());
 }
 
 #[test]

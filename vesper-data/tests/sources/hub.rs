@@ -9,6 +9,8 @@ use sha2::{Digest, Sha256};
 use vesper_data::source::Hub;
 use vesper_data::{DataError, Result, Sources};
 
+use crate::hex;
+
 const SHA: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// What the server does, and was asked.
@@ -107,7 +109,7 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
     let (start, end) = range.trim_start_matches("bytes=").split_once('-').unwrap();
     let start: usize = start.parse().unwrap();
     let end = end.parse().map_or(bytes.len(), |end: usize| end + 1);
-    let mut etag = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let mut etag = hex(&Sha256::digest(&bytes));
     if state.lies {
         etag = etag.replace(['0', '1', '2', '3'], "4");
     }

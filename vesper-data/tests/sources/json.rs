@@ -84,7 +84,7 @@ fn faults_of_records_are_named_with_their_number_and_line() {
     );
     assert_eq!(
         message("a.json", b"{\"data\": [{\"body\": \"a\"}]}"),
-        ", record 1 (line 1): the field \"text\" is missing (the fields are: \"data\")"
+        ", record 1 (line 1): the field \"text\" is missing (the fields are: \"data\"); the setting \"records\" names a list within the document"
     );
 }
 

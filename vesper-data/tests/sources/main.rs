@@ -10,6 +10,7 @@ mod files;
 #[cfg(feature = "hub")]
 mod hub;
 mod json;
+mod large;
 mod mixture;
 mod real;
 mod squad;
@@ -54,6 +55,10 @@ fn texts(documents: &[Document]) -> Vec<&str> {
 fn learned(document: &Document) -> Vec<&str> {
     let ranges = document.loss.as_ref().unwrap();
     ranges.iter().map(|range| &document.text[range.clone()]).collect()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
 }
 
 /// The message of the error that reading a file with these bytes ends in, with the folder cut off.

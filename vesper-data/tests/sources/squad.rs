@@ -70,7 +70,7 @@ fn everything_counts_if_it_is_to() {
 }
 
 /// A file of one paragraph with these questions.
-fn questions(questions: Value) -> Value {
+fn questions(questions: &Value) -> Value {
     json!({"data": [{"paragraphs": [{"context": "Un été à Paris.", "qas": questions}]}]})
 }
 
@@ -78,7 +78,7 @@ fn questions(questions: Value) -> Value {
 fn an_answer_elsewhere_than_it_is_said_to_be_is_noted_and_used() {
     let answers = json!([{"text": "Paris", "answer_start": 10}, {"text": "à Paris", "answer_start": -1}]);
     let (documents, report) = read(
-        &questions(json!([{"id": "x1", "question": "Où ?", "answers": answers}])),
+        &questions(&json!([{"id": "x1", "question": "Où ?", "answers": answers}])),
         ReadSettings::default(),
     );
     assert_eq!(learned(&documents.unwrap()[0]), [" Paris"]);
@@ -142,7 +142,7 @@ fn a_file_that_is_cut_short_is_an_error_wherever_that_is() {
         if !whole.is_char_boundary(end) {
             continue;
         }
-        let folder = folder(&[("a.json", whole[..end].as_bytes())]);
+        let folder = folder(&[("a.json", &whole.as_bytes()[..end])]);
         let settings = ReadSettings::default().with_format(vesper_data::source::FormatKind::Squad);
         let documents = Sources::new([folder.path()]).with_settings(settings).documents().unwrap();
         let error = documents.collect::<Result<Vec<Document>>>().unwrap_err().to_string();

@@ -154,16 +154,16 @@ fn a_table_that_is_cut_short_or_changed_is_an_error_or_read_and_never_a_panic() 
         let folder = folder(&[("a.parquet", bytes)]);
         Sources::new([folder.path()]).documents().unwrap().collect::<Result<Vec<Document>>>()
     };
-    for end in (1..whole.len()).step_by(7).chain([whole.len() - 1]) {
+    for end in (1..whole.len()).step_by(29).chain([whole.len() - 1]) {
         let error = read(&whole[..end]).unwrap_err().to_string();
         assert!(error.contains("a.parquet cannot be read as parquet: "), "{end}: {error}");
     }
     let mut read_all = 0;
-    for at in 0..whole.len() {
+    for at in (0..whole.len()).step_by(11) {
         let mut changed = whole.clone();
         changed[at] ^= 1 << (at % 8);
         read_all += usize::from(read(&changed).is_ok());
     }
     // Columns and fields that are not needed may hold anything.
-    assert!(read_all > 0 && read_all < whole.len());
+    assert!(read_all > 0 && read_all < whole.len() / 11);
 }
