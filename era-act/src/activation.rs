@@ -13,6 +13,9 @@ use crate::{Era, Error, op};
 
 /// An elementwise activation, ERA or one that it is compared with; all run through the same fused kernels.
 ///
+/// It goes where a `candle_nn::Activation` stood: a `Module`, a field of a serde configuration that reads the names of
+/// Hugging Face (`silu`, `gelu_pytorch_tanh`, ...), and `TryFrom` for the values of candle's own.
+///
 /// # Examples
 ///
 /// ```
@@ -35,14 +38,17 @@ pub enum Activation {
     /// See [`Era`].
     Era(Era),
     /// `x sigmoid(x)`, also called swish.
+    #[serde(alias = "swish")]
     Silu,
     /// `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`, PyTorch's `gelu(approximate="tanh")`.
+    #[serde(alias = "gelu_new", alias = "gelu_pytorch_tanh")]
     GeluTanh,
     /// `x Phi(x)`, `Phi` the normal distribution function.
     Gelu,
     /// `max(x, 0)`, with slope 0 at 0.
     Relu,
     /// `max(x, 0)^2`.
+    #[serde(alias = "relu2")]
     ReluSquared,
 }
 
@@ -160,6 +166,23 @@ impl candle_nn::Module for Activation {
 impl From<Era> for Activation {
     fn from(era: Era) -> Self {
         Self::Era(era)
+    }
+}
+
+impl TryFrom<candle_nn::Activation> for Activation {
+    type Error = Error;
+
+    /// The same function; [`Error::Candle`] where there is none here.
+    fn try_from(activation: candle_nn::Activation) -> std::result::Result<Self, Error> {
+        use candle_nn::Activation as Candle;
+        Ok(match activation {
+            Candle::Silu | Candle::Swish => Self::Silu,
+            Candle::Gelu => Self::Gelu,
+            Candle::NewGelu | Candle::GeluPytorchTanh => Self::GeluTanh,
+            Candle::Relu => Self::Relu,
+            Candle::Relu2 => Self::ReluSquared,
+            other => return Err(Error::Candle { got: format!("{other:?}") }),
+        })
     }
 }
 

@@ -10,7 +10,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::element::{BLOCK, Element};
-use crate::pointwise::Pointwise;
+use crate::pointwise::{Learned, Pointwise};
 use crate::real::Real;
 
 /// Elements a task: below this, handing work to another thread costs more than it saves.
@@ -163,6 +163,86 @@ impl<T: Element, P: Pointwise> WithSimd for GatedBackward<'_, T, P> {
                 T::store(dup, &bdu);
             }
         }
+    }
+}
+
+/// `sum over i of dy[i] df/dp(x[i])` for each parameter p.
+pub(crate) fn parameter_sums<T: Element, P: Learned>(f: P, x: &[T], dy: &[T]) -> [f64; 2] {
+    let arch = Arch::new();
+    let parts = x.par_chunks(CHUNK).zip(dy.par_chunks(CHUNK));
+    let sums = parts.map(|(x, dy)| arch.dispatch(ParameterSums { f, x, up: None, dy }));
+    in_order(&sums.collect::<Vec<_>>())
+}
+
+/// The same for [`gated_forward`]: `sum of dy up df/dp(gate)`.
+pub(crate) fn gated_parameter_sums<T: Element, P: Learned>(
+    f: P,
+    packed: &[T],
+    dy: &[T],
+    width: usize,
+) -> [f64; 2] {
+    if width == 0 {
+        return [0.0; 2];
+    }
+    let arch = Arch::new();
+    let rows = packed.par_chunks_exact(2 * width).zip(dy.par_chunks_exact(width));
+    let sums = rows.map(|(row, dy)| {
+        let (gate, up) = row.split_at(width);
+        arch.dispatch(ParameterSums { f, x: gate, up: Some(up), dy })
+    });
+    in_order(&sums.collect::<Vec<_>>())
+}
+
+/// The sums of parts, in their order, whichever thread made them.
+fn in_order(parts: &[[f64; 2]]) -> [f64; 2] {
+    parts.iter().fold([0.0; 2], |[a, b], [c, d]| [a + c, b + d])
+}
+
+struct ParameterSums<'a, T, P> {
+    f: P,
+    x: &'a [T],
+    up: Option<&'a [T]>,
+    dy: &'a [T],
+}
+
+impl<T: Element, P: Learned> WithSimd for ParameterSums<'_, T, P> {
+    type Output = [f64; 2];
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> [f64; 2] {
+        const LANES: usize = 16;
+        let Self { f, x, up, dy } = self;
+        let [mut bx, mut bdy, mut bup, mut weights, mut first, mut second] = [[T::Acc::ZERO; BLOCK]; 6];
+        let mut total = [0.0; 2];
+        for (i, (x, dy)) in x.chunks(BLOCK).zip(dy.chunks(BLOCK)).enumerate() {
+            let (x, dy) = (T::load(x, &mut bx), T::load(dy, &mut bdy));
+            let n = x.len();
+            match up {
+                None => weights[..n].copy_from_slice(dy),
+                Some(up) => {
+                    let up = T::load(&up[i * BLOCK..][..n], &mut bup);
+                    for ((weight, &dy), &up) in weights.iter_mut().zip(dy).zip(up) {
+                        *weight = dy * up;
+                    }
+                }
+            }
+            for (((a, b), &x), &weight) in first.iter_mut().zip(&mut second).zip(x).zip(&weights) {
+                let [da, db] = f.parameter_slopes(x);
+                *a = weight * da;
+                *b = weight * db;
+            }
+            // In lanes, whose order is fixed, and then in f64.
+            for (total, values) in total.iter_mut().zip([&first, &second]) {
+                let mut lanes = [T::Acc::ZERO; LANES];
+                for part in values[..n].chunks(LANES) {
+                    for (lane, value) in lanes.iter_mut().zip(part) {
+                        *lane = *lane + *value;
+                    }
+                }
+                *total += lanes.iter().map(|lane| lane.to_f64()).sum::<f64>();
+            }
+        }
+        total
     }
 }
 

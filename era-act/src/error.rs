@@ -30,6 +30,20 @@ pub enum Error {
         /// The tensor's shape.
         got: Vec<usize>,
     },
+    /// The last dimension of an input is not that of its entropy floor.
+    #[error("expected an input whose last dimension is {expected}, got shape {got:?}")]
+    Classes {
+        /// The number of classes or dimensions.
+        expected: usize,
+        /// The tensor's shape.
+        got: Vec<usize>,
+    },
+    /// An activation of candle-nn has no counterpart here.
+    #[error("candle-nn's {got} is not one of era-act's activations")]
+    Candle {
+        /// The activation.
+        got: String,
+    },
     /// A tensor's layout points outside its storage.
     #[error("the layout {got} points outside its storage of {len} elements")]
     Layout {

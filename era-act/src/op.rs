@@ -43,7 +43,7 @@ pub(crate) fn gated_backward<P: Pointwise>(f: P, gate_up: &Tensor, dy: &Tensor) 
     }
 }
 
-fn check_dtype(x: &Tensor) -> Result<()> {
+pub(crate) fn check_dtype(x: &Tensor) -> Result<()> {
     match x.dtype() {
         DType::F32 | DType::F64 | DType::BF16 | DType::F16 => Ok(()),
         got => Err(Error::DType { got }.into()),
@@ -58,7 +58,7 @@ pub(crate) fn gated_width(shape: &Shape) -> Result<usize> {
     }
 }
 
-fn halved(shape: &Shape, width: usize) -> Shape {
+pub(crate) fn halved(shape: &Shape, width: usize) -> Shape {
     let mut dims = shape.dims().to_vec();
     if let Some(last) = dims.last_mut() {
         *last = width;
@@ -91,7 +91,7 @@ macro_rules! by_dtype {
     };
 }
 
-fn storage<T: Element>(data: Vec<T>) -> CpuStorage {
+pub(crate) fn storage<T: Element>(data: Vec<T>) -> CpuStorage {
     T::to_cpu_storage_owned(data)
 }
 
@@ -101,6 +101,8 @@ fn same_shape(op: &'static str, a: &Layout, b: &Shape) -> Result<()> {
     }
     Err(candle_core::Error::ShapeMismatchBinaryOp { lhs: b.clone(), rhs: a.shape().clone(), op }.bt())
 }
+
+pub(crate) use by_dtype;
 
 struct Forward<P>(P);
 
@@ -121,7 +123,7 @@ impl<P: Pointwise> CustomOp1 for Forward<P> {
     }
 }
 
-struct Backward<P>(P);
+pub(crate) struct Backward<P>(pub(crate) P);
 
 impl<P: Pointwise> CustomOp2 for Backward<P> {
     fn name(&self) -> &'static str {
@@ -163,7 +165,7 @@ impl<P: Pointwise> CustomOp1 for Gated<P> {
     }
 }
 
-struct GatedBackward<P>(P);
+pub(crate) struct GatedBackward<P>(pub(crate) P);
 
 impl<P: Pointwise> CustomOp2 for GatedBackward<P> {
     fn name(&self) -> &'static str {

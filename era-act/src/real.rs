@@ -29,6 +29,8 @@ pub(crate) trait Real:
 
     fn from_f64(value: f64) -> Self;
 
+    fn to_f64(self) -> f64;
+
     fn abs(self) -> Self;
 
     /// `exp(-a)` for `0 <= a <= EXP_CUTOFF`; NaN at NaN.
@@ -167,6 +169,11 @@ impl Real for f32 {
     }
 
     #[inline(always)]
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
+
+    #[inline(always)]
     fn abs(self) -> Self {
         f32::from_bits(self.to_bits() & 0x7fff_ffff)
     }
@@ -217,6 +224,11 @@ impl Real for f64 {
     #[inline(always)]
     fn from_f64(value: f64) -> Self {
         value
+    }
+
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        self
     }
 
     #[inline(always)]

@@ -10,7 +10,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::Pointwise;
+use super::{Learned, Pointwise};
 use crate::real::{Real, gate, hold, sigmoid};
 
 #[derive(Clone, Copy, Debug)]
@@ -47,5 +47,20 @@ impl Pointwise for GateEntropy {
         let one_plus = (&exp + 1.0)?;
         let entropy = (one_plus.log()? + (magnitude * exp.div(&one_plus)?)?)?;
         (x * gate)? * ((entropy * self.strength)? + 1.0)?
+    }
+}
+
+/// In the temperature and in the strength. `T` stands in `z = x / T` alone, so `dy/dT = -z^2 d/dz(g (1 + s H))`.
+impl Learned for GateEntropy {
+    #[inline(always)]
+    fn parameter_slopes<R: Real>(self, x: R) -> [R; 2] {
+        let strength = R::from_f64(self.strength);
+        let z = x / R::from_f64(self.temperature);
+        let s = sigmoid(z);
+        let z = hold(z);
+        let entropy = R::ln_1p_unit(s.exp) + s.magnitude * s.tail;
+        let factor = R::ONE + strength * entropy;
+        let temperature = -(z * (z * s.slope)) * (factor - strength * (z * s.value));
+        [temperature, gate(x, s.value) * entropy]
     }
 }

@@ -4,7 +4,8 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Pointwise, gelu_tanh::GeluTanh};
+use super::gelu_tanh::GeluTanh;
+use super::{Learned, Pointwise};
 use crate::real::{Real, sigmoid};
 
 #[derive(Clone, Copy, Debug)]
@@ -29,10 +30,21 @@ impl Pointwise for GeluSoftplus {
     }
 
     fn reference(self, x: &Tensor) -> Result<Tensor> {
-        // (x + |x|) / 2 and not relu: the slopes that candle gives |x| at 0 then add up to 1/2.
-        let magnitude = x.abs()?;
-        let log = (magnitude.neg()?.exp()? + 1.0)?.log()?;
-        let softplus = (((x * 0.5)? + (magnitude * 0.5)?)? + log)?;
-        GeluTanh.reference(x)? + (softplus * self.gamma)?
+        GeluTanh.reference(x)? + (softplus(x)? * self.gamma)?
+    }
+}
+
+/// `ln(1 + exp(x))` in candle ops.
+pub(crate) fn softplus(x: &Tensor) -> Result<Tensor> {
+    // (x + |x|) / 2 and not relu: the slopes that candle gives |x| at 0 then add up to 1/2.
+    let magnitude = x.abs()?;
+    let log = (magnitude.neg()?.exp()? + 1.0)?.log()?;
+    ((x * 0.5)? + (magnitude * 0.5)?)? + log
+}
+
+impl Learned for GeluSoftplus {
+    #[inline(always)]
+    fn parameter_slopes<R: Real>(self, x: R) -> [R; 2] {
+        [x.at_least(R::ZERO) + R::ln_1p_unit(sigmoid(x).exp), R::ZERO]
     }
 }

@@ -23,6 +23,12 @@ pub(crate) trait Pointwise: Copy + Send + Sync + 'static {
     fn reference(self, x: &Tensor) -> Result<Tensor>;
 }
 
+/// A function whose parameters can be trained.
+pub(crate) trait Learned: Pointwise {
+    /// The derivatives in the parameters at `x`; 0 for the second where there is one alone.
+    fn parameter_slopes<R: Real>(self, x: R) -> [R; 2];
+}
+
 /// What to do with the function that an enum turned out to name.
 pub(crate) trait Visitor {
     type Output;
