@@ -196,7 +196,7 @@ mod tests {
     fn bars_have_the_labels_of_their_places() {
         let bars = [2.0, 5.0].map(|left| Bar { left, right: left + 1.0, height: left });
         let svg = draw_bars("a < b", ("x", "y"), &bars, |x| format!("at {x}")).unwrap();
-        assert!(svg.contains("a &lt; b") && svg.contains("at 3"), "{svg}");
+        assert!(svg.contains("a &lt; b") && svg.contains("at 4"), "{svg}");
         assert_eq!(svg.matches("<rect").count(), 1 + bars.len());
         assert!(draw_bars("t", ("x", "y"), &[], |x| x.to_string()).is_err());
     }

@@ -119,7 +119,7 @@ impl Plan {
             );
         }
         if let Some(refused) = &self.refused {
-            crate::say!("\nNo preset suits: {refused}.");
+            crate::say!("\nNo size is recommended: {refused}.");
         }
         if self.presets.iter().any(|row| row.epochs.is_some_and(|epochs| epochs > USEFUL_EPOCHS)) {
             crate::say!(

@@ -50,7 +50,7 @@ fn a_cache_is_built_once_and_says_what_it_is() {
     let cache = cache.to_str().unwrap();
     let lines = succeeds("data", dir, &["inspect", cache]);
     assert!(
-        lines.contains("documents              1\n") && lines.contains("vocabulary             60\n"),
+        lines.contains("documents              1\n") && lines.contains("token bytes            2\n"),
         "{lines}"
     );
     let object = json(&succeeds("data", dir, &["inspect", "--json", cache]));

@@ -10,11 +10,11 @@ use super::words::Counter;
 use super::{TextTokenizer, bpe, unigram};
 use crate::error::{DataError, Result, one_line};
 
-/// How many different words are counted, which bounds the memory: some hundred megabytes.
-const BPE_WORDS: usize = 4 << 20;
+/// How many different words are counted, which bounds the memory.
+const BPE_WORDS: usize = 2 << 20;
 
-/// Fewer for Unigram, which makes a suffix array of them.
-const UNIGRAM_WORDS: usize = 1 << 20;
+/// Fewer for Unigram, which makes a suffix array of them, and many passes over them on one thread.
+const UNIGRAM_WORDS: usize = 1 << 19;
 
 /// How a vocabulary is found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -214,9 +214,8 @@ impl TextTokenizer {
     /// Trains a tokenizer on `documents`, and tells `progress` from time to time how far it is.
     ///
     /// The same text gives the same tokenizer, whatever the number of threads. The documents are read once and not
-    /// kept. What is kept is their different words with counts: of more than 4 million (1 million with Unigram) the
-    /// rarest are forgotten, so that the memory needed is some hundred megabytes (up to about 2 GB with Unigram)
-    /// however much text there is.
+    /// kept. What is kept is their different words with counts: of more than 2 million (half a million with Unigram) the
+    /// rarest are forgotten, so that the memory has a bound however much text there is.
     ///
     /// # Errors
     ///
