@@ -8,6 +8,8 @@ use candle_nn::Module;
 use common::{all, noise, tensor, values};
 use era_act::{Activation, Era, LearnedEra};
 
+type Function = Box<dyn Fn(&Tensor) -> Tensor>;
+
 #[test]
 fn candle_nns_activations_turn_into_the_same_functions() {
     use candle_nn::Activation as Candle;
@@ -61,7 +63,7 @@ fn the_output_at_a_position_does_not_depend_on_any_other_position() {
     // (batch, t, d): later tokens, and other sequences, are changed.
     let x = tensor(&noise(2 * 6 * 8, 3.0, 2), DType::F32).reshape((2, 6, 8)).unwrap();
     let other = tensor(&noise(2 * 6 * 8, 50.0, 3), DType::F32).reshape((2, 6, 8)).unwrap();
-    let mut functions: Vec<(String, Box<dyn Fn(&Tensor) -> Tensor>)> = Vec::new();
+    let mut functions: Vec<(String, Function)> = Vec::new();
     for activation in all() {
         functions.push((activation.to_string(), Box::new(move |x| activation.forward(x).unwrap())));
         functions.push((format!("gated {activation}"), Box::new(move |x| activation.gated(x).unwrap())));

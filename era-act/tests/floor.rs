@@ -66,6 +66,8 @@ fn the_order_of_the_logits_stays() {
     }
 }
 
+type Loss<'a> = dyn Fn(&Tensor) -> Tensor + 'a;
+
 #[test]
 fn gradients_of_the_losses_equal_central_differences() {
     let floor = DiscreteFloor::new(4, 0.5).unwrap();
@@ -73,7 +75,7 @@ fn gradients_of_the_losses_equal_central_differences() {
     let targets = Tensor::new(&[2u32, 0, 3], &Device::Cpu).unwrap();
     let (mean, goal) = (tensor(&noise(12, 1.0, 3), DType::F64), tensor(&noise(12, 1.0, 4), DType::F64));
     let (mean, goal) = (mean.reshape((3, 4)).unwrap(), goal.reshape((3, 4)).unwrap());
-    let losses: [(&str, &dyn Fn(&Tensor) -> Tensor); 3] = [
+    let losses: [(&str, &Loss<'_>); 3] = [
         ("exact", &|x| floor.cross_entropy(x, &targets).unwrap()),
         ("paper", &|x| floor.with_lambert(Lambert::Paper).cross_entropy(x, &targets).unwrap()),
         ("gaussian", &|x| gaussian.nll(&mean, x, &goal).unwrap()),

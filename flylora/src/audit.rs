@@ -29,9 +29,9 @@ use crate::{Error, Result};
 /// let y = layer.forward(&x)?;
 /// audit(layer.parameters(), &y.sqr()?.mean_all()?.backward()?)?;
 ///
-/// // This op has no backward pass, and says nothing.
-/// let cut = candle_nn::ops::softmax_last_dim(&y)?;
-/// let loss = cut.detach().mean_all()?; // as it would be for an op that detaches
+/// // This op of candle has no backward pass, and says nothing.
+/// let cut = candle_nn::ops::rms_norm(&y, &Tensor::ones(6, DType::F32, &Device::Cpu)?, 1e-5)?;
+/// let loss = cut.sqr()?.mean_all()?;
 /// let error = audit(layer.parameters(), &loss.backward()?).unwrap_err();
 /// assert!(error.to_string().starts_with("lora_A.weight has no gradient"));
 /// # Ok(())
