@@ -167,13 +167,12 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
         record.costs.push(cost);
     }
     if measured {
-        let path = match std::env::var("VESPER_BENCH_RECORD") {
-            Ok(path) => PathBuf::from(path),
-            Err(_) => {
-                let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("record").join(&machine);
-                std::fs::create_dir_all(&folder)?;
-                folder.join(format!("{}-adapters.json", record.date))
-            }
+        let path = if let Ok(path) = std::env::var("VESPER_BENCH_RECORD") {
+            PathBuf::from(path)
+        } else {
+            let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("record").join(&machine);
+            std::fs::create_dir_all(&folder)?;
+            folder.join(format!("{}-adapters.json", record.date))
         };
         std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
         println!("{}", path.display());
