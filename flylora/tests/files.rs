@@ -167,6 +167,11 @@ fn whatever_is_wrong_is_named_and_nothing_changes() {
             &[WEIGHTS_FILE, "base_model.model.lm_head.lora_A.weight belongs to none", "and 1 more"],
         ),
         (
+            "a weight of the model",
+            |d| rewrite(d, |t| drop(t.insert("base_model.model.lm_head.weight".into(), t[QB].clone()))),
+            &[WEIGHTS_FILE, "base_model.model.lm_head.weight belongs to none"],
+        ),
+        (
             "another shape",
             |d| rewrite(d, |t| drop(t.insert(QB.into(), t[QB].t().unwrap().contiguous().unwrap()))),
             &[WEIGHTS_FILE, QB, "expected shape [6, 4], got [4, 6]"],

@@ -146,3 +146,17 @@ fn files_hold_a_seed_and_places_and_a_place_that_the_seed_does_not_give_is_refus
     let error = flylora::load_adapters(dir.path(), &[("q", &adapter)]).unwrap_err().to_string();
     assert!(error.contains("fly_A.indices: they are not those that the seed gives"), "{error}");
 }
+
+#[test]
+fn a_rank_that_the_file_does_not_hold_is_refused_before_anything_is_made_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let adapter = adapter(30, 20, &FlyLoraConfig::default(), DType::F32);
+    flylora::save_adapters(dir.path(), &[("q", &adapter)]).unwrap();
+    let path = dir.path().join("adapter_config.json");
+    let text = std::fs::read_to_string(&path).unwrap().replace("\"r\": 32", "\"r\": 4000000000000");
+    std::fs::write(&path, text).unwrap();
+    let base = FrozenLinear::new(noise(&[20, 30], 0.2, DType::F32, 6), None).unwrap();
+    let file = flylora::files::AdapterFile::read(dir.path()).unwrap();
+    let error = file.adapter("q", &base, DType::F32).unwrap_err().to_string();
+    assert!(error.contains("lora_B.weight: expected shape [20, 4000000000000], got [20, 32]"), "{error}");
+}

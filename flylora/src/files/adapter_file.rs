@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::SafeTensors;
 
 use super::{PREFIX, PeftConfig, StateSource, WEIGHTS_FILE};
-use crate::adapter::{AdaLoraAdapter, Adapter, AdapterKind, Change};
+use crate::adapter::{self, AdaLoraAdapter, Adapter, AdapterKind, Change};
 use crate::embedding::LoraEmbedding;
 use crate::{Error, FrozenLinear, Place, Result, embedding};
 
@@ -44,7 +44,8 @@ impl AdapterFile {
     /// # Errors
     ///
     /// Those of [`PeftConfig::read`], and [`Error::Io`] and [`Error::Format`] for the weights: missing, truncated or
-    /// something else, or with a tensor that is no part of an adapter.
+    /// something else; [`Error::UnexpectedKey`] for a tensor that is no part of an adapter. The copy of an embedding
+    /// table that PEFT puts beside its adapter (`base_layer.weight`) is passed over.
     pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref().to_owned();
         let config = PeftConfig::read(&dir)?;
@@ -58,7 +59,9 @@ impl AdapterFile {
             let tensor = view.load(&Device::Cpu).map_err(|e| format(format!("{key}: {e}")))?;
             tensors.insert(key.to_owned(), tensor);
         }
-        Ok(Self { dir, config, tensors })
+        let file = Self { dir, config, tensors };
+        file.check_used(&BTreeSet::new(), |key| module_of(key).is_none())?;
+        Ok(file)
     }
 
     /// What the configuration says.
@@ -105,7 +108,14 @@ impl AdapterFile {
                     &place,
                 )?)
             }
-            kind => kind.build(base, &place)?,
+            kind => {
+                // Of FlyLoRA's rank nothing else is a bound.
+                if let AdapterKind::FlyLora(config) = kind {
+                    let shape = [base.out_features(), config.r];
+                    StateSource::new(self, module, &mut BTreeSet::new()).check(adapter::B, &shape)?;
+                }
+                kind.build(base, &place)?
+            }
         };
         let mut used = BTreeSet::new();
         let changes = adapter.load_state(&mut StateSource::new(self, module, &mut used))?;
@@ -143,7 +153,9 @@ impl AdapterFile {
         used: &BTreeSet<String>,
         in_question: impl Fn(&str) -> bool,
     ) -> Result<()> {
-        let mut left = self.tensors.keys().filter(|key| in_question(key) && !used.contains(*key));
+        let copy = |key: &str| key.ends_with(".base_layer.weight");
+        let mut left =
+            self.tensors.keys().filter(|key| in_question(key) && !used.contains(*key) && !copy(key));
         match left.next() {
             None => Ok(()),
             Some(key) => Err(Error::UnexpectedKey {

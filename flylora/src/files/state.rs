@@ -45,6 +45,11 @@ impl<'a> StateSource<'a> {
         Ok(tensor)
     }
 
+    /// That there is a tensor of that name and shape.
+    pub(crate) fn check(&mut self, name: &str, shape: &[usize]) -> Result<()> {
+        self.get(name, shape).map(|_| ())
+    }
+
     /// The error that a tensor is not what it should be.
     pub fn wrong(&self, name: &str, message: &str) -> Error {
         let key = super::key(&self.module, name);

@@ -10,6 +10,8 @@ use super::SparseMatrix;
 
 /// Rows of x that are projected together: their values of one column lie side by side.
 const LANES: usize = 16;
+/// Rows of A whose sums are made at a time.
+const GROUP: usize = 4;
 /// Values of an output row that are summed in registers.
 const CHUNK: usize = 64;
 
@@ -95,8 +97,31 @@ impl<T: Float> WithSimd for Project<'_, T> {
             return;
         }
         turn(x, a.columns, turned);
-        let rows = a.indices.chunks_exact(a.per_row).zip(a.values.chunks_exact(a.per_row));
-        for (row, (indices, values)) in rows.enumerate() {
+        // Several rows of A at a time: their sums do not wait for each other.
+        let mut row = 0;
+        let (indices, values) = (a.indices.as_slice(), a.values.as_slice());
+        let groups = indices.chunks_exact(GROUP * a.per_row).zip(values.chunks_exact(GROUP * a.per_row));
+        for (indices, values) in groups {
+            let of = |g: usize| {
+                let part = g * a.per_row..(g + 1) * a.per_row;
+                indices[part.clone()].iter().zip(&values[part])
+            };
+            let mut sums = [[T::default(); LANES]; GROUP];
+            for (((e0, e1), e2), e3) in of(0).zip(of(1)).zip(of(2)).zip(of(3)) {
+                for (sums, (i, v)) in sums.iter_mut().zip([e0, e1, e2, e3]) {
+                    let (x, v) = (&turned[*i as usize], T::of(*v));
+                    for (sum, x) in sums.iter_mut().zip(x) {
+                        *sum += v * *x;
+                    }
+                }
+            }
+            for sums in sums {
+                scatter(&sums, y, a.rows, row);
+                row += 1;
+            }
+        }
+        let rest = indices.chunks_exact(a.per_row).zip(values.chunks_exact(a.per_row)).skip(row);
+        for (indices, values) in rest {
             let mut sums = [T::default(); LANES];
             for (i, v) in indices.iter().zip(values) {
                 let v = T::of(*v);
@@ -104,9 +129,41 @@ impl<T: Float> WithSimd for Project<'_, T> {
                     *sum += v * *x;
                 }
             }
-            for (y, sum) in y.chunks_exact_mut(a.rows).zip(sums) {
-                y[row] = sum;
+            scatter(&sums, y, a.rows, row);
+            row += 1;
+        }
+    }
+}
+
+/// Writes the sums of one row of A into its column of y.
+#[inline(always)]
+fn scatter<T: Float>(sums: &[T; LANES], y: &mut [T], rows: usize, row: usize) {
+    for (y, sum) in y.chunks_exact_mut(rows).zip(sums) {
+        y[row] = *sum;
+    }
+}
+
+/// `out = sum of v * row` over terms, whose rows are as long as `out`.
+#[inline(always)]
+fn combine<'a, T: Float + 'a>(out: &mut [T], terms: impl Iterator<Item = (T, &'a [T])> + Clone) {
+    let full = out.len() - out.len() % CHUNK;
+    let (chunks, rest) = out.split_at_mut(full);
+    for (c, out) in chunks.chunks_exact_mut(CHUNK).enumerate() {
+        // Of a fixed length, so that it stays in registers.
+        let mut sums = [T::default(); CHUNK];
+        for (v, row) in terms.clone() {
+            if let Some(row) = row[c * CHUNK..].first_chunk::<CHUNK>() {
+                for (sum, b) in sums.iter_mut().zip(row) {
+                    *sum += v * *b;
+                }
             }
+        }
+        out.copy_from_slice(&sums);
+    }
+    rest.fill(T::default());
+    for (v, row) in terms {
+        for (sum, b) in rest.iter_mut().zip(&row[full..]) {
+            *sum += v * *b;
         }
     }
 }
@@ -190,18 +247,11 @@ impl<T: Float> WithSimd for Routed<'_, T> {
         let Self { y, b, chosen, delta, r, k, out } = self;
         let rows = y.chunks_exact(r).zip(chosen.chunks_exact(k)).zip(delta.chunks_exact_mut(out));
         for ((y, chosen), delta) in rows {
-            for (c, delta) in delta.chunks_mut(CHUNK).enumerate() {
-                let mut sums = [T::default(); CHUNK];
-                let sums = &mut sums[..delta.len()];
-                for i in chosen {
-                    let i = *i as usize;
-                    let v = y[i];
-                    for (sum, b) in sums.iter_mut().zip(&b[i * out + c * CHUNK..]) {
-                        *sum += v * *b;
-                    }
-                }
-                delta.copy_from_slice(sums);
-            }
+            let terms = chosen.iter().map(|i| {
+                let i = *i as usize;
+                (y[i], &b[i * out..(i + 1) * out])
+            });
+            combine(delta, terms);
         }
     }
 }
@@ -308,18 +358,11 @@ impl<T: Float> WithSimd for RoutedBackB<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         let Self { db, grad, y, users, i, r, out } = self;
-        for (c, db) in db.chunks_mut(CHUNK).enumerate() {
-            let mut sums = [T::default(); CHUNK];
-            let sums = &mut sums[..db.len()];
-            for m in users {
-                let m = *m as usize;
-                let v = y[m * r + i];
-                for (sum, grad) in sums.iter_mut().zip(&grad[m * out + c * CHUNK..]) {
-                    *sum += v * *grad;
-                }
-            }
-            db.copy_from_slice(sums);
-        }
+        let terms = users.iter().map(|m| {
+            let m = *m as usize;
+            (y[m * r + i], &grad[m * out..(m + 1) * out])
+        });
+        combine(db, terms);
     }
 }
 
