@@ -32,8 +32,8 @@ enum State {
     Start,
     /// Within the list.
     List,
-    /// The document is the one record.
-    Single,
+    /// The document is the one record, and whether that is an object.
+    Single(bool),
     Done,
 }
 
@@ -60,9 +60,9 @@ impl Elements {
                         return Ok(Some(document));
                     }
                 }
-                State::Single => {
+                State::Single(object) => {
                     self.state = State::Done;
-                    let document = self.record().map_err(hint);
+                    let document = self.record().map_err(|error| if object { hint(error) } else { error });
                     // A broken record is one whether or not more comes behind it.
                     self.stream.finish()?;
                     return document;
@@ -81,7 +81,7 @@ impl Elements {
                 self.stream.enter(b'[')?;
                 Ok(State::List)
             }
-            (_, None) => Ok(State::Single),
+            (found, None) => Ok(State::Single(found == Some(b'{'))),
             (_, Some(path)) => {
                 self.go_to(&path)?;
                 Ok(State::List)

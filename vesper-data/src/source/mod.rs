@@ -3,7 +3,7 @@
 //! [`Sources`] says what is read and how; [`Documents`] reads it. Everything streams: no more than one record
 //! (and one page of a Parquet file) is in memory at a time.
 //!
-//! A format is one file that implements [`Format`](format::Format), and one row in [`FormatKind`].
+//! A format is one file that implements the trait `Format`, and one row in [`FormatKind`].
 
 mod detect;
 mod dialogue;
