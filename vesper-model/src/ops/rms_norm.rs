@@ -63,7 +63,7 @@ pub(super) fn check(name: &str, x: &Tensor, w: &Tensor) -> Result<()> {
 }
 
 /// On the CPU; `normed` may hold the result already.
-pub(super) fn fused(x: &Tensor, w: &Tensor, eps: f64, normed: Normed) -> Result<Tensor> {
+pub(super) fn fused(x: &Tensor, w: &Tensor, eps: f64, normed: Normed<CpuStorage>) -> Result<Tensor> {
     x.contiguous()?.apply_op2(&w.contiguous()?, RmsNorm { eps, normed })
 }
 
@@ -78,7 +78,7 @@ pub(super) fn row<T: Real>(x: &[T], w: &[T], y: &mut [T], eps: T) {
 
 struct RmsNorm {
     eps: f64,
-    normed: Normed,
+    normed: Normed<CpuStorage>,
 }
 
 impl RmsNorm {
