@@ -28,6 +28,9 @@
 //! | [`embedding`] | `candle_nn::Embedding` | the ids |
 //! | [`checkpoint`] | any part of a model | that part's inputs; it runs again in the backward |
 //!
+//! Weights may be in f32 beside activations in bf16 or f16 (mixed precision), and get their gradients in f32. The kernels
+//! on the CPU read them as they are; all others, and the references, convert them to the dtype of the activations.
+//!
 //! No operation takes a tensor of more than `u32::MAX` elements: it says so before it allocates anything.
 
 mod attention;
@@ -109,6 +112,17 @@ impl Path {
             _ => Backend::Reference,
         }
     }
+}
+
+/// Refuses weights of another dtype than `x`, unless they are in f32 beside bf16 or f16.
+fn check_dtypes(operation: &str, x: &Tensor, weights: &[(&str, &Tensor)]) -> Result<()> {
+    let half = matches!(x.dtype(), DType::BF16 | DType::F16);
+    for (name, weight) in weights {
+        if weight.dtype() != x.dtype() && !(half && weight.dtype() == DType::F32) {
+            bail!("{operation}: x is {:?} and the {name} {:?}", x.dtype(), weight.dtype());
+        }
+    }
+    Ok(())
 }
 
 /// Refuses tensors of more than `u32::MAX` elements, before anything is allocated: candle's own kernels count in u32

@@ -47,13 +47,14 @@ pub fn residual_rms_norm(
 ) -> Result<(Tensor, Tensor)> {
     check_pair("residual_rms_norm", x, residual)?;
     rms_norm::check("residual_rms_norm", x, w)?;
-    let norm = Norm::Rms { w: w.detach().contiguous()? };
     match path.backend(x) {
         Backend::Cpu => {}
         #[cfg(feature = "cuda")]
         // candle's own operations fail on nothing there.
         Backend::Cuda if path == Path::Untested || x.elem_count() == 0 => {
-            return super::cuda::residual::residual_norm(x, residual, w, None, norm, eps);
+            let w = w.to_dtype(x.dtype())?;
+            let norm = Norm::Rms { w: w.detach() };
+            return super::cuda::residual::residual_norm(x, residual, &w, None, norm, eps);
         }
         _ => {
             let sum = (x + residual)?;
@@ -61,7 +62,7 @@ pub fn residual_rms_norm(
             return Ok((sum, y));
         }
     }
-    let normed = Normed::default();
+    let (normed, norm) = (Normed::default(), Norm::Rms { w: w.detach().contiguous()? });
     let sum = x
         .contiguous()?
         .apply_op2(&residual.contiguous()?, ResidualSum { norm, eps, normed: normed.clone() })?;
@@ -115,12 +116,14 @@ pub fn residual_layer_norm(
         Some(b) => b.contiguous()?,
         None => w.detach().zeros_like()?.contiguous()?,
     };
-    let norm = Norm::Layer { w: w.detach().contiguous()?, b: b.detach() };
     #[cfg(feature = "cuda")]
     if backend == Backend::Cuda {
-        return super::cuda::residual::residual_norm(x, residual, w, Some(&b), norm, eps);
+        let (w, b) = (w.to_dtype(x.dtype())?, b.to_dtype(x.dtype())?);
+        let norm = Norm::Layer { w: w.detach(), b: b.detach() };
+        return super::cuda::residual::residual_norm(x, residual, &w, Some(&b), norm, eps);
     }
     let normed = Normed::default();
+    let norm = Norm::Layer { w: w.detach().contiguous()?, b: b.detach() };
     let sum = x
         .contiguous()?
         .apply_op2(&residual.contiguous()?, ResidualSum { norm, eps, normed: normed.clone() })?;
