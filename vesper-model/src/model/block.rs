@@ -50,10 +50,9 @@ impl Block {
 
     /// x: (batch, t, hidden) to the same shape
     pub(super) fn forward(&self, x: &Tensor, rope: &Rope, path: Path) -> Result<Tensor> {
-        let n = rms_norm(x, &self.norm_attention.to_dtype(x.dtype())?, self.eps, path)?;
+        let n = rms_norm(x, &self.norm_attention, self.eps, path)?;
         let attention = if let (Some(qkv), Some(output)) = (self.qkv.plain(), self.output.plain()) {
-            let (qkv, output) = (qkv.to_dtype(x.dtype())?, output.to_dtype(x.dtype())?);
-            self_attention(&n, &qkv, &output, self.heads, Some(rope), path)?
+            self_attention(&n, qkv, output, self.heads, Some(rope), path)?
         } else {
             let qkv = self.qkv.forward(&n, path)?;
             let attention = causal_attention(&qkv, self.heads, Some(rope), path)?;
@@ -70,7 +69,7 @@ impl Block {
         cache: &mut LayerCache,
         path: Path,
     ) -> Result<Tensor> {
-        let n = rms_norm(x, &self.norm_attention.to_dtype(x.dtype())?, self.eps, path)?;
+        let n = rms_norm(x, &self.norm_attention, self.eps, path)?;
         let qkv = self.qkv.forward(&n, path)?;
         let attention = cache.attend(&qkv, self.heads, rope)?;
         self.feed_forward(x, &self.output.forward(&attention, path)?, path)
@@ -78,15 +77,13 @@ impl Block {
 
     /// The feed-forward of `x + attention`, and that sum.
     fn feed_forward(&self, x: &Tensor, attention: &Tensor, path: Path) -> Result<Tensor> {
-        let weight = self.norm_feed_forward.to_dtype(x.dtype())?;
-        let (x, n) = residual_rms_norm(x, attention, &weight, self.eps, path)?;
+        let (x, n) = residual_rms_norm(x, attention, &self.norm_feed_forward, self.eps, path)?;
         let out = if let (Some(gate_up), Some(down)) = (self.gate_up.plain(), self.down.plain()) {
-            let (gate_up, down) = (gate_up.to_dtype(x.dtype())?, down.to_dtype(x.dtype())?);
-            gated_feed_forward(&n, &gate_up, &down, self.activation, path)?
+            gated_feed_forward(&n, gate_up, down, self.activation, path)?
         } else {
             let gate_up = self.gate_up.forward(&n, path)?; // (batch, t, 2 ffn)
             let inner = match path {
-                Path::Fused => self.activation.gated(&gate_up)?,
+                Path::Fused | Path::Untested => self.activation.gated(&gate_up)?,
                 Path::Reference => era_act::reference::gated(&self.activation, &gate_up)?,
             };
             self.down.forward(&inner, path)?

@@ -226,10 +226,9 @@ impl VesperLM {
     pub fn loss(&self, ids: &Tensor, targets: &Tensor) -> Result<LossAndEntropy> {
         let hidden = self.hidden(ids)?;
         let (b, t, d) = hidden.dims3()?;
-        let weight = self.output_weight().to_dtype(hidden.dtype())?;
         let hidden = hidden.reshape((b * t, d))?;
         let targets = targets.flatten_all()?;
-        Ok(linear_cross_entropy(&hidden, &weight, &targets, CrossEntropy::default(), self.path)?)
+        Ok(linear_cross_entropy(&hidden, self.output_weight(), &targets, CrossEntropy::default(), self.path)?)
     }
 
     /// A decoding session of up to `capacity` tokens with its own key-value cache; `capacity` is limited to the
@@ -261,7 +260,7 @@ impl VesperLM {
     }
 
     fn last_norm(&self, h: &Tensor) -> Result<Tensor> {
-        Ok(rms_norm(h, &self.norm.to_dtype(h.dtype())?, self.config.rms_norm_eps, self.path)?)
+        Ok(rms_norm(h, &self.norm, self.config.rms_norm_eps, self.path)?)
     }
 
     fn output_weight(&self) -> &Tensor {
@@ -269,7 +268,7 @@ impl VesperLM {
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let logits = linear(hidden, &self.output_weight().to_dtype(hidden.dtype())?, self.path)?;
+        let logits = linear(hidden, self.output_weight(), self.path)?;
         Ok(if logits.dtype() == DType::F64 { logits } else { logits.to_dtype(DType::F32)? })
     }
 

@@ -70,7 +70,7 @@ impl Packed {
 
     /// x: (.., in) to (.., out)
     pub(super) fn forward(&self, x: &Tensor, path: Path) -> Result<Tensor> {
-        let y = linear(x, &self.weight.to_dtype(x.dtype())?, path)?;
+        let y = linear(x, &self.weight, path)?;
         if self.plain().is_some() {
             return Ok(y);
         }

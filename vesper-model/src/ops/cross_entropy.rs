@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::matrix::{Into, Matrix, Threads, product};
 use super::real::{self, Real};
-use super::{Backend, Path, check_sizes, checkpoint};
+use super::{Backend, Path, check_dtypes, check_sizes, checkpoint};
 
 /// At most this many logits are in memory at once (16 MiB in f32), but at least 64 rows.
 const LOGITS: usize = 4 << 20;
@@ -61,7 +61,7 @@ impl CrossEntropy {
 
     /// Whether the loss is -ln p(target) and nothing more.
     #[cfg(feature = "cuda")]
-    fn is_plain(self) -> bool {
+    pub(super) fn is_plain(self) -> bool {
         self.z_loss == 0.0 && self.label_smoothing == 0.0
     }
 }
@@ -94,7 +94,7 @@ pub struct LossAndEntropy {
 /// `label_smoothing` take the reference.
 ///
 /// # Errors
-/// Shapes that do not fit, two dtypes, settings outside their range, or a target outside the vocabulary that is not
+/// Shapes that do not fit, dtypes that do not go together, settings outside their range, or a target outside the vocabulary that is not
 /// `ignore_index`. On CUDA such a target makes the loss NaN instead, because the host would have to wait for the answer.
 ///
 /// # Examples
@@ -128,18 +128,17 @@ pub fn linear_cross_entropy(
             targets.shape()
         );
     }
-    if hidden.dtype() != weight.dtype() {
-        bail!("linear_cross_entropy: hidden is {:?} and the weight {:?}", hidden.dtype(), weight.dtype());
-    }
+    check_dtypes("linear_cross_entropy", hidden, &[("weight", weight)])?;
     settings.validate()?;
     check_sizes("linear_cross_entropy", &[hidden.dims(), weight.dims()])?;
     match path.backend(hidden) {
         Backend::Cpu => {}
         #[cfg(feature = "cuda")]
-        Backend::Cuda if settings.is_plain() => {
-            return super::cuda::cross_entropy::linear_cross_entropy(hidden, weight, targets, settings);
+        Backend::Cuda if settings.is_plain() || path == Path::Untested => {
+            let weight = weight.to_dtype(hidden.dtype())?;
+            return super::cuda::cross_entropy::linear_cross_entropy(hidden, &weight, targets, settings);
         }
-        _ => return reference(hidden, weight, targets, settings),
+        _ => return reference(hidden, &weight.to_dtype(hidden.dtype())?, targets, settings),
     }
     let shared = Arc::new(Mutex::new(Saved::default()));
     let op = LinearCrossEntropy {
@@ -310,13 +309,18 @@ impl LinearCrossEntropy {
         targets: &[usize],
         dtype: DType,
     ) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        let of_weight = weight.dtype();
         let (vocab, d) = lw.shape().dims2()?;
         let out = self.run::<T>(&T::read(hidden, lh)?, &T::read(weight, lw)?, targets, (vocab, d))?;
         let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
         *saved = Saved {
             entropy: out.entropy,
             dhidden: self.hidden_tracked.then(|| real::tensor(out.dhidden, lh.shape(), dtype)).transpose()?,
-            dweight: self.weight_tracked.then(|| real::tensor(out.dweight, lw.shape(), dtype)).transpose()?,
+            dweight: self
+                .weight_tracked
+                .then(|| real::tensor(out.dweight, lw.shape(), of_weight))
+                .transpose()?,
         };
         let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
         Ok((T::store(vec![T::of(out.loss)], wide)?, Shape::from(())))

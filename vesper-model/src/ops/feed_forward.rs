@@ -7,7 +7,7 @@ use era_act::Activation;
 
 use super::matrix::{times, times_transposed, transposed_times};
 use super::real::{self, Real};
-use super::{Backend, Path, check_sizes, linear};
+use super::{Backend, Path, check_dtypes, check_sizes, linear};
 
 /// Gated feed-forward.
 ///
@@ -54,9 +54,7 @@ pub fn gated_feed_forward(
             down.shape()
         );
     }
-    if gate_up.dtype() != x.dtype() || down.dtype() != x.dtype() {
-        bail!("gated_feed_forward: {:?}, {:?} and {:?}", x.dtype(), gate_up.dtype(), down.dtype());
-    }
+    check_dtypes("gated_feed_forward", x, &[("gate and up projection", gate_up), ("down projection", down)])?;
     let rows: &[usize] = &x.dims()[..x.rank() - 1];
     check_sizes("gated_feed_forward", &[x.dims(), gate_up.dims(), down.dims()])?;
     check_sizes("gated_feed_forward", &[&[rows, &[packed]].concat(), &[rows, &[out]].concat()])?;
@@ -70,14 +68,15 @@ pub fn gated_feed_forward(
         Backend::Cuda => {
             use super::cuda::feed_forward::{Kind, gated_feed_forward};
             if let Some(kind) = Kind::of(&activation) {
-                return gated_feed_forward(x, gate_up, down, kind);
+                let (gate_up, down) = (gate_up.to_dtype(x.dtype())?, down.to_dtype(x.dtype())?);
+                return gated_feed_forward(x, &gate_up, &down, kind);
             }
         }
         Backend::Reference => {}
     }
     let packed = linear(x, gate_up, path)?;
     let inner = match path {
-        Path::Fused => activation.gated(&packed)?,
+        Path::Fused | Path::Untested => activation.gated(&packed)?,
         Path::Reference => era_act::reference::gated(&activation, &packed)?,
     };
     linear(&inner, down, path)
@@ -133,7 +132,6 @@ impl GatedFeedForward {
         let (d, ffn, out, width) = (self.d, self.ffn, self.out, 2 * self.ffn);
         let rows = x.dims().iter().rev().skip(1).product();
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let dtype = x.dtype();
         real::with_values::<T, _>(x, |xs| {
             let packed = match saved {
                 Some(packed) => packed,
@@ -145,7 +143,7 @@ impl GatedFeedForward {
                     let ddown = real::with_values::<T, _>(&self.activation.gated(&packed)?, |inner| {
                         transposed_times(dy, inner, out, rows, ffn)
                     })?;
-                    gradients[2] = Some(real::tensor(ddown, (out, ffn), dtype)?);
+                    gradients[2] = Some(real::tensor(ddown, (out, ffn), down.dtype())?);
                 }
                 real::with_values::<T, _>(down, |down| times(dy, down, rows, out, ffn))
             })?;
@@ -156,11 +154,11 @@ impl GatedFeedForward {
                     let dx = real::with_values::<T, _>(gate_up, |gate_up| {
                         times(dpacked, gate_up, rows, width, d)
                     })?;
-                    gradients[0] = Some(real::tensor(dx, x.shape(), dtype)?);
+                    gradients[0] = Some(real::tensor(dx, x.shape(), x.dtype())?);
                 }
                 if gate_up.track_op() {
                     let dgate_up = transposed_times(dpacked, xs, width, rows, d)?;
-                    gradients[1] = Some(real::tensor(dgate_up, (width, d), dtype)?);
+                    gradients[1] = Some(real::tensor(dgate_up, (width, d), gate_up.dtype())?);
                 }
                 Ok(())
             })?;

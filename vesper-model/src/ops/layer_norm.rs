@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::real::{self, Real};
 use super::residual::Normed;
-use super::{Backend, Path, check_sizes};
+use super::{Backend, Path, check_dtypes, check_sizes};
 
 /// Rows handled by one task; the gradients of weight and bias are summed a task at a time, in order.
 const ROWS: usize = 64;
@@ -23,7 +23,7 @@ const ROWS: usize = 64;
 /// `LayerNorm::forward` have no gradient.)
 ///
 /// # Errors
-/// A weight or bias whose length is not the last dimension of `x`, or different dtypes.
+/// A weight or bias whose length is not the last dimension of `x`, or dtypes that do not go together.
 ///
 /// # Examples
 /// ```
@@ -44,8 +44,12 @@ pub fn layer_norm(x: &Tensor, w: &Tensor, b: Option<&Tensor>, eps: f64, path: Pa
     match path.backend(x) {
         Backend::Cpu => return fused(x, w, b, eps, Normed::default()),
         #[cfg(feature = "cuda")]
-        Backend::Cuda => {}
-        Backend::Reference => {}
+        // candle's own operations fail on nothing there.
+        Backend::Cuda if path == Path::Untested || x.elem_count() == 0 => {
+            let (w, b) = (w.to_dtype(x.dtype())?, b.map(|b| b.to_dtype(x.dtype())).transpose()?);
+            return super::cuda::layer_norm::layer_norm(x, &w, b.as_ref(), eps, Normed::default());
+        }
+        _ => {}
     }
     reference(x, w, b, eps)
 }
@@ -55,15 +59,19 @@ pub(super) fn check(name: &str, x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> R
         if tensor.rank() != 1 || tensor.dim(0)? != x.dim(D::Minus1)? {
             bail!("{name}: a {what} of shape {:?} for x of shape {:?}", tensor.shape(), x.shape());
         }
-        if tensor.dtype() != x.dtype() {
-            bail!("{name}: x is {:?} and the {what} {:?}", x.dtype(), tensor.dtype());
-        }
+        check_dtypes(name, x, &[(what, tensor)])?;
     }
     check_sizes(name, &[x.dims()])
 }
 
 /// On the CPU; `normed` may hold the result already.
-pub(super) fn fused(x: &Tensor, w: &Tensor, b: Option<&Tensor>, eps: f64, normed: Normed) -> Result<Tensor> {
+pub(super) fn fused(
+    x: &Tensor,
+    w: &Tensor,
+    b: Option<&Tensor>,
+    eps: f64,
+    normed: Normed<CpuStorage>,
+) -> Result<Tensor> {
     let b = match b {
         Some(b) => b.contiguous()?,
         None => w.detach().zeros_like()?.contiguous()?,
@@ -106,7 +114,7 @@ pub(super) fn row<T: Real>(x: &[T], w: &[T], b: &[T], y: &mut [T], eps: T) {
 
 struct LayerNorm {
     eps: f64,
-    normed: Normed,
+    normed: Normed<CpuStorage>,
 }
 
 impl LayerNorm {

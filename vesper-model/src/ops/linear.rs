@@ -3,7 +3,7 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, D, Layout, MetalStorage, Result, Shape, Tensor};
 
-use super::{Path, check_sizes};
+use super::{Path, check_dtypes, check_sizes};
 
 /// `y = x W^T`.
 ///
@@ -17,7 +17,7 @@ use super::{Path, check_sizes};
 /// memory. Runs on every device by candle's matrix product.
 ///
 /// # Errors
-/// Shapes that do not fit, or two different dtypes.
+/// Shapes that do not fit, or dtypes that do not go together.
 ///
 /// # Examples
 /// ```
@@ -41,12 +41,14 @@ pub fn linear(x: &Tensor, w: &Tensor, path: Path) -> Result<Tensor> {
             w.shape()
         );
     }
+    check_dtypes("linear", x, &[("weight", w)])?;
+    let w = &w.to_dtype(x.dtype())?;
     let rows: &[usize] = &x.dims()[..x.rank() - 1];
     check_sizes("linear", &[x.dims(), w.dims(), &[rows, &[out]].concat()])?;
     match path {
         // A matrix may have any strides; the rows of more dimensions must follow each other.
-        Path::Fused if x.rank() == 2 => x.apply_op2(w, Linear),
-        Path::Fused => x.contiguous()?.apply_op2(w, Linear),
+        Path::Fused | Path::Untested if x.rank() == 2 => x.apply_op2(w, Linear),
+        Path::Fused | Path::Untested => x.contiguous()?.apply_op2(w, Linear),
         Path::Reference => {
             let (rows, mut dims) = flat(x.shape());
             let y = x.reshape((rows, input))?.matmul(&w.t()?)?;

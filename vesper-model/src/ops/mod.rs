@@ -9,7 +9,8 @@
 //!   fused path is tested against.
 //!
 //! [`Path`] chooses; `Path::Fused` takes the reference where a fused kernel does not exist: on CUDA for f64, and for
-//! attention with heads over 128. The CUDA kernels compute in f32, use no atomic additions of floats, and give the same
+//! attention with heads over 128, and for the operations whose CUDA kernels have not been run on a GPU yet
+//! ([`Path::Untested`]). The CUDA kernels compute in f32, use no atomic additions of floats, and give the same
 //! bits each time. [`cuda_device`] opens a device that is set up for training.
 //!
 //! | operation | replaces | saves for the backward |
@@ -26,6 +27,9 @@
 //! | [`linear_cross_entropy`] | matmul and `candle_nn::loss::cross_entropy` | the two gradients; on CUDA that of the weight in f32 |
 //! | [`embedding`] | `candle_nn::Embedding` | the ids |
 //! | [`checkpoint`] | any part of a model | that part's inputs; it runs again in the backward |
+//!
+//! Weights may be in f32 beside activations in bf16 or f16 (mixed precision), and get their gradients in f32. The kernels
+//! on the CPU read them as they are; all others, and the references, convert them to the dtype of the activations.
 //!
 //! No operation takes a tensor of more than `u32::MAX` elements: it says so before it allocates anything.
 
@@ -72,6 +76,10 @@ pub enum Path {
     /// The fused kernel where there is one for the device and dtype, otherwise the reference.
     #[default]
     Fused,
+    /// As `Fused`, and on CUDA also the kernels that compile but have not been run on a GPU yet: those of
+    /// [`layer_norm`], [`residual_rms_norm`], [`residual_layer_norm`], [`dropout`], and of the cross-entropy's `z_loss` and
+    /// `label_smoothing`, for which `Fused` takes compositions there. For their tests; do not train with it.
+    Untested,
     /// The composition of candle ops.
     Reference,
 }
@@ -92,12 +100,29 @@ impl Path {
     /// The one place that looks at a device: what runs an operation on `x`.
     fn backend(self, x: &Tensor) -> Backend {
         match (self, x.device(), x.dtype()) {
-            (Self::Fused, Device::Cpu, DType::F32 | DType::F64 | DType::BF16 | DType::F16) => Backend::Cpu,
+            (
+                Self::Fused | Self::Untested,
+                Device::Cpu,
+                DType::F32 | DType::F64 | DType::BF16 | DType::F16,
+            ) => Backend::Cpu,
             #[cfg(feature = "cuda")]
-            (Self::Fused, Device::Cuda(_), dtype) if cuda::has_kernels(dtype) => Backend::Cuda,
+            (Self::Fused | Self::Untested, Device::Cuda(_), dtype) if cuda::has_kernels(dtype) => {
+                Backend::Cuda
+            }
             _ => Backend::Reference,
         }
     }
+}
+
+/// Refuses weights of another dtype than `x`, unless they are in f32 beside bf16 or f16.
+fn check_dtypes(operation: &str, x: &Tensor, weights: &[(&str, &Tensor)]) -> Result<()> {
+    let half = matches!(x.dtype(), DType::BF16 | DType::F16);
+    for (name, weight) in weights {
+        if weight.dtype() != x.dtype() && !(half && weight.dtype() == DType::F32) {
+            bail!("{operation}: x is {:?} and the {name} {:?}", x.dtype(), weight.dtype());
+        }
+    }
+    Ok(())
 }
 
 /// Refuses tensors of more than `u32::MAX` elements, before anything is allocated: candle's own kernels count in u32
@@ -105,7 +130,7 @@ impl Path {
 fn check_sizes(operation: &str, shapes: &[&[usize]]) -> Result<()> {
     for shape in shapes {
         let elements = shape.iter().try_fold(1usize, |n, &size| n.checked_mul(size));
-        if shape.contains(&0) || elements.is_some_and(|n| n <= u32::MAX as usize) {
+        if shape.contains(&0) || elements.is_some_and(|n| u32::try_from(n).is_ok()) {
             continue;
         }
         bail!(

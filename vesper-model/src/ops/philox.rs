@@ -37,14 +37,13 @@ impl Philox {
     pub(super) fn fill(self, first_block: u64, words: &mut [u32]) {
         for (group, words) in words.chunks_mut(GROUP).enumerate() {
             let start = first_block.wrapping_add((group * LANES) as u64);
-            let mut counter = [[0u32; LANES]; 4];
-            for lane in 0..LANES {
-                let block = start.wrapping_add(lane as u64);
-                counter[0][lane] = block as u32;
-                counter[1][lane] = (block >> 32) as u32;
-                counter[2][lane] = self.offset as u32;
-                counter[3][lane] = (self.offset >> 32) as u32;
-            }
+            let blocks: [u64; LANES] = std::array::from_fn(|lane| start.wrapping_add(lane as u64));
+            let counter = [
+                blocks.map(|block| block as u32),
+                blocks.map(|block| (block >> 32) as u32),
+                [self.offset as u32; LANES],
+                [(self.offset >> 32) as u32; LANES],
+            ];
             let counter = rounds(counter, [self.seed as u32, (self.seed >> 32) as u32]);
             for (i, word) in words.iter_mut().enumerate() {
                 *word = counter[i % 4][i / 4];

@@ -47,10 +47,20 @@ pub fn residual_rms_norm(
 ) -> Result<(Tensor, Tensor)> {
     check_pair("residual_rms_norm", x, residual)?;
     rms_norm::check("residual_rms_norm", x, w)?;
-    if path.backend(x) != Backend::Cpu {
-        let sum = (x + residual)?;
-        let y = rms_norm(&sum, w, eps, path)?;
-        return Ok((sum, y));
+    match path.backend(x) {
+        Backend::Cpu => {}
+        #[cfg(feature = "cuda")]
+        // candle's own operations fail on nothing there.
+        Backend::Cuda if path == Path::Untested || x.elem_count() == 0 => {
+            let w = w.to_dtype(x.dtype())?;
+            let norm = Norm::Rms { w: w.detach() };
+            return super::cuda::residual::residual_norm(x, residual, &w, None, norm, eps);
+        }
+        _ => {
+            let sum = (x + residual)?;
+            let y = rms_norm(&sum, w, eps, path)?;
+            return Ok((sum, y));
+        }
     }
     let (normed, norm) = (Normed::default(), Norm::Rms { w: w.detach().contiguous()? });
     let sum = x
@@ -95,7 +105,9 @@ pub fn residual_layer_norm(
 ) -> Result<(Tensor, Tensor)> {
     check_pair("residual_layer_norm", x, residual)?;
     layer_norm::check("residual_layer_norm", x, w, b)?;
-    if path.backend(x) != Backend::Cpu {
+    let backend = path.backend(x);
+    let kernel = path == Path::Untested || x.elem_count() == 0;
+    if backend == Backend::Reference || (backend != Backend::Cpu && !kernel) {
         let sum = (x + residual)?;
         let y = layer_norm(&sum, w, b, eps, path)?;
         return Ok((sum, y));
@@ -104,6 +116,12 @@ pub fn residual_layer_norm(
         Some(b) => b.contiguous()?,
         None => w.detach().zeros_like()?.contiguous()?,
     };
+    #[cfg(feature = "cuda")]
+    if backend == Backend::Cuda {
+        let (w, b) = (w.to_dtype(x.dtype())?, b.to_dtype(x.dtype())?);
+        let norm = Norm::Layer { w: w.detach(), b: b.detach() };
+        return super::cuda::residual::residual_norm(x, residual, &w, Some(&b), norm, eps);
+    }
     let normed = Normed::default();
     let norm = Norm::Layer { w: w.detach().contiguous()?, b: b.detach() };
     let sum = x
@@ -124,20 +142,32 @@ fn check_pair(name: &str, x: &Tensor, residual: &Tensor) -> Result<()> {
 }
 
 /// The norm that the pass over the sum has computed, for the norm's own node of the graph to take.
-#[derive(Clone, Default)]
-pub(super) struct Normed(Arc<Mutex<Option<CpuStorage>>>);
+pub(super) struct Normed<S>(Arc<Mutex<Option<S>>>);
 
-impl Normed {
-    fn put(&self, y: CpuStorage) {
+impl<S> Clone for Normed<S> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<S> Default for Normed<S> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
+
+impl<S> Normed<S> {
+    pub(super) fn put(&self, y: S) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(y);
     }
 
-    pub(super) fn take(&self) -> Option<CpuStorage> {
+    pub(super) fn take(&self) -> Option<S> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
-enum Norm {
+/// A norm and its parameters, without gradients.
+pub(super) enum Norm {
     Rms { w: Tensor },
     Layer { w: Tensor, b: Tensor },
 }
@@ -146,7 +176,7 @@ enum Norm {
 struct ResidualSum {
     norm: Norm,
     eps: f64,
-    normed: Normed,
+    normed: Normed<CpuStorage>,
 }
 
 impl ResidualSum {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::real::{self, Real};
 use super::residual::Normed;
-use super::{Backend, Path, check_sizes};
+use super::{Backend, Path, check_dtypes, check_sizes};
 
 /// Rows handled by one task; the gradient of the weight is summed a task at a time, in order.
 const ROWS: usize = 64;
@@ -21,7 +21,7 @@ const ROWS: usize = 64;
 /// (`candle_nn::ops::rms_norm` and `RmsNorm::forward` have no gradient.)
 ///
 /// # Errors
-/// A weight whose length is not the last dimension of `x`, or two different dtypes.
+/// A weight whose length is not the last dimension of `x`, or dtypes that do not go together.
 ///
 /// # Examples
 /// ```
@@ -42,7 +42,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64, path: Path) -> Result<Tensor> 
     match path.backend(x) {
         Backend::Cpu => return fused(x, w, eps, Normed::default()),
         #[cfg(feature = "cuda")]
-        Backend::Cuda => return super::cuda::rms_norm::rms_norm(x, w, eps),
+        Backend::Cuda => return super::cuda::rms_norm::rms_norm(x, &w.to_dtype(x.dtype())?, eps),
         Backend::Reference => {}
     }
     let dtype = x.dtype();
@@ -56,14 +56,12 @@ pub(super) fn check(name: &str, x: &Tensor, w: &Tensor) -> Result<()> {
     if w.rank() != 1 || w.dim(0)? != x.dim(D::Minus1)? {
         bail!("{name}: a weight of shape {:?} for x of shape {:?}", w.shape(), x.shape());
     }
-    if w.dtype() != x.dtype() {
-        bail!("{name}: x is {:?} and the weight {:?}", x.dtype(), w.dtype());
-    }
+    check_dtypes(name, x, &[("weight", w)])?;
     check_sizes(name, &[x.dims()])
 }
 
 /// On the CPU; `normed` may hold the result already.
-pub(super) fn fused(x: &Tensor, w: &Tensor, eps: f64, normed: Normed) -> Result<Tensor> {
+pub(super) fn fused(x: &Tensor, w: &Tensor, eps: f64, normed: Normed<CpuStorage>) -> Result<Tensor> {
     x.contiguous()?.apply_op2(&w.contiguous()?, RmsNorm { eps, normed })
 }
 
@@ -78,7 +76,7 @@ pub(super) fn row<T: Real>(x: &[T], w: &[T], y: &mut [T], eps: T) {
 
 struct RmsNorm {
     eps: f64,
-    normed: Normed,
+    normed: Normed<CpuStorage>,
 }
 
 impl RmsNorm {

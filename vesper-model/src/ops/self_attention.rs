@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, b
 use super::attention::CausalAttention;
 use super::matrix::{times, times_transposed, transposed_times};
 use super::real::{self, Real};
-use super::{Backend, Heads, Path, Rope, causal_attention, check_sizes, linear};
+use super::{Backend, Heads, Path, Rope, causal_attention, check_dtypes, check_sizes, linear};
 
 /// Causal self-attention with its two projections.
 ///
@@ -52,9 +52,7 @@ pub fn self_attention(
             out.shape()
         );
     }
-    if qkv.dtype() != x.dtype() || out.dtype() != x.dtype() {
-        bail!("self_attention: {:?}, {:?} and {:?}", x.dtype(), qkv.dtype(), out.dtype());
-    }
+    check_dtypes("self_attention", x, &[("packed projection", qkv), ("output projection", out)])?;
     let (inside, after) = ([b, t, packed], [b, t, columns]);
     check_sizes("self_attention", &[x.dims(), qkv.dims(), out.dims(), &inside, &after])?;
     let attention = CausalAttention::new(heads, positions, t)?;
@@ -67,7 +65,8 @@ pub fn self_attention(
         #[cfg(feature = "cuda")]
         Backend::Cuda => {
             if super::cuda::attention::supports(heads, x.dtype()) {
-                return super::cuda::self_attention::self_attention(x, qkv, out, heads, positions);
+                let (qkv, out) = (qkv.to_dtype(x.dtype())?, out.to_dtype(x.dtype())?);
+                return super::cuda::self_attention::self_attention(x, &qkv, &out, heads, positions);
             }
         }
         Backend::Reference => {}
@@ -117,7 +116,7 @@ impl SelfAttention {
         dy: &Tensor,
     ) -> Result<[Option<Tensor>; 3]> {
         let ((b, t, d), (packed, _), (columns, width)) = (x.dims3()?, qkv.dims2()?, out.dims2()?);
-        let (rows, dtype) = (b * t, x.dtype());
+        let rows = b * t;
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Some((projected, attended)) = saved else { return Ok([None, None, None]) };
         let (dattended, dout) = real::with_values::<T, _>(dy, |dy| {
@@ -126,7 +125,7 @@ impl SelfAttention {
                 let dout = real::with_values::<T, _>(&attended, |attended| {
                     transposed_times(dy, attended, columns, rows, width)
                 })?;
-                Some(real::tensor(dout, (columns, width), dtype)?)
+                Some(real::tensor(dout, (columns, width), out.dtype())?)
             } else {
                 None
             };
@@ -136,13 +135,13 @@ impl SelfAttention {
             real::with_values::<T, _>(&projected, |p| self.attention.backward(p, &dattended, b, t))?;
         let dx = if x.track_op() {
             let dx = real::with_values::<T, _>(qkv, |qkv| times(&dprojected, qkv, rows, packed, d))?;
-            Some(real::tensor(dx, x.shape(), dtype)?)
+            Some(real::tensor(dx, x.shape(), x.dtype())?)
         } else {
             None
         };
         let dqkv = if qkv.track_op() {
             let dqkv = real::with_values::<T, _>(x, |x| transposed_times(&dprojected, x, packed, rows, d))?;
-            Some(real::tensor(dqkv, (packed, d), dtype)?)
+            Some(real::tensor(dqkv, (packed, d), qkv.dtype())?)
         } else {
             None
         };

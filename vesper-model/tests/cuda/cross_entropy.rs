@@ -59,7 +59,7 @@ fn ignored_rows_count_neither_in_the_loss_nor_in_the_gradient() {
     let Some((_lock, device)) = gpu("ignored_rows_count_neither_in_the_loss_nor_in_the_gradient") else {
         return;
     };
-    let settings = CrossEntropy { ignore_index: 3 };
+    let settings = CrossEntropy::default().with_ignore_index(3);
     let targets = Tensor::new(&[1u32, 3, 0, 3, 2], &device).unwrap();
     let inputs = [random(1, &[5, 4]), random(2, &[6, 4])];
     parity("ignore", &device, &inputs, |x, path| {

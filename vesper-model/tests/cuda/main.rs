@@ -9,3 +9,4 @@ mod common;
 mod cross_entropy;
 mod layers;
 mod model;
+mod untested;

@@ -11,6 +11,7 @@ mod embedding;
 mod feed_forward;
 mod layer_norm;
 mod linear;
+mod mixed;
 mod residual;
 mod rms_norm;
 mod self_attention;

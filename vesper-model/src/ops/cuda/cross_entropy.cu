@@ -2,6 +2,10 @@
 //
 //     loss = ln sum exp z - z[target]     entropy = ln sum exp z - sum p z     dz = (p - onehot(target)) * scale
 //
+// With other terms: q = (1 - smoothing) onehot(target) + smoothing / vocab, lse = ln sum exp z,
+//
+//     loss = -sum q ln p + z_loss lse^2     dz = (p - q + 2 z_loss lse p) * scale
+//
 // One block a row: a first pass finds the maximum, the sum of exponentials and the weighted sum together, rescaling
 // when the maximum moves; a second one, from the cache, writes the gradient.
 
@@ -17,6 +21,12 @@ struct CrossEntropyParams {
     float scale;        // of the gradient
 };
 static_assert(sizeof(CrossEntropyParams) == 20, "the Rust side has the same layout");
+
+struct CrossEntropyTerms {
+    float z_loss;
+    float smoothing;
+};
+static_assert(sizeof(CrossEntropyTerms) == 8, "the Rust side has the same layout");
 
 template <typename T> __device__ __forceinline__ float exponential(float x) {
     return sizeof(T) == 2 ? __expf(x) : expf(x);
@@ -44,11 +54,14 @@ template <typename T> __device__ __forceinline__ Online merge(Online a, Online b
     return out;
 }
 
-template <typename T>
-__device__ void rows(T *z, const uint32_t *targets, float *losses, float *entropies, CrossEntropyParams p) {
+template <typename T, bool TERMS>
+__device__ void rows(T *z, const uint32_t *targets, float *losses, float *entropies, CrossEntropyParams p,
+                     CrossEntropyTerms terms) {
     constexpr int V = WIDE<T>;
     __shared__ Online parts[THREADS / 32];
     __shared__ Online whole;
+    __shared__ float totals[THREADS / 32];
+    float total = 0;  // of the logits, less that of the target
     const uint32_t row = blockIdx.x, target = targets[row];
     T *const zr = z + (size_t)row * p.stride;
     if (target == p.ignore) {
@@ -76,6 +89,10 @@ __device__ void rows(T *z, const uint32_t *targets, float *losses, float *entrop
         }
 #pragma unroll
         for (int k = 0; k < V; k++) top = fmaxf(top, x[k]);
+        if constexpr (TERMS)
+#pragma unroll
+            for (int k = 0; k < V; k++)
+                if (i * V + k < p.vocab) total += x[k] - at_target;
         if (top > mine.top) {
             if (mine.sum > 0) {
                 const float shift = mine.top - top, factor = exponential<T>(shift);
@@ -102,6 +119,10 @@ __device__ void rows(T *z, const uint32_t *targets, float *losses, float *entrop
         // The same order of the two in both lanes, so that both get the same bits.
         mine = threadIdx.x & offset ? merge<T>(other, mine) : merge<T>(mine, other);
     }
+    if constexpr (TERMS) {
+        total = warp_sum(total);
+        if (threadIdx.x % 32 == 0) totals[threadIdx.x / 32] = total;
+    }
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = mine;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -109,24 +130,38 @@ __device__ void rows(T *z, const uint32_t *targets, float *losses, float *entrop
         for (int i = 1; i < THREADS / 32; i++) all = merge<T>(all, parts[i]);
         whole = all;
         const float log_sum = logf(all.sum);
-        losses[row] = log_sum - (at_target - all.top);
+        float loss = log_sum - (at_target - all.top);
+        if constexpr (TERMS) {
+            float sum = 0;
+            for (int i = 0; i < THREADS / 32; i++) sum += totals[i];
+            const float lse = log_sum + all.top;
+            if (terms.smoothing > 0) loss -= terms.smoothing * sum / p.vocab;
+            loss += terms.z_loss * lse * lse;
+        }
+        losses[row] = loss;
         entropies[row] = log_sum - all.weighted / all.sum;
     }
     __syncthreads();
     if (!p.gradient) return;
-    const float top = whole.top, factor = p.scale / whole.sum;
+    const float top = whole.top;
+    float factor = p.scale / whole.sum, even = 0, at_hit = p.scale;
+    if constexpr (TERMS) {
+        factor *= 1 + 2 * terms.z_loss * (logf(whole.sum) + top);
+        even = p.scale * terms.smoothing / p.vocab;
+        at_hit = p.scale * (1 - terms.smoothing);
+    }
     for (uint32_t i = threadIdx.x; i <= whole_vectors; i += THREADS) {
         if (i < whole_vectors) {
             Vec<T, V> a = load<T, V>(zr + (size_t)i * V);
 #pragma unroll
             for (int k = 0; k < V; k++) {
-                const float hit = i * V + k == target ? p.scale : 0;
+                const float hit = (i * V + k == target ? at_hit : 0) + even;
                 a.v[k] = from_float<T>(exponential<T>(to_float(a.v[k]) - top) * factor - hit);
             }
             store<T, V>(zr + (size_t)i * V, a);
         } else {
             for (uint32_t at = i * V; at < p.vocab; at++) {
-                const float hit = at == target ? p.scale : 0;
+                const float hit = (at == target ? at_hit : 0) + even;
                 zr[at] = from_float<T>(exponential<T>(to_float(zr[at]) - top) * factor - hit);
             }
         }
@@ -181,7 +216,11 @@ __device__ void scale(const S *in, T *out, const float *dloss, const float *coun
 #define KERNELS(T)                                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS) cross_entropy_rows_##T(                                      \
         T *z, const uint32_t *targets, float *losses, float *entropies, CrossEntropyParams p) {                        \
-        rows<T>(z, targets, losses, entropies, p);                                                                     \
+        rows<T, false>(z, targets, losses, entropies, p, {});                                                          \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS) cross_entropy_terms_##T(                                     \
+        T *z, const uint32_t *targets, float *losses, float *entropies, CrossEntropyParams p, CrossEntropyTerms t) {   \
+        rows<T, true>(z, targets, losses, entropies, p, t);                                                            \
     }                                                                                                                  \
     extern "C" __global__ void cross_entropy_scale_##T(const T *in, T *out, const float *dloss, const float *count,    \
                                                        uint64_t n) {                                                   \

@@ -33,6 +33,18 @@ const _: () = assert!(size_of::<Params>() == 20);
 // SAFETY: plain numbers in the layout of `CrossEntropyParams`.
 unsafe impl DeviceRepr for Params {}
 
+/// What the loss has beside -ln p(target).
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Terms {
+    z_loss: f32,
+    smoothing: f32,
+}
+
+const _: () = assert!(size_of::<Terms>() == 8);
+// SAFETY: plain numbers in the layout of `CrossEntropyTerms`.
+unsafe impl DeviceRepr for Terms {}
+
 /// What the forward pass leaves on the device. The gradients still want the factor dloss / count.
 #[derive(Default)]
 struct Saved {
@@ -45,7 +57,7 @@ struct Saved {
 }
 
 struct LinearCrossEntropy {
-    ignore: u32,
+    settings: CrossEntropy,
     hidden_tracked: bool,
     weight_tracked: bool,
     saved: Arc<Mutex<Saved>>,
@@ -64,7 +76,7 @@ pub(in crate::ops) fn linear_cross_entropy(
     }
     let saved = Arc::new(Mutex::new(Saved::default()));
     let op = LinearCrossEntropy {
-        ignore: settings.ignore_index,
+        settings,
         hidden_tracked: hidden.track_op(),
         weight_tracked: weight.track_op(),
         saved: Arc::clone(&saved),
@@ -98,7 +110,7 @@ impl LinearCrossEntropy {
         let params = Params {
             vocab: size(vocab)?,
             stride: size(stride)?,
-            ignore: self.ignore,
+            ignore: self.settings.ignore_index,
             gradient: u32::from(gradient),
             scale,
         };
@@ -106,7 +118,10 @@ impl LinearCrossEntropy {
         let (mut losses, mut entropies) = (allocate::<f32>(device, n)?, allocate::<f32>(device, n)?);
         let mut dhidden = if self.hidden_tracked { Some(allocate::<T>(device, n * d)?) } else { None };
         let mut dweight = if self.weight_tracked { Some(allocate::<f32>(device, vocab * d)?) } else { None };
-        let name = format!("cross_entropy_rows_{}", T::NAME);
+        let plain = self.settings.is_plain();
+        let name = format!("cross_entropy_{}_{}", if plain { "rows" } else { "terms" }, T::NAME);
+        let terms =
+            Terms { z_loss: self.settings.z_loss as f32, smoothing: self.settings.label_smoothing as f32 };
         for start in (0..n).step_by(rows) {
             let rows = rows.min(n - start);
             let hidden = hidden.slice(start * d..(start + rows) * d);
@@ -117,17 +132,13 @@ impl LinearCrossEntropy {
             let wanted = targets.slice(start..start + rows);
             let mut loss = losses.slice_mut(start..start + rows);
             let mut entropy = entropies.slice_mut(start..start + rows);
-            launch!(
-                device,
-                Module::CrossEntropy,
-                &name,
-                blocks(rows, THREADS)?,
-                &mut logits,
-                &wanted,
-                &mut loss,
-                &mut entropy,
-                &params,
-            );
+            let (module, config) = (Module::CrossEntropy, blocks(rows, THREADS)?);
+            let (z, loss, entropy) = (&mut logits, &mut loss, &mut entropy);
+            if plain {
+                launch!(device, module, &name, config, z, &wanted, loss, entropy, &params);
+            } else {
+                launch!(device, module, &name, config, z, &wanted, loss, entropy, &params, &terms);
+            }
             let dz = logits.as_view();
             if let Some(dhidden) = &mut dhidden {
                 let mut to = dhidden.slice_mut(start * d..(start + rows) * d);
@@ -156,7 +167,7 @@ impl LinearCrossEntropy {
             entropy,
             count,
             &total,
-            &self.ignore,
+            &self.settings.ignore_index,
         );
         let [loss, entropy, count] = results;
         *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Saved {

@@ -9,6 +9,8 @@ use super::launch::{
     not_here, size, tensor, view, wrap, zeros,
 };
 
+use crate::ops::residual::Normed;
+
 /// Warps, and so rows at a time, of a block.
 const WARPS: usize = 4;
 
@@ -26,10 +28,20 @@ unsafe impl DeviceRepr for Params {}
 
 /// See [`crate::ops::rms_norm`]; shapes and dtypes have been checked.
 pub(in crate::ops) fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
+    after_residual(x, w, eps, Normed::default())
+}
+
+/// The same of a residual sum, whose own pass may have left the result in `normed`.
+pub(super) fn after_residual(
+    x: &Tensor,
+    w: &Tensor,
+    eps: f64,
+    normed: Normed<CudaStorage>,
+) -> Result<Tensor> {
     if is_empty(&[x]) {
         return zeros(x.device(), x.shape(), x.dtype());
     }
-    aligned(x)?.apply_op2(&aligned(w)?, RmsNorm { eps })
+    aligned(x)?.apply_op2(&aligned(w)?, RmsNorm { eps, normed })
 }
 
 /// The kernel for rows of `d` elements: a lane keeps up to eight vectors of 16 bytes in registers.
@@ -50,6 +62,7 @@ fn kernel<T: Element>(direction: &str, d: usize, layouts: &[&Layout]) -> String 
 
 struct RmsNorm {
     eps: f64,
+    normed: Normed<CudaStorage>,
 }
 
 impl RmsNorm {
@@ -126,7 +139,10 @@ impl CustomOp2 for RmsNorm {
         w: &CudaStorage,
         lw: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        let y = by_dtype!(x.dtype(), T => self.forward::<T>((x, lx), (w, lw))?);
+        let y = match self.normed.take() {
+            Some(y) => y,
+            None => by_dtype!(x.dtype(), T => self.forward::<T>((x, lx), (w, lw))?),
+        };
         Ok((y, lx.shape().clone()))
     }
 

@@ -1,0 +1,78 @@
+//! Dropout on CUDA.
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor};
+
+use super::launch::{
+    Element, Module, aligned, allocate, blocks, by_dtype, is_empty, launch, not_here, view, wrap, zeros,
+};
+use crate::ops::Philox;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Params {
+    n: u64,
+    threshold: u64,
+    seed: u64,
+    offset: u64,
+    scale: f32,
+    unused: u32,
+}
+
+const _: () = assert!(size_of::<Params>() == 40);
+// SAFETY: plain numbers in the layout of `DropoutParams`.
+unsafe impl DeviceRepr for Params {}
+
+/// See [`crate::ops::dropout`]; words below `threshold` are dropped.
+pub(in crate::ops) fn dropout(x: &Tensor, threshold: u64, scale: f64, random: Philox) -> Result<Tensor> {
+    if is_empty(&[x]) {
+        return zeros(x.device(), x.shape(), x.dtype());
+    }
+    aligned(x)?.apply_op1(Dropout { threshold, scale, random })
+}
+
+struct Dropout {
+    threshold: u64,
+    scale: f64,
+    random: Philox,
+}
+
+impl Dropout {
+    fn run<T: Element>(&self, x: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
+        let (device, n) = (x.device(), layout.shape().elem_count());
+        let params = Params {
+            n: n as u64,
+            threshold: self.threshold,
+            seed: self.random.seed,
+            offset: self.random.offset,
+            scale: self.scale as f32,
+            unused: 0,
+        };
+        let mut y = allocate::<T>(device, n)?;
+        let name = format!("dropout_{}", T::NAME);
+        let config = blocks(n.div_ceil(4 * 256).clamp(1, 1 << 16), 256)?;
+        let x = view::<T>(x, layout)?;
+        launch!(device, Module::Dropout, &name, config, &x, &mut y, &params);
+        Ok(wrap(y, device))
+    }
+}
+
+impl CustomOp1 for Dropout {
+    fn name(&self) -> &'static str {
+        "vesper-dropout-cuda"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        not_here(self.name())
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let y = by_dtype!(x.dtype(), T => self.run::<T>(x, layout)?);
+        Ok((y, layout.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        aligned(dy)?.apply_op1_no_bwd(self).map(Some)
+    }
+}
