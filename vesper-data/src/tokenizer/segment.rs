@@ -225,4 +225,14 @@ mod tests {
         assert_eq!(texts(Segments::SentencePiece, text, 1), expected);
         assert_eq!(texts(Segments::Spaces, "ab cd\nef  g hi. j", 1), ["ab", "cd\nef  g", "hi. j"]);
     }
+
+    #[test]
+    fn an_added_token_that_reaches_over_a_cut_forbids_cutting() {
+        let token = |content: &str, rstrip: bool| json!({"content": content, "single_word": false, "lstrip": false, "rstrip": rstrip});
+        assert!(stays_off_letters(&token("<s>NOTUSED", false)));
+        // The space before it would become a token of its own, which a piece that begins with it does not have.
+        assert!(!stays_off_letters(&token("STOP", false)));
+        assert!(!stays_off_letters(&token("<end> of", false)));
+        assert!(!stays_off_letters(&token("<s>", true)));
+    }
 }
