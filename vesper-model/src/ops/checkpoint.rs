@@ -175,7 +175,8 @@ where
         // A closure may return something that has no gradient at all, such as a sum over a detached input.
         let gradients = if y.track_op() {
             let mut grads = y.apply_op1(Seed { dy: dy.detach() })?.backward()?;
-            leaves.iter().map(|leaf| grads.remove(leaf)).collect()
+            // A leaf's gradient holds on to the graph that it came from, which is to go now.
+            leaves.iter().map(|leaf| grads.remove(leaf).map(|gradient| gradient.detach())).collect()
         } else {
             vec![None; leaves.len()]
         };

@@ -218,6 +218,24 @@ fn what_the_closure_computes_on_the_way_is_not_kept() {
 }
 
 #[test]
+fn gradients_do_not_hold_on_to_what_was_recomputed() {
+    let (counter, x, w) = (Arc::new(()), var(1, &[8]), var(2, &[8]));
+    let (mine, weight) = (Arc::clone(&counter), w.as_tensor().clone());
+    // The gradients of both are products with tensors of the inner graph.
+    let y = checkpoint(
+        move |xs| {
+            let h = xs[0].apply_op1(Counted(Arc::clone(&mine)))?;
+            (&h * &h)? * &weight
+        },
+        &[x.as_tensor()],
+    )
+    .unwrap();
+    let grads = y.sum_all().unwrap().backward().unwrap();
+    assert!(grads.get(&x).is_some() && grads.get(&w).is_some());
+    assert_eq!(Arc::strong_count(&counter), 2); // the test's own and the closure's
+}
+
+#[test]
 fn a_scaled_loss_and_a_second_backward_are_right() {
     let (x, w) = (var(1, &[5, 4]), var(2, &[9, 4]));
     let targets = Tensor::new(&[0u32, 8, 3, 1, 1], &Device::Cpu).unwrap();
