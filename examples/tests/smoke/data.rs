@@ -46,7 +46,7 @@ fn a_cache_is_built_once_and_says_what_it_is() {
     let second = succeeds("data", dir, &["build", "text.txt", "--tokenizer", "t.json", "--cache", "c"]);
     assert!(second.contains(": reused"), "{second}");
 
-    let cache = only(&dir.join("c"), "tokens-", ".bin");
+    let cache = only(&dir.join("c"), "tokens-", "");
     let cache = cache.to_str().unwrap();
     let lines = succeeds("data", dir, &["inspect", cache]);
     assert!(
@@ -108,12 +108,10 @@ fn a_plan_names_the_preset_or_says_why_there_is_none() {
 fn french_text_is_cleaned_by_rules() {
     let folder = folder();
     let dir = folder.path();
-    std::fs::write(
-        dir.join("fr.txt"),
-        "[Anne:] L’e\u{301}té\u{202f}!\n[Paul:] «\u{a0}Oui\u{a0}»<|endoftext|>l'an",
-    )
-    .unwrap();
-    let printed = succeeds("data", dir, &["clean", "fr.txt", "--out", "a.jsonl", "--renumber-speakers"]);
+    std::fs::write(dir.join("fr.txt"), "[Anne:] L’e\u{301}té\u{202f}!\n[Paul:] «\u{a0}Oui\u{a0}»\n").unwrap();
+    std::fs::write(dir.join("an.txt"), "l'an").unwrap();
+    let args = ["clean", "fr.txt", "an.txt", "--out", "a.jsonl", "--renumber-speakers"];
+    let printed = succeeds("data", dir, &args);
     assert_eq!(printed, "a.jsonl: 2 documents, 1 of them changed\n");
     let lines = std::fs::read_to_string(dir.join("a.jsonl")).unwrap();
     let texts: Vec<Value> = lines.lines().map(|line| json(line)["text"].clone()).collect();
@@ -121,7 +119,7 @@ fn french_text_is_cleaned_by_rules() {
     succeeds(
         "data",
         dir,
-        &["clean", "fr.txt", "--out", "b.jsonl", "--apostrophes", "curly", "--spaces", "no-break"],
+        &["clean", "fr.txt", "an.txt", "--out", "b.jsonl", "--apostrophes", "curly", "--spaces", "no-break"],
     );
     let lines = std::fs::read_to_string(dir.join("b.jsonl")).unwrap();
     assert!(lines.contains("L’été\u{202f}!") && lines.contains("l’an"), "{lines}");
