@@ -6,7 +6,6 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::Parser;
 use vesper_examples::dataset::flags::{Command, Flags, Inspect};
 use vesper_examples::dataset::plan::Plan;
 use vesper_examples::dataset::stats::Stats;
@@ -14,7 +13,7 @@ use vesper_examples::dataset::{access, clean, sample};
 use vesper_examples::{note, printable, say};
 
 fn main() -> ExitCode {
-    vesper_examples::run(|| data(Flags::parse().command))
+    vesper_examples::run(|| data(vesper_examples::flags::<Flags>()?.command))
 }
 
 fn data(command: Command) -> Result<ExitCode> {

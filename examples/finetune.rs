@@ -189,7 +189,7 @@ struct Trained {
 
 fn main() -> ExitCode {
     vesper_examples::leave_the_threads_to_the_fused_operations();
-    vesper_examples::run(|| finetune(&Flags::parse()))
+    vesper_examples::run(|| finetune(&vesper_examples::flags()?))
 }
 
 fn finetune(flags: &Flags) -> Result<ExitCode> {

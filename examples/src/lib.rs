@@ -78,7 +78,9 @@ pub fn run(example: impl FnOnce() -> anyhow::Result<ExitCode>) -> ExitCode {
 /// Names the flag that is wrong and what it can be, in one line.
 pub fn flags<F: clap::Parser>() -> anyhow::Result<F> {
     F::try_parse().map_err(|error| {
-        if !error.use_stderr() {
+        // A program that was given nothing where it needs something shows its help.
+        let helps = error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+        if helps || !error.use_stderr() {
             error.exit();
         }
         let text = error.render().to_string();

@@ -134,6 +134,8 @@ fn french_text_is_cleaned_by_rules() {
 fn wrong_input_is_one_line() {
     let folder = folder();
     let dir = folder.path();
+    fails("data", dir, &["stats", "text.txt", "--top", "many"], &["'many'", "--top"]);
+    fails("finetune", dir, &["--steps", "many"], &["'many'", "--steps"]);
     for command in ["build", "stats", "sample"] {
         fails("data", dir, &[command, "missing.txt"], &["missing.txt does not exist"]);
         fails("data", dir, &[command], &["no data was named"]);
