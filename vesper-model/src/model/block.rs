@@ -83,7 +83,7 @@ impl Block {
         } else {
             let gate_up = self.gate_up.forward(&n, path)?; // (batch, t, 2 ffn)
             let inner = match path {
-                Path::Fused | Path::Untested => self.activation.gated(&gate_up)?,
+                Path::Fused => self.activation.gated(&gate_up)?,
                 Path::Reference => era_act::reference::gated(&self.activation, &gate_up)?,
             };
             self.down.forward(&inner, path)?

@@ -134,11 +134,11 @@ pub fn linear_cross_entropy(
     match path.backend(hidden) {
         Backend::Cpu => {}
         #[cfg(feature = "cuda")]
-        Backend::Cuda if settings.is_plain() || path == Path::Untested => {
+        Backend::Cuda => {
             let weight = weight.to_dtype(hidden.dtype())?;
             return super::cuda::cross_entropy::linear_cross_entropy(hidden, &weight, targets, settings);
         }
-        _ => return reference(hidden, &weight.to_dtype(hidden.dtype())?, targets, settings),
+        Backend::Reference => return reference(hidden, &weight.to_dtype(hidden.dtype())?, targets, settings),
     }
     let shared = Arc::new(Mutex::new(Saved::default()));
     let op = LinearCrossEntropy {

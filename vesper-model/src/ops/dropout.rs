@@ -51,10 +51,10 @@ pub fn dropout(x: &Tensor, p: f64, random: Philox, path: Path) -> Result<Tensor>
     match path.backend(x) {
         Backend::Cpu => return x.contiguous()?.apply_op1(op),
         #[cfg(feature = "cuda")]
-        Backend::Cuda if path == Path::Untested || x.elem_count() == 0 => {
+        Backend::Cuda => {
             return super::cuda::dropout::dropout(x, op.threshold, op.scale, random);
         }
-        _ => {}
+        Backend::Reference => {}
     }
     let kept: Vec<u8> = random.words(x.elem_count()).into_iter().map(|word| op.keeps(word).into()).collect();
     let kept = Tensor::from_vec(kept, x.shape(), x.device())?;

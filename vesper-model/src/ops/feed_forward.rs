@@ -76,7 +76,7 @@ pub fn gated_feed_forward(
     }
     let packed = linear(x, gate_up, path)?;
     let inner = match path {
-        Path::Fused | Path::Untested => activation.gated(&packed)?,
+        Path::Fused => activation.gated(&packed)?,
         Path::Reference => era_act::reference::gated(&activation, &packed)?,
     };
     linear(&inner, down, path)

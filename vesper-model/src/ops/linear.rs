@@ -47,8 +47,8 @@ pub fn linear(x: &Tensor, w: &Tensor, path: Path) -> Result<Tensor> {
     check_sizes("linear", &[x.dims(), w.dims(), &[rows, &[out]].concat()])?;
     match path {
         // A matrix may have any strides; the rows of more dimensions must follow each other.
-        Path::Fused | Path::Untested if x.rank() == 2 => x.apply_op2(w, Linear),
-        Path::Fused | Path::Untested => x.contiguous()?.apply_op2(w, Linear),
+        Path::Fused if x.rank() == 2 => x.apply_op2(w, Linear),
+        Path::Fused => x.contiguous()?.apply_op2(w, Linear),
         Path::Reference => {
             let (rows, mut dims) = flat(x.shape());
             let y = x.reshape((rows, input))?.matmul(&w.t()?)?;

@@ -9,9 +9,9 @@
 //!   fused path is tested against.
 //!
 //! [`Path`] chooses; `Path::Fused` takes the reference where a fused kernel does not exist: on CUDA for f64, and for
-//! attention with heads over 128, and for the operations whose CUDA kernels have not been run on a GPU yet
-//! ([`Path::Untested`]). The CUDA kernels compute in f32, use no atomic additions of floats, and give the same
-//! bits each time. [`cuda_device`] opens a device that is set up for training.
+//! attention with heads over 128. The CUDA kernels compute in f32, use no atomic additions of floats, and give the same
+//! bits each time. [`cuda_device`] opens a device that is set up for training, and [`CapturedStep`] replays a whole
+//! training step as a CUDA graph.
 //!
 //! | operation | replaces | saves for the backward |
 //! |---|---|---|
@@ -34,6 +34,7 @@
 //! No operation takes a tensor of more than `u32::MAX` elements: it says so before it allocates anything.
 
 mod attention;
+mod captured;
 mod checkpoint;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
@@ -53,6 +54,7 @@ mod rope;
 mod self_attention;
 
 pub use attention::{Heads, causal_attention};
+pub use captured::CapturedStep;
 pub use checkpoint::checkpoint;
 pub use cross_entropy::{CrossEntropy, LossAndEntropy, linear_cross_entropy};
 pub use device::{cuda_device, prepare_cuda_device};
@@ -76,10 +78,6 @@ pub enum Path {
     /// The fused kernel where there is one for the device and dtype, otherwise the reference.
     #[default]
     Fused,
-    /// As `Fused`, and on CUDA also the kernels that compile but have not been run on a GPU yet: those of
-    /// [`layer_norm`], [`residual_rms_norm`], [`residual_layer_norm`], [`dropout`], and of the cross-entropy's `z_loss` and
-    /// `label_smoothing`, for which `Fused` takes compositions there. For their tests; do not train with it.
-    Untested,
     /// The composition of candle ops.
     Reference,
 }
@@ -100,15 +98,9 @@ impl Path {
     /// The one place that looks at a device: what runs an operation on `x`.
     fn backend(self, x: &Tensor) -> Backend {
         match (self, x.device(), x.dtype()) {
-            (
-                Self::Fused | Self::Untested,
-                Device::Cpu,
-                DType::F32 | DType::F64 | DType::BF16 | DType::F16,
-            ) => Backend::Cpu,
+            (Self::Fused, Device::Cpu, DType::F32 | DType::F64 | DType::BF16 | DType::F16) => Backend::Cpu,
             #[cfg(feature = "cuda")]
-            (Self::Fused | Self::Untested, Device::Cuda(_), dtype) if cuda::has_kernels(dtype) => {
-                Backend::Cuda
-            }
+            (Self::Fused, Device::Cuda(_), dtype) if cuda::has_kernels(dtype) => Backend::Cuda,
             _ => Backend::Reference,
         }
     }

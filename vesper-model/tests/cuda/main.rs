@@ -5,8 +5,9 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod attention;
+mod captured;
 mod common;
 mod cross_entropy;
 mod layers;
 mod model;
-mod untested;
+mod norms_and_terms;

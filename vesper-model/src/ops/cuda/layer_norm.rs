@@ -1,29 +1,13 @@
 //! LayerNorm on CUDA.
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig};
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::launch::{
-    Element, Held, Module, aligned, allocate, blocks, by_dtype, is_empty, is_wide, launch, multiprocessors,
-    name, not_here, size, tensor, view, wrap, zeros,
+    Element, Held, Module, aligned, allocate, by_dtype, is_empty, launch, not_here, tensor, view, wrap, zeros,
 };
+use super::norms::{Params, a_warp_a_row, kernel, reduce, warps_that_stay};
 use crate::ops::residual::Normed;
-
-/// Warps, and so rows at a time, of a block.
-const WARPS: usize = 4;
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Params {
-    rows: u64,
-    d: u32,
-    eps: f32,
-}
-
-const _: () = assert!(size_of::<Params>() == 16);
-// SAFETY: plain numbers in the layout of `LayerNormParams`.
-unsafe impl DeviceRepr for Params {}
 
 /// See [`crate::ops::layer_norm`]; shapes and dtypes have been checked. `normed` may hold the result already.
 pub(in crate::ops) fn layer_norm(
@@ -49,10 +33,6 @@ struct LayerNorm {
 }
 
 impl LayerNorm {
-    fn params(&self, elements: usize, d: usize) -> Result<Params> {
-        Ok(Params { rows: (elements / d) as u64, d: size(d)?, eps: self.eps as f32 })
-    }
-
     fn forward<T: Element>(
         &self,
         (x, lx): (&CudaStorage, &Layout),
@@ -61,9 +41,8 @@ impl LayerNorm {
     ) -> Result<CudaStorage> {
         let (device, n, d) = (x.device(), lx.shape().elem_count(), lw.shape().elem_count());
         let mut y = allocate::<T>(device, n)?;
-        let params = self.params(n, d)?;
-        let name = name::<T>("layer_norm_forward", is_wide::<T>(d, &[lx, lw, lb]));
-        let config = blocks((n / d).div_ceil(WARPS), 32 * WARPS as u32)?;
+        let (params, config) = (Params::new(n, d, self.eps)?, a_warp_a_row(n / d)?);
+        let name = kernel::<T>("layer_norm_forward", d, &[lx, lw, lb]);
         let (x, w, b) = (view::<T>(x, lx)?, view::<T>(w, lw)?, view::<T>(b, lb)?);
         launch!(device, Module::LayerNorm, &name, config, &x, &w, &b, &mut y, &params);
         Ok(wrap(y, device))
@@ -81,46 +60,20 @@ impl LayerNorm {
         let (x, w, dy) = (Held::new(x), Held::new(w), Held::new(dy));
         let device = x.device()?;
         let mut dx = allocate::<T>(device, n)?;
-        let params = self.params(n, d)?;
-        let wide = is_wide::<T>(d, &[x.layout(), w.layout(), dy.layout()]);
-        let kernel = name::<T>("layer_norm_backward", wide);
-        let grid = (n / d).div_ceil(WARPS).min(4 * multiprocessors(device)?);
-        let config = blocks(grid, 32 * WARPS as u32)?;
+        let params = Params::new(n, d, self.eps)?;
+        let name = kernel::<T>("layer_norm_backward", d, &[x.layout(), w.layout(), dy.layout()]);
+        let (config, warps) = warps_that_stay(device, n / d)?;
         let (xv, wv, dyv) = (x.view::<T>()?, w.view::<T>()?, dy.view::<T>()?);
         let (mut dw, mut db) = (None, None);
         if tracked.1 || tracked.2 {
-            let parts = grid * WARPS;
-            let mut partial = allocate::<f32>(device, 2 * parts * d)?;
-            launch!(
-                device,
-                Module::LayerNorm,
-                &kernel,
-                config,
-                &xv,
-                &wv,
-                &dyv,
-                &mut dx,
-                &mut partial,
-                &params
-            );
-            let reduce = |half: usize| -> Result<Tensor> {
-                let mut out = allocate::<T>(device, d)?;
-                let name = format!("layer_norm_reduce_{}", T::NAME);
-                let config = LaunchConfig {
-                    grid_dim: (size(d.div_ceil(32))?, 1, 1),
-                    block_dim: (32, 32, 1),
-                    shared_mem_bytes: 0,
-                };
-                let from = partial.slice(half * parts * d..(half + 1) * parts * d);
-                let (parts, columns) = (size(parts)?, size(d)?);
-                launch!(device, Module::LayerNorm, &name, config, &from, &mut out, &parts, &columns);
-                Ok(tensor(out, device, d))
-            };
-            dw = tracked.1.then(|| reduce(0)).transpose()?;
-            db = tracked.2.then(|| reduce(1)).transpose()?;
+            let mut partial = allocate::<f32>(device, 2 * warps * d)?;
+            launch!(device, Module::LayerNorm, &name, config, &xv, &wv, &dyv, &mut dx, &mut partial, &params);
+            let (for_w, for_b) = partial.split_at(warps * d);
+            dw = tracked.1.then(|| reduce::<T>(device, &for_w, warps, d)).transpose()?;
+            db = tracked.2.then(|| reduce::<T>(device, &for_b, warps, d)).transpose()?;
         } else {
             let none = 0u64;
-            launch!(device, Module::LayerNorm, &kernel, config, &xv, &wv, &dyv, &mut dx, &none, &params);
+            launch!(device, Module::LayerNorm, &name, config, &xv, &wv, &dyv, &mut dx, &none, &params);
         }
         let dx = tracked.0.then(|| tensor(dx, device, x.layout().shape()));
         Ok((dx, dw, db))

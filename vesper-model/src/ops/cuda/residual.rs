@@ -1,30 +1,14 @@
 //! A residual sum and the norm after it on CUDA.
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
 use super::launch::{
-    Element, Held, Module, aligned, allocate, blocks, by_dtype, is_empty, is_wide, launch, name, not_here,
-    size, view, wrap,
+    Element, Held, Module, aligned, allocate, by_dtype, is_empty, launch, not_here, view, wrap,
 };
+use super::norms::{Params, a_warp_a_row, kernel};
 use super::{layer_norm, rms_norm};
 use crate::ops::residual::{Norm, Normed};
-
-/// Warps, and so rows at a time, of a block.
-const WARPS: usize = 4;
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Params {
-    rows: u64,
-    d: u32,
-    eps: f32,
-}
-
-const _: () = assert!(size_of::<Params>() == 16);
-// SAFETY: plain numbers in the layout of `ResidualParams`.
-unsafe impl DeviceRepr for Params {}
 
 /// See [`crate::ops::residual_rms_norm`] and [`crate::ops::residual_layer_norm`]; shapes and dtypes have been checked.
 pub(in crate::ops) fn residual_norm(
@@ -80,11 +64,9 @@ impl ResidualSum {
         };
         let (device, n, d) = (x.device(), lx.shape().elem_count(), w.layout().shape().elem_count());
         let (mut sum, mut y) = (allocate::<T>(device, n)?, allocate::<T>(device, n)?);
-        let params = Params { rows: (n / d) as u64, d: size(d)?, eps: self.eps as f32 };
-        let wide = is_wide::<T>(d, &[lx, lr, w.layout()])
-            && b.as_ref().is_none_or(|b| is_wide::<T>(d, &[b.layout()]));
-        let name = name::<T>("residual_norm", wide);
-        let config = blocks((n / d).div_ceil(WARPS), 32 * WARPS as u32)?;
+        let (params, config) = (Params::new(n, d, self.eps)?, a_warp_a_row(n / d)?);
+        let bias = b.as_ref().map_or(w.layout(), Held::layout);
+        let name = kernel::<T>("residual_norm", d, &[lx, lr, w.layout(), bias]);
         let (x, residual, w) = (view::<T>(x, lx)?, view::<T>(residual, lr)?, w.view::<T>()?);
         let module = Module::Residual;
         if let Some(b) = &b {

@@ -6,64 +6,26 @@
 // The gradient of w is summed by each warp over its rows, then over the warps in order: no atomics, so the same bits
 // each time.
 
-#include "common.cuh"
+#include "norms.cuh"
 
-struct RmsNormParams {
-    uint64_t rows;
-    uint32_t d;
-    float eps;
-};
-static_assert(sizeof(RmsNormParams) == 16, "the Rust side has the same layout");
-
-// J vectors a lane stay in registers between the two passes over a row; with J = 0 rows may be of any length, and are
-// read twice.
 template <typename T, int V, int J>
-__device__ void forward(const T *x, const T *w, T *y, RmsNormParams p) {
-    constexpr int K = J > 0 ? J : 1;
+__device__ void forward(const T *x, const T *w, T *y, NormParams p) {
     const int lane = threadIdx.x % 32;
     const size_t row = (size_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (row >= p.rows) return;
-    x += row * p.d;
-    y += row * p.d;
-    float squares = 0;
-    const auto square = [&](const Vec<T, V> &a) {
-#pragma unroll
-        for (int k = 0; k < V; k++) squares += to_float(a.v[k]) * to_float(a.v[k]);
-    };
-    const auto write = [&](const Vec<T, V> &a, uint32_t i, float r) {
-        const Vec<T, V> b = load<T, V>(w + i);
-        Vec<T, V> out;
-#pragma unroll
-        for (int k = 0; k < V; k++) out.v[k] = from_float<T>(to_float(a.v[k]) * r * to_float(b.v[k]));
-        store<T, V>(y + i, out);
-    };
-    if constexpr (J > 0) {
-        Vec<T, V> a[K];
-#pragma unroll
-        for (int j = 0; j < J; j++) {
-            const uint32_t i = (j * 32 + lane) * V;
-            if (i < p.d) a[j] = load<T, V>(x + i);
-        }
-#pragma unroll
-        for (int j = 0; j < J; j++)
-            if ((j * 32 + lane) * V < p.d) square(a[j]);
-        const float r = 1.0f / sqrtf(warp_sum(squares) / p.d + p.eps);
-#pragma unroll
-        for (int j = 0; j < J; j++) {
-            const uint32_t i = (j * 32 + lane) * V;
-            if (i < p.d) write(a[j], i, r);
-        }
-    } else {
-        for (uint32_t i = lane * V; i < p.d; i += 32 * V) square(load<T, V>(x + i));
-        const float r = 1.0f / sqrtf(warp_sum(squares) / p.d + p.eps);
-        for (uint32_t i = lane * V; i < p.d; i += 32 * V) write(load<T, V>(x + i), i, r);
-    }
+    Row<T, V, J> a;
+    if constexpr (J > 0)
+        a.read(x + row * p.d, p.d, lane);
+    else
+        a.x = x + row * p.d;
+    a.rms_norm(w, y + row * p.d, p.d, p.eps, lane);
 }
 
-// As above, and the lane's share of dw stays in registers too; with J = 0 dw is added up in global memory, each element by one lane alone.
+// With J > 0 a lane's share of dw stays in registers too; with J = 0 dw is added up in global memory, each element by one
+// lane alone.
 // partial: (warps, d), or null where w needs no gradient.
 template <typename T, int V, int J>
-__device__ void backward(const T *x, const T *w, const T *dy, T *dx, float *partial, RmsNormParams p) {
+__device__ void backward(const T *x, const T *w, const T *dy, T *dx, float *partial, NormParams p) {
     const int lane = threadIdx.x % 32;
     const size_t warps = (size_t)gridDim.x * (blockDim.x / 32);
     const size_t warp = (size_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
@@ -178,47 +140,19 @@ __device__ void backward(const T *x, const T *w, const T *dy, T *dx, float *part
     }
 }
 
-// dw[c] = sum over n of partial[n][c], in a fixed order. One block of (32, 32) threads for 32 columns.
-template <typename T> __device__ void reduce(const float *partial, T *dw, uint32_t n, uint32_t d) {
-    __shared__ float sums[32][33];
-    const uint32_t c = blockIdx.x * 32 + threadIdx.x;
-    float sum = 0;
-    if (c < d)
-        for (uint32_t i = threadIdx.y; i < n; i += 32) sum += partial[(size_t)i * d + c];
-    sums[threadIdx.y][threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y == 0 && c < d) {
-        float total = 0;
-        for (int i = 0; i < 32; i++) total += sums[i][threadIdx.x];
-        dw[c] = from_float<T>(total);
-    }
-}
-
 #define FORWARD(T, NAME, V, J)                                                                                         \
-    extern "C" __global__ void rms_norm_forward_##T##_##NAME(const T *x, const T *w, T *y, RmsNormParams p) {          \
+    extern "C" __global__ void rms_norm_forward_##T##_##NAME(const T *x, const T *w, T *y, NormParams p) {             \
         forward<T, V, J>(x, w, y, p);                                                                                  \
     }
 #define BACKWARD(T, NAME, V, J)                                                                                        \
     extern "C" __global__ void __launch_bounds__(128) rms_norm_backward_##T##_##NAME(                                  \
-        const T *x, const T *w, const T *dy, T *dx, float *partial, RmsNormParams p) {                                 \
+        const T *x, const T *w, const T *dy, T *dx, float *partial, NormParams p) {                                    \
         backward<T, V, J>(x, w, dy, dx, partial, p);                                                                   \
     }
-#define BOTH(T, NAME, V, J)                                                                                            \
+#define ONE(T, NAME, V, J)                                                                                             \
     FORWARD(T, NAME, V, J)                                                                                             \
     BACKWARD(T, NAME, V, J)
-#define ALL(T)                                                                                                         \
-    BOTH(T, wide1, WIDE<T>, 1)                                                                                         \
-    BOTH(T, wide2, WIDE<T>, 2)                                                                                         \
-    BOTH(T, wide3, WIDE<T>, 3)                                                                                         \
-    BOTH(T, wide4, WIDE<T>, 4)                                                                                         \
-    BOTH(T, wide6, WIDE<T>, 6)                                                                                         \
-    BOTH(T, wide8, WIDE<T>, 8)                                                                                         \
-    BOTH(T, wide, WIDE<T>, 0)                                                                                          \
-    BOTH(T, single, 1, 0)                                                                                              \
-    extern "C" __global__ void rms_norm_reduce_##T(const float *partial, T *dw, uint32_t n, uint32_t d) {              \
-        reduce<T>(partial, dw, n, d);                                                                                  \
-    }
 
-ALL(f32)
-ALL(bf16)
-ALL(f16)
+EACH(ONE, f32)
+EACH(ONE, bf16)
+EACH(ONE, f16)

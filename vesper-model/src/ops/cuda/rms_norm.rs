@@ -1,30 +1,13 @@
 //! RMSNorm on CUDA.
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig};
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
 use super::launch::{
-    Element, Held, Module, aligned, allocate, blocks, by_dtype, is_empty, is_wide, launch, multiprocessors,
-    not_here, size, tensor, view, wrap, zeros,
+    Element, Held, Module, aligned, allocate, by_dtype, is_empty, launch, not_here, tensor, view, wrap, zeros,
 };
-
+use super::norms::{Params, a_warp_a_row, kernel, reduce, warps_that_stay};
 use crate::ops::residual::Normed;
-
-/// Warps, and so rows at a time, of a block.
-const WARPS: usize = 4;
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Params {
-    rows: u64,
-    d: u32,
-    eps: f32,
-}
-
-const _: () = assert!(size_of::<Params>() == 16);
-// SAFETY: plain numbers in the layout of `RmsNormParams`.
-unsafe impl DeviceRepr for Params {}
 
 /// See [`crate::ops::rms_norm`]; shapes and dtypes have been checked.
 pub(in crate::ops) fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
@@ -44,32 +27,12 @@ pub(super) fn after_residual(
     aligned(x)?.apply_op2(&aligned(w)?, RmsNorm { eps, normed })
 }
 
-/// The kernel for rows of `d` elements: a lane keeps up to eight vectors of 16 bytes in registers.
-fn kernel<T: Element>(direction: &str, d: usize, layouts: &[&Layout]) -> String {
-    let wide = is_wide::<T>(d, layouts);
-    let vectors = match d.div_ceil(32 * T::WIDE) {
-        _ if !wide => "single",
-        0..=1 => "wide1",
-        2 => "wide2",
-        3 => "wide3",
-        4 => "wide4",
-        5..=6 => "wide6",
-        7..=8 => "wide8",
-        _ => "wide",
-    };
-    format!("rms_norm_{direction}_{}_{vectors}", T::NAME)
-}
-
 struct RmsNorm {
     eps: f64,
     normed: Normed<CudaStorage>,
 }
 
 impl RmsNorm {
-    fn params(&self, elements: usize, d: usize) -> Result<Params> {
-        Ok(Params { rows: (elements / d) as u64, d: size(d)?, eps: self.eps as f32 })
-    }
-
     fn forward<T: Element>(
         &self,
         (x, lx): (&CudaStorage, &Layout),
@@ -77,9 +40,8 @@ impl RmsNorm {
     ) -> Result<CudaStorage> {
         let (device, n, d) = (x.device(), lx.shape().elem_count(), lw.shape().elem_count());
         let mut y = allocate::<T>(device, n)?;
-        let params = self.params(n, d)?;
-        let name = kernel::<T>("forward", d, &[lx, lw]);
-        let config = blocks((n / d).div_ceil(WARPS), 32 * WARPS as u32)?;
+        let (params, config) = (Params::new(n, d, self.eps)?, a_warp_a_row(n / d)?);
+        let name = kernel::<T>("rms_norm_forward", d, &[lx, lw]);
         let (x, w) = (view::<T>(x, lx)?, view::<T>(w, lw)?);
         launch!(device, Module::RmsNorm, &name, config, &x, &w, &mut y, &params);
         Ok(wrap(y, device))
@@ -95,24 +57,14 @@ impl RmsNorm {
         let (x, w, dy, tracked) = (Held::new(x), Held::new(w), Held::new(dy), (x.track_op(), w.track_op()));
         let device = x.device()?;
         let mut dx = allocate::<T>(device, n)?;
-        let params = self.params(n, d)?;
-        let name = kernel::<T>("backward", d, &[x.layout(), w.layout(), dy.layout()]);
-        let grid = (n / d).div_ceil(WARPS).min(4 * multiprocessors(device)?);
-        let config = blocks(grid, 32 * WARPS as u32)?;
+        let params = Params::new(n, d, self.eps)?;
+        let name = kernel::<T>("rms_norm_backward", d, &[x.layout(), w.layout(), dy.layout()]);
+        let (config, warps) = warps_that_stay(device, n / d)?;
         let (xv, wv, dyv) = (x.view::<T>()?, w.view::<T>()?, dy.view::<T>()?);
         let dw = if tracked.1 {
-            let mut partial = allocate::<f32>(device, grid * WARPS * d)?;
+            let mut partial = allocate::<f32>(device, warps * d)?;
             launch!(device, Module::RmsNorm, &name, config, &xv, &wv, &dyv, &mut dx, &mut partial, &params);
-            let mut dw = allocate::<T>(device, d)?;
-            let name = format!("rms_norm_reduce_{}", T::NAME);
-            let config = LaunchConfig {
-                grid_dim: (size(d.div_ceil(32))?, 1, 1),
-                block_dim: (32, 32, 1),
-                shared_mem_bytes: 0,
-            };
-            let (parts, columns) = (size(grid * WARPS)?, size(d)?);
-            launch!(device, Module::RmsNorm, &name, config, &partial, &mut dw, &parts, &columns);
-            Some(tensor(dw, device, d))
+            Some(reduce::<T>(device, &partial.slice(..), warps, d)?)
         } else {
             let none = 0u64;
             launch!(device, Module::RmsNorm, &name, config, &xv, &wv, &dyv, &mut dx, &none, &params);

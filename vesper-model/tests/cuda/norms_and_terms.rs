@@ -1,4 +1,4 @@
-//! The kernels behind `Path::Untested`: to be run on a GPU before `Path::Fused` takes them.
+//! LayerNorm, residual sums with their norm, dropout, and the terms of the cross-entropy.
 
 use candle_core::{DType, Device, Result, Tensor};
 use vesper_model::ops::{
@@ -11,11 +11,6 @@ use crate::common::{gpu, ids, parity, random, same_bits};
 /// Rows that divide into vectors, rows that do not, long rows.
 const SHAPES: [&[usize]; 7] =
     [&[1, 1], &[3, 17], &[2, 5, 384], &[700, 768], &[9, 2048], &[4, 5000], &[3, 4099]];
-
-/// The path of the comparison: the kernels in the place of `Fused`.
-fn untested(path: Path) -> Path {
-    if path == Path::Fused { Path::Untested } else { path }
-}
 
 fn inputs(shape: &[usize]) -> Vec<Tensor> {
     let d = &shape[shape.len() - 1..];
@@ -32,18 +27,18 @@ fn layer_norm_equals_its_reference() {
     let Some((_lock, device)) = gpu("layer_norm_equals_its_reference") else { return };
     for shape in SHAPES {
         parity(&format!("layer_norm {shape:?}"), &device, &inputs(shape)[1..], |x, path| {
-            layer_norm(&x[0], &x[1], Some(&x[2]), 1e-1, untested(path))
+            layer_norm(&x[0], &x[1], Some(&x[2]), 1e-1, path)
         });
         parity(&format!("layer_norm without bias {shape:?}"), &device, &inputs(shape)[1..3], |x, path| {
-            layer_norm(&x[0], &x[1], None, 1e-1, untested(path))
+            layer_norm(&x[0], &x[1], None, 1e-1, path)
         });
     }
     let strided = [random(1, &[48, 6]), random(2, &[48]), random(3, &[48])];
     parity("layer_norm strided", &device, &strided, |x, path| {
-        layer_norm(&x[0].t()?, &x[1], Some(&x[2]), 1e-5, untested(path))
+        layer_norm(&x[0].t()?, &x[1], Some(&x[2]), 1e-5, path)
     });
     same_bits("layer_norm", &device, &inputs(&[3000, 768])[1..], |x| {
-        layer_norm(&x[0], &x[1], Some(&x[2]), 1e-5, Path::Untested)
+        layer_norm(&x[0], &x[1], Some(&x[2]), 1e-5, Path::Fused)
     });
 }
 
@@ -52,14 +47,14 @@ fn residual_norms_equal_their_references() {
     let Some((_lock, device)) = gpu("residual_norms_equal_their_references") else { return };
     for shape in SHAPES {
         parity(&format!("residual_rms_norm {shape:?}"), &device, &inputs(shape)[..3], |x, path| {
-            both(residual_rms_norm(&x[0], &x[1], &x[2], 1e-1, untested(path))?)
+            both(residual_rms_norm(&x[0], &x[1], &x[2], 1e-1, path)?)
         });
         parity(&format!("residual_layer_norm {shape:?}"), &device, &inputs(shape), |x, path| {
-            both(residual_layer_norm(&x[0], &x[1], &x[2], Some(&x[3]), 1e-1, untested(path))?)
+            both(residual_layer_norm(&x[0], &x[1], &x[2], Some(&x[3]), 1e-1, path)?)
         });
     }
     same_bits("residual_layer_norm", &device, &inputs(&[3000, 768]), |x| {
-        both(residual_layer_norm(&x[0], &x[1], &x[2], Some(&x[3]), 1e-5, Path::Untested)?)
+        both(residual_layer_norm(&x[0], &x[1], &x[2], Some(&x[3]), 1e-5, Path::Fused)?)
     });
 }
 
@@ -72,15 +67,14 @@ fn dropout_has_the_mask_of_the_cpu() {
             for dtype in [DType::F32, DType::BF16, DType::F16] {
                 let x = random(1, shape).to_dtype(dtype).unwrap();
                 let list = |x: &Tensor| {
-                    let y =
-                        dropout(x, p, random_at, Path::Untested).unwrap().to_device(&Device::Cpu).unwrap();
+                    let y = dropout(x, p, random_at, Path::Fused).unwrap().to_device(&Device::Cpu).unwrap();
                     y.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap()
                 };
                 assert_eq!(list(&x), list(&x.to_device(&device).unwrap()), "{shape:?} {p} {dtype:?}");
             }
             if p < 1.0 {
                 parity(&format!("dropout {shape:?}"), &device, &[random(1, shape)], |x, path| {
-                    dropout(&x[0], p, random_at, untested(path))
+                    dropout(&x[0], p, random_at, path)
                 });
             }
         }
@@ -98,13 +92,13 @@ fn z_loss_and_label_smoothing_equal_their_reference() {
             let inputs = [random(1, &[n, d]), random(2, &[vocab, d])];
             parity(&format!("{settings:?} {n} {vocab} {d}"), &device, &inputs, |x, path| {
                 let targets = targets.to_device(x[0].device())?;
-                Ok(linear_cross_entropy(&x[0], &x[1], &targets, settings, untested(path))?.loss)
+                Ok(linear_cross_entropy(&x[0], &x[1], &targets, settings, path)?.loss)
             });
         }
     }
     let targets = ids(300, 131).to_device(&device).unwrap();
     same_bits("cross-entropy with terms", &device, &[random(1, &[300, 8]), random(2, &[131, 8])], |x| {
         let settings = settings[0].with_label_smoothing(0.1);
-        Ok(linear_cross_entropy(&x[0], &x[1], &targets, settings, Path::Untested)?.loss)
+        Ok(linear_cross_entropy(&x[0], &x[1], &targets, settings, Path::Fused)?.loss)
     });
 }

@@ -1,30 +1,34 @@
 //! Training steps of the presets, and each fused operation against the machine's ceilings, in one run.
 //!
 //! ```text
-//! cargo bench -p vesper-benches --features cuda --bench model -- [small medium large] [ops] [reference] [f32 bf16]
+//! cargo bench -p vesper-benches --features cuda --bench model -- [small medium large] [short] [ops] [reference] [f32 bf16]
 //! ```
 //!
 //! On CUDA: batches of 32 rows of 1024 tokens, f32 parameters, activations in bf16. Elsewhere rows of 128 tokens, 4 for
 //! the small preset and 2 for larger ones, in f32; `f32` and `bf16` name other activations, one run each. A step is
 //! forward, backward and Velvet with clipping at norm 1. `ops` measures the operations at the shapes of the medium
 //! preset, and what share of its step they take where that was measured before; `reference` takes the compositions of
-//! candle ops.
+//! candle ops. On CUDA each step is also measured as a graph that is replayed, and `short` measures the presets on 8
+//! rows of 64 tokens, where launches are what takes the time. `profile` and `VESPER_BENCH_KERNELS`: see `kernels.rs`.
 //!
 //! A run writes `benches/record/<machine>/<date>-model.json` (`-model-cpu.json` without a GPU), or the file that `VESPER_BENCH_RECORD` names; the
 //! machine's name is that of its GPU or its processor's architecture, or `VESPER_BENCH_MACHINE`. Lines that other
 //! programs printed in the same session are taken into the record from the file that `VESPER_BENCH_PEERS` names.
 //! Without `--bench`, which cargo bench passes, everything runs once on a tiny model and nothing is written.
 
+mod kernels;
+
 use std::error::Error;
 use std::path::PathBuf;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::VarMap;
 use serde::Serialize;
 use velvet_optim::{GradClip, Optimizer, Velvet, VelvetConfig};
+use vesper_benches::record::today;
 use vesper_model::ops::{
-    CrossEntropy, Heads, Path, Philox, Rope, causal_attention, cuda_device, dropout, embedding,
+    CapturedStep, CrossEntropy, Heads, Path, Philox, Rope, causal_attention, cuda_device, dropout, embedding,
     gated_feed_forward, layer_norm, linear, linear_cross_entropy, residual_layer_norm, residual_rms_norm,
     rms_norm, self_attention,
 };
@@ -41,6 +45,8 @@ struct Training {
     path: String,
     tokens_per_s: f64,
     step_ms: f64,
+    /// The same step replayed as a CUDA graph.
+    captured_step_ms: Option<f64>,
     forward_ms: f64,
     forward_and_backward_ms: f64,
     first_loss: f32,
@@ -73,6 +79,9 @@ struct Record {
     product_tflop_per_s: Option<f64>,
     training: Vec<Training>,
     operations: Vec<Operation>,
+    /// Of one training step of the medium preset.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    kernels: Vec<kernels::Kernel>,
     /// What other programs printed about themselves in the same session.
     peers: Vec<String>,
 }
@@ -148,6 +157,9 @@ fn train(
         optimizer.step(&grads)
     })?;
     let last: f32 = loss()?.to_dtype(DType::F32)?.to_scalar()?;
+    let memory_gib = memory(device);
+    let captured =
+        if device.is_cuda() { Some(captured(&model, optimizer, &inputs, &targets, effort)?) } else { None };
     let row = Training {
         preset: name.into(),
         parameters: config.num_parameters(),
@@ -157,14 +169,15 @@ fn train(
         path: format!("{:?}", effort.path),
         tokens_per_s: (effort.batch * effort.t) as f64 / step,
         step_ms: step * 1e3,
+        captured_step_ms: captured.map(|seconds| seconds * 1e3),
         forward_ms: forward * 1e3,
         forward_and_backward_ms: backward * 1e3,
         first_loss: first,
         last_loss: last,
-        memory_gib: memory(device),
+        memory_gib,
     };
     println!(
-        "train {name} {:.1} M B{} T{} {} {}: {:.0} tok/s; step {:.2} ms, forward {:.2}, forward and backward {:.2}; loss {first:.3} to {last:.3}; memory {}",
+        "train {name} {:.1} M B{} T{} {} {}: {:.0} tok/s; step {:.2} ms, as a graph {}, forward {:.2}, forward and backward {:.2}; loss {first:.3} to {last:.3}; memory {}",
         row.parameters as f64 / 1e6,
         row.batch,
         row.t,
@@ -172,11 +185,29 @@ fn train(
         row.path,
         row.tokens_per_s,
         row.step_ms,
+        row.captured_step_ms.map_or("none".into(), |ms| format!("{ms:.2}")),
         row.forward_ms,
         row.forward_and_backward_ms,
         row.memory_gib.map_or("unknown".into(), |gib| format!("{gib:.2} GiB")),
     );
     Ok(row)
+}
+
+/// Seconds of a step that is replayed as a graph.
+fn captured(
+    model: &VesperLM,
+    optimizer: Velvet,
+    inputs: &Tensor,
+    targets: &Tensor,
+    effort: Effort,
+) -> Result<f64> {
+    let mut step = CapturedStep::new(optimizer, |optimizer: &mut Velvet, batch: &[Tensor]| {
+        let loss = model.loss(&batch[0], &batch[1])?.loss;
+        optimizer.backward_step(&loss)?;
+        Ok(loss)
+    });
+    let effort = Effort { warm: effort.warm.max(3), ..effort };
+    clock(inputs.device(), effort, || step.run(&[inputs, targets]).map(drop))
 }
 
 /// Bytes a second of a copy, and floating-point operations a second of a large product.
@@ -316,24 +347,20 @@ fn machine(device: &Device) -> String {
     name.to_lowercase().split(|c: char| !c.is_ascii_alphanumeric()).collect::<Vec<_>>().join("-")
 }
 
-/// Today in UTC, `yyyy-mm-dd`.
-fn today() -> String {
-    let days = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs() / 86_400);
-    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
-    let (mut year, mut day) = (1970, days);
-    while day >= 365 + u64::from(leap(year)) {
-        day -= 365 + u64::from(leap(year));
-        year += 1;
-    }
-    let mut month = 1;
-    for length in [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
-        if day < length {
-            break;
-        }
-        day -= length;
-        month += 1;
-    }
-    format!("{year}-{month:02}-{:02}", day + 1)
+/// One step of the medium preset under a profiler.
+fn profile(device: &Device, effort: Effort) -> std::result::Result<(), Box<dyn Error>> {
+    let config = VesperConfig::preset("medium")?;
+    let varmap = VarMap::new();
+    let model = VesperLM::initialize(&config, &varmap, 42, DType::F32, device)?;
+    let model = model.with_compute_dtype(effort.compute).with_path(effort.path);
+    let settings = VelvetConfig::default().with_lr(1e-4).with_clip(GradClip::GlobalNorm(1.0));
+    let mut optimizer = Velvet::named(trainable(&config, &varmap)?, settings)?;
+    let rows = ids(effort.batch * effort.t, config.vocab_size, device)?.reshape((effort.batch, effort.t))?;
+    kernels::profile(device, || {
+        let loss = model.loss(&rows, &rows).map_err(candle_core::Error::from)?.loss;
+        optimizer.backward_step(&loss)
+    })?;
+    Ok(())
 }
 
 fn main() -> std::result::Result<(), Box<dyn Error>> {
@@ -364,10 +391,16 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     // Two cores do not get through four rows of a larger model in good time.
     let batch =
         |name| if device.is_cpu() && !["nano", "tiny", "small"].contains(&name) { 2 } else { effort.batch };
+    if has("profile") {
+        return profile(&device, effort);
+    }
     for name in if named.is_empty() && !has("ops") { vec!["small"] } else { named } {
         for &compute in &computes {
             let effort = Effort { compute, batch: batch(name), ..effort };
-            record.training.push(train(name, &VesperConfig::preset(name)?, &device, effort)?);
+            let short = Effort { batch: 8, t: 64, runs: 51, ..effort };
+            for effort in if has("short") { vec![effort, short] } else { vec![effort] } {
+                record.training.push(train(name, &VesperConfig::preset(name)?, &device, effort)?);
+            }
         }
     }
     if has("ops") {
@@ -380,6 +413,9 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
         record.product_tflop_per_s = Some(ceilings.1 / 1e12);
         let config = VesperConfig::preset("medium")?;
         record.operations = operations(&config, &device, effort, ceilings, step_ms)?;
+        if let Ok(file) = std::env::var("VESPER_BENCH_KERNELS") {
+            record.kernels = kernels::read(file.as_ref(), ceilings)?;
+        }
     }
     if let Ok(path) = std::env::var("VESPER_BENCH_PEERS") {
         record.peers = std::fs::read_to_string(path)?.lines().map(str::to_owned).collect();

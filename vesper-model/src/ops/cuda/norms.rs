@@ -1,0 +1,71 @@
+//! What RMSNorm, LayerNorm and the residual sums with a norm share: one warp a row.
+
+use candle_core::cuda_backend::cudarc::driver::{CudaView, DeviceRepr, LaunchConfig};
+use candle_core::{CudaDevice, Layout, Result, Tensor};
+
+use super::launch::{Element, Module, allocate, blocks, is_wide, launch, multiprocessors, size, tensor};
+
+/// Warps, and so rows at a time, of a block.
+const WARPS: usize = 4;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Params {
+    rows: u64,
+    d: u32,
+    eps: f32,
+}
+
+const _: () = assert!(size_of::<Params>() == 16);
+// SAFETY: plain numbers in the layout of `NormParams`.
+unsafe impl DeviceRepr for Params {}
+
+impl Params {
+    /// For `elements / d` rows.
+    pub(super) fn new(elements: usize, d: usize, eps: f64) -> Result<Self> {
+        Ok(Self { rows: (elements / d) as u64, d: size(d)?, eps: eps as f32 })
+    }
+}
+
+/// The kernel for rows of `d` elements: a lane keeps up to eight vectors of 16 bytes in registers.
+pub(super) fn kernel<T: Element>(kernel: &str, d: usize, layouts: &[&Layout]) -> String {
+    let wide = is_wide::<T>(d, layouts);
+    let vectors = match d.div_ceil(32 * T::WIDE) {
+        _ if !wide => "single",
+        0..=1 => "wide1",
+        2 => "wide2",
+        3 => "wide3",
+        4 => "wide4",
+        5..=6 => "wide6",
+        7..=8 => "wide8",
+        _ => "wide",
+    };
+    format!("{kernel}_{}_{vectors}", T::NAME)
+}
+
+/// A warp for each row.
+pub(super) fn a_warp_a_row(rows: usize) -> Result<LaunchConfig> {
+    blocks(rows.div_ceil(WARPS), 32 * WARPS as u32)
+}
+
+/// Warps that stay and take row after row, and how many they are.
+pub(super) fn warps_that_stay(device: &CudaDevice, rows: usize) -> Result<(LaunchConfig, usize)> {
+    let grid = rows.div_ceil(WARPS).min(4 * multiprocessors(device)?);
+    Ok((blocks(grid, 32 * WARPS as u32)?, grid * WARPS))
+}
+
+/// The sum over the first dimension of (parts, d), in a fixed order.
+pub(super) fn reduce<T: Element>(
+    device: &CudaDevice,
+    partial: &CudaView<'_, f32>,
+    parts: usize,
+    d: usize,
+) -> Result<Tensor> {
+    let mut out = allocate::<T>(device, d)?;
+    let name = format!("norms_reduce_{}", T::NAME);
+    let config =
+        LaunchConfig { grid_dim: (size(d.div_ceil(32))?, 1, 1), block_dim: (32, 32, 1), shared_mem_bytes: 0 };
+    let (parts, columns) = (size(parts)?, size(d)?);
+    launch!(device, Module::Norms, &name, config, partial, &mut out, &parts, &columns);
+    Ok(tensor(out, device, d))
+}
