@@ -7,7 +7,8 @@ use era_act::Activation;
 use super::cache::LayerCache;
 use super::projection::Packed;
 use crate::ops::{
-    Heads, Path, Rope, causal_attention, gated_feed_forward, residual_rms_norm, rms_norm, self_attention,
+    DecoderSettings, DecoderWeights, Heads, Path, Rope, causal_attention, decoder_block, gated_feed_forward,
+    residual_rms_norm, rms_norm, self_attention,
 };
 use crate::{Projection, VesperConfig};
 
@@ -50,6 +51,10 @@ impl Block {
 
     /// x: (batch, t, hidden) to the same shape
     pub(super) fn forward(&self, x: &Tensor, rope: &Rope, path: Path) -> Result<Tensor> {
+        if let Some(weights) = self.plain() {
+            let settings = DecoderSettings { heads: self.heads, activation: self.activation, eps: self.eps };
+            return decoder_block(x, &weights, settings, Some(rope), path);
+        }
         let n = rms_norm(x, &self.norm_attention, self.eps, path)?;
         let attention = if let (Some(qkv), Some(output)) = (self.qkv.plain(), self.output.plain()) {
             self_attention(&n, qkv, output, self.heads, Some(rope), path)?
@@ -59,6 +64,18 @@ impl Block {
             self.output.forward(&attention, path)?
         };
         self.feed_forward(x, &attention, path)
+    }
+
+    /// The parameters, where no projection has an adapter.
+    fn plain(&self) -> Option<DecoderWeights> {
+        Some(DecoderWeights {
+            norm_attention: self.norm_attention.clone(),
+            qkv: self.qkv.plain()?.clone(),
+            out: self.output.plain()?.clone(),
+            norm_feed_forward: self.norm_feed_forward.clone(),
+            gate_up: self.gate_up.plain()?.clone(),
+            down: self.down.plain()?.clone(),
+        })
     }
 
     /// As [`Block::forward`], for rows that follow what the cache holds; without a gradient.

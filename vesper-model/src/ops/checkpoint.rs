@@ -1,11 +1,11 @@
 //! Gradient checkpointing: a part of a model that keeps its inputs alone and runs again in the backward.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, DType, Layout, MetalStorage, Result, Shape, Tensor, Var,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, Layout, MetalStorage, Result, Shape, Tensor, Var,
 };
+
+use super::links::{self, Gradients, scalar};
 
 /// `f(inputs)` without keeping what `f` computes on the way: the backward runs `f` again.
 ///
@@ -63,26 +63,8 @@ where
     if leaves.is_empty() {
         return Ok(y);
     }
-    // candle's operations have three inputs at most: a chain of scalars leads from the result to all of the leaves.
-    let gradients: Gradients = Arc::new(Mutex::new(vec![None; leaves.len()]));
-    let mut link = Tensor::zeros((), DType::F32, y.device())?;
-    for (place, leaf) in leaves.into_iter().enumerate() {
-        link = link.apply_op2(leaf, Link { place, gradients: Arc::clone(&gradients) })?;
-    }
+    let (link, gradients) = links::chain(&leaves, y.device())?;
     y.apply_op2(&link, Checkpoint { f, inputs: detached, tracked, captured, gradients })
-}
-
-/// What the backward of the checkpoint leaves for the links, in the order of the leaves.
-type Gradients = Arc<Mutex<Vec<Option<Tensor>>>>;
-
-/// A scalar of a backend's own.
-fn scalar<S>(like: &S) -> Result<(S, Shape)>
-where
-    S: BackendStorage,
-    S::Device: BackendDevice<Storage = S>,
-{
-    let shape = Shape::from(());
-    Ok((like.device().zeros_impl(&shape, DType::F32)?, shape))
 }
 
 /// Takes the result of `f` over into the outer graph.
@@ -180,7 +162,7 @@ where
         } else {
             vec![None; leaves.len()]
         };
-        *self.gradients.lock().unwrap_or_else(PoisonError::into_inner) = gradients;
+        self.gradients.put(gradients);
         Ok((None, Some(link.zeros_like()?)))
     }
 }
@@ -209,63 +191,5 @@ impl CustomOp1 for Seed {
 
     fn bwd(&self, _y: &Tensor, _res: &Tensor, _grad: &Tensor) -> Result<Option<Tensor>> {
         Ok(Some(self.dy.clone()))
-    }
-}
-
-/// One leaf on the chain from the result: hands it the gradient that the checkpoint left at its place.
-struct Link {
-    place: usize,
-    gradients: Gradients,
-}
-
-impl CustomOp2 for Link {
-    fn name(&self) -> &'static str {
-        "vesper-checkpoint-link"
-    }
-
-    fn cpu_fwd(
-        &self,
-        link: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        scalar(link)
-    }
-
-    fn cuda_fwd(
-        &self,
-        link: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        scalar(link)
-    }
-
-    fn metal_fwd(
-        &self,
-        link: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-    ) -> Result<(MetalStorage, Shape)> {
-        scalar(link)
-    }
-
-    fn bwd(
-        &self,
-        link: &Tensor,
-        leaf: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let mut gradients = self.gradients.lock().unwrap_or_else(PoisonError::into_inner);
-        let gradient = match gradients.get_mut(self.place).and_then(Option::take) {
-            Some(gradient) => gradient,
-            // An input that the closure does not use.
-            None => leaf.zeros_like()?,
-        };
-        Ok((link.track_op().then(|| grad.clone()), Some(gradient)))
     }
 }

@@ -24,6 +24,7 @@
 //! | [`causal_attention`] | narrow, rope, matmul, softmax, matmul | the packed projection; on CUDA rotated, and a number a row and head |
 //! | [`self_attention`] | the above between its two projections | the same, and the attention's output |
 //! | [`gated_feed_forward`] | two products, an activation, a product | the packed product |
+//! | [`decoder_block`] | a whole pre-norm block of the above | what they save; on CUDA one node of the graph |
 //! | [`linear_cross_entropy`] | matmul and `candle_nn::loss::cross_entropy` | the two gradients; on CUDA that of the weight in f32 |
 //! | [`embedding`] | `candle_nn::Embedding` | the ids |
 //! | [`checkpoint`] | any part of a model | that part's inputs; it runs again in the backward |
@@ -39,12 +40,14 @@ mod checkpoint;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod decoder;
 mod device;
 mod dropout;
 mod embedding;
 mod feed_forward;
 mod layer_norm;
 mod linear;
+mod links;
 mod matrix;
 mod philox;
 mod real;
@@ -57,6 +60,7 @@ pub use attention::{Heads, causal_attention};
 pub use captured::CapturedStep;
 pub use checkpoint::checkpoint;
 pub use cross_entropy::{CrossEntropy, LossAndEntropy, linear_cross_entropy};
+pub use decoder::{DecoderSettings, DecoderWeights, decoder_block};
 pub use device::{cuda_device, prepare_cuda_device};
 pub use dropout::dropout;
 pub use embedding::embedding;

@@ -3,9 +3,11 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod attention;
+mod captured;
 mod checkpoint;
 mod common;
 mod cross_entropy;
+mod decoder;
 mod dropout;
 mod embedding;
 mod feed_forward;

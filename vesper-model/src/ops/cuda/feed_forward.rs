@@ -71,7 +71,7 @@ pub(in crate::ops) fn gated_feed_forward(
     aligned(x)?.apply_op3(&aligned(gate_up)?, &aligned(down)?, op)
 }
 
-struct GatedFeedForward {
+pub(super) struct GatedFeedForward {
     kind: Kind,
     tracked: bool,
     /// The packed product, (rows, 2 ffn).
@@ -79,6 +79,11 @@ struct GatedFeedForward {
 }
 
 impl GatedFeedForward {
+    /// The gate alone.
+    pub(super) fn new(kind: Kind) -> Self {
+        Self { kind, tracked: false, saved: Arc::default() }
+    }
+
     fn launch_over(&self, rows: usize, width: usize, vector: usize) -> Result<(LaunchConfig, Params)> {
         let vectors = width / vector;
         let threads = vectors.next_multiple_of(32).min(256);
@@ -92,7 +97,12 @@ impl GatedFeedForward {
     }
 
     /// packed: (rows, 2 width) to (rows, width)
-    fn gate<T: Element>(&self, packed: &CudaStorage, rows: usize, width: usize) -> Result<CudaStorage> {
+    pub(super) fn gate<T: Element>(
+        &self,
+        packed: &CudaStorage,
+        rows: usize,
+        width: usize,
+    ) -> Result<CudaStorage> {
         let device = packed.device();
         let layout = Layout::contiguous((rows, 2 * width));
         let wide = is_wide::<T>(width, &[]);
@@ -105,7 +115,7 @@ impl GatedFeedForward {
     }
 
     /// The packed gradient, and the gated values again where the gradient of `down` needs them.
-    fn gate_backward<T: Element>(
+    pub(super) fn gate_backward<T: Element>(
         &self,
         packed: &Tensor,
         dinner: &Tensor,

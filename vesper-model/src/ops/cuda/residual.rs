@@ -46,14 +46,24 @@ impl Norm {
 }
 
 /// The sum, with the norm on the way.
-struct ResidualSum {
+pub(super) struct ResidualSum {
     norm: Norm,
     eps: f64,
     normed: Normed<CudaStorage>,
 }
 
 impl ResidualSum {
-    fn run<T: Element>(
+    /// Parameters that vectors of 16 bytes can read.
+    pub(super) fn new(norm: Norm, eps: f64) -> Self {
+        Self { norm, eps, normed: Normed::default() }
+    }
+
+    /// The norm that the last run has left.
+    pub(super) fn take_norm(&self) -> Option<CudaStorage> {
+        self.normed.take()
+    }
+
+    pub(super) fn run<T: Element>(
         &self,
         (x, lx): (&CudaStorage, &Layout),
         (residual, lr): (&CudaStorage, &Layout),

@@ -23,9 +23,9 @@ __device__ void forward(const T *x, const T *w, T *y, NormParams p) {
 
 // With J > 0 a lane's share of dw stays in registers too; with J = 0 dw is added up in global memory, each element by one
 // lane alone.
-// partial: (warps, d), or null where w needs no gradient.
+// partial: (warps, d), or null where w needs no gradient. base: what is added to dx, or null.
 template <typename T, int V, int J>
-__device__ void backward(const T *x, const T *w, const T *dy, T *dx, float *partial, NormParams p) {
+__device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *dx, float *partial, NormParams p) {
     const int lane = threadIdx.x % 32;
     const size_t warps = (size_t)gridDim.x * (blockDim.x / 32);
     const size_t warp = (size_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
@@ -90,11 +90,13 @@ __device__ void backward(const T *x, const T *w, const T *dy, T *dx, float *part
                 const uint32_t i = (j * 32 + lane) * V;
                 if (i < p.d) {
                     const Vec<T, V> b = load<T, V>(w + i);
-                    Vec<T, V> out;
+                    Vec<T, V> out{};
+                    if (base) out = load<T, V>(base + row * p.d + i);
 #pragma unroll
                     for (int k = 0; k < V; k++) {
                         const float xv = to_float(now_a[j].v[k]), gv = to_float(now_g[j].v[k]);
-                        out.v[k] = from_float<T>(r * (to_float(b.v[k]) * gv - xv * dot));
+                        const float to_x = r * (to_float(b.v[k]) * gv - xv * dot);
+                        out.v[k] = from_float<T>(base ? to_float(out.v[k]) + to_x : to_x);
                         dw[j][k] += xv * r * gv;
                     }
                     store<T, V>(dx + row * p.d + i, out);
@@ -118,11 +120,13 @@ __device__ void backward(const T *x, const T *w, const T *dy, T *dx, float *part
             dot = warp_sum(dot) / p.d * r * r;
             for (uint32_t i = lane * V; i < p.d; i += 32 * V) {
                 const Vec<T, V> a = load<T, V>(xr + i), b = load<T, V>(w + i), g = load<T, V>(dyr + i);
-                Vec<T, V> out;
+                Vec<T, V> out{};
+                if (base) out = load<T, V>(base + row * p.d + i);
 #pragma unroll
                 for (int k = 0; k < V; k++) {
                     const float xv = to_float(a.v[k]), gv = to_float(g.v[k]);
-                    out.v[k] = from_float<T>(r * (to_float(b.v[k]) * gv - xv * dot));
+                    const float to_x = r * (to_float(b.v[k]) * gv - xv * dot);
+                    out.v[k] = from_float<T>(base ? to_float(out.v[k]) + to_x : to_x);
                     if (partial) partial[i + k] += xv * r * gv;
                 }
                 store<T, V>(dx + row * p.d + i, out);
@@ -146,8 +150,8 @@ __device__ void backward(const T *x, const T *w, const T *dy, T *dx, float *part
     }
 #define BACKWARD(T, NAME, V, J)                                                                                        \
     extern "C" __global__ void __launch_bounds__(128) rms_norm_backward_##T##_##NAME(                                  \
-        const T *x, const T *w, const T *dy, T *dx, float *partial, NormParams p) {                                    \
-        backward<T, V, J>(x, w, dy, dx, partial, p);                                                                   \
+        const T *x, const T *w, const T *dy, const T *base, T *dx, float *partial, NormParams p) {                                    \
+        backward<T, V, J>(x, w, dy, base, dx, partial, p);                                                                   \
     }
 #define ONE(T, NAME, V, J)                                                                                             \
     FORWARD(T, NAME, V, J)                                                                                             \

@@ -1,7 +1,8 @@
 //! RMSNorm on CUDA.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::cuda_backend::cudarc::driver::DevicePtr;
+use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 
 use super::launch::{
     Element, Held, Module, aligned, allocate, by_dtype, is_empty, launch, not_here, tensor, view, wrap, zeros,
@@ -46,33 +47,56 @@ impl RmsNorm {
         launch!(device, Module::RmsNorm, &name, config, &x, &w, &mut y, &params);
         Ok(wrap(y, device))
     }
+}
 
-    fn backward<T: Element>(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (n, d) = (x.elem_count(), w.elem_count());
-        let (x, w, dy, tracked) = (Held::new(x), Held::new(w), Held::new(dy), (x.track_op(), w.track_op()));
-        let device = x.device()?;
-        let mut dx = allocate::<T>(device, n)?;
-        let params = Params::new(n, d, self.eps)?;
-        let name = kernel::<T>("rms_norm_backward", d, &[x.layout(), w.layout(), dy.layout()]);
-        let (config, warps) = warps_that_stay(device, n / d)?;
-        let (xv, wv, dyv) = (x.view::<T>()?, w.view::<T>()?, dy.view::<T>()?);
-        let dw = if tracked.1 {
-            let mut partial = allocate::<f32>(device, warps * d)?;
-            launch!(device, Module::RmsNorm, &name, config, &xv, &wv, &dyv, &mut dx, &mut partial, &params);
-            Some(reduce::<T>(device, &partial.slice(..), warps, d)?)
-        } else {
-            let none = 0u64;
-            launch!(device, Module::RmsNorm, &name, config, &xv, &wv, &dyv, &mut dx, &none, &params);
-            None
-        };
-        let dx = if tracked.0 { Some(tensor(dx, device, x.layout().shape())) } else { None };
-        Ok((dx, dw))
-    }
+/// The gradients of x and, in `wanted`'s dtype (that of x, or f32), of w; `base` is added to that of x.
+pub(super) fn backward<T: Element>(
+    x: &Tensor,
+    w: &Tensor,
+    dy: &Tensor,
+    base: Option<&Tensor>,
+    eps: f64,
+    wanted: Option<DType>,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let (n, d) = (x.elem_count(), w.elem_count());
+    let (x, w, dy, base) = (Held::new(x), Held::new(w), Held::new(dy), base.map(Held::new));
+    let device = x.device()?;
+    let mut dx = allocate::<T>(device, n)?;
+    let params = Params::new(n, d, eps)?;
+    let other = base.as_ref().map_or(dy.layout(), Held::layout);
+    let name = kernel::<T>("rms_norm_backward", d, &[x.layout(), w.layout(), dy.layout(), other]);
+    let (config, warps) = warps_that_stay(device, n / d)?;
+    let (xv, wv, dyv) = (x.view::<T>()?, w.view::<T>()?, dy.view::<T>()?);
+    let base = base.as_ref().map(Held::view::<T>).transpose()?;
+    let stream = device.cuda_stream();
+    let held = base.as_ref().map(|base| base.device_ptr(&stream));
+    let base = held.as_ref().map_or(0, |held| held.0);
+    let dw = if wanted.is_some() {
+        let mut partial = allocate::<f32>(device, warps * d)?;
+        launch!(
+            device,
+            Module::RmsNorm,
+            &name,
+            config,
+            &xv,
+            &wv,
+            &dyv,
+            &base,
+            &mut dx,
+            &mut partial,
+            &params
+        );
+        let partial = partial.slice(..);
+        Some(match wanted {
+            Some(DType::F32) => reduce::<f32>(device, &partial, warps, d)?,
+            _ => reduce::<T>(device, &partial, warps, d)?,
+        })
+    } else {
+        let none = 0u64;
+        launch!(device, Module::RmsNorm, &name, config, &xv, &wv, &dyv, &base, &mut dx, &none, &params);
+        None
+    };
+    Ok((tensor(dx, device, x.layout().shape()), dw))
 }
 
 impl CustomOp2 for RmsNorm {
@@ -105,7 +129,8 @@ impl CustomOp2 for RmsNorm {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dy = aligned(dy)?;
-        by_dtype!(x.dtype(), T => self.backward::<T>(x, w, &dy))
+        let (dy, wanted) = (aligned(dy)?, w.track_op().then(|| w.dtype()));
+        let (dx, dw) = by_dtype!(x.dtype(), T => backward::<T>(x, w, &dy, None, self.eps, wanted)?);
+        Ok((x.track_op().then_some(dx), dw))
     }
 }

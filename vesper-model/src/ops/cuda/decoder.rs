@@ -1,0 +1,257 @@
+//! A pre-norm decoder block on CUDA: the kernels and products of its operations, without candle's graph between them.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail,
+};
+
+use super::attention::Attention;
+use super::blas::{Matrix, product};
+use super::feed_forward::{GatedFeedForward, Kind};
+use super::launch::{Element, Held, aligned, allocate, by_dtype, from_storage, not_here, tensor, wrap};
+use super::residual::ResidualSum;
+use super::{rms_norm, rope};
+use crate::ops::links::{self, Gradients};
+use crate::ops::residual::{Norm, Normed};
+use crate::ops::{DecoderSettings, DecoderWeights, Rope};
+
+/// See [`crate::ops::decoder_block`]; shapes and dtypes have been checked, nothing is empty, and `attention::supports`
+/// holds.
+pub(in crate::ops) fn decoder_block(
+    x: &Tensor,
+    weights: &DecoderWeights,
+    settings: DecoderSettings,
+    positions: Option<&Rope>,
+    kind: Kind,
+) -> Result<Tensor> {
+    let (x, dtype) = (aligned(x)?, x.dtype());
+    let wanted = weights.all().map(|weight| weight.track_op().then(|| weight.dtype()));
+    let block = Block {
+        eps: settings.eps,
+        attention: Attention { heads: settings.heads, rope: positions.cloned() },
+        gated: GatedFeedForward::new(kind),
+        weights: weights.try_map(|weight| aligned(&weight.detach().to_dtype(dtype)?))?,
+        wanted,
+    };
+    let (y, saved) = by_dtype!(dtype, T => block.forward::<T>(&x.detach())?);
+    if !x.track_op() && wanted.iter().all(Option::is_none) {
+        return Ok(from_storage(y, x.shape()));
+    }
+    let leaves: Vec<&Tensor> = weights.all().into_iter().filter(|weight| weight.track_op()).collect();
+    let (link, gradients) = links::chain(&leaves, x.device())?;
+    let result = Normed::default();
+    result.put(y);
+    x.apply_op2(&link, Node { block, saved, result, gradients })
+}
+
+/// The arithmetic, without a graph.
+struct Block {
+    eps: f64,
+    attention: Attention,
+    gated: GatedFeedForward,
+    /// In the dtype of x.
+    weights: DecoderWeights,
+    /// The dtypes of the weights that have a gradient, in the order of [`DecoderWeights::all`].
+    wanted: [Option<DType>; 6],
+}
+
+struct Saved {
+    /// The norm of x, (rows, d).
+    n_attention: Tensor,
+    /// The rotated projection, (b, t, packed).
+    rotated: Tensor,
+    /// The output of the attention, (rows, query dim).
+    attended: Tensor,
+    /// The logarithms of the sums of exponentials, (b, query, t).
+    logs: Tensor,
+    /// The sum after the attention, (rows, d).
+    sum: Tensor,
+    /// Its norm, (rows, d).
+    n_feed_forward: Tensor,
+    /// The packed product of the feed-forward, (rows, 2 ffn).
+    packed: Tensor,
+}
+
+impl Block {
+    /// x: (b, t, d)
+    fn forward<T: Element>(&self, x: &Tensor) -> Result<(CudaStorage, Saved)> {
+        let ((b, t, d), heads, w) = (x.dims3()?, self.attention.heads, &self.weights);
+        let (rows, width, ffn) = (b * t, heads.query * heads.dim, w.down.dim(1)?);
+        let device = x.device().as_cuda_device()?;
+        let x = x.reshape((rows, d))?;
+        let n_attention = rms_norm::rms_norm(&x, &w.norm_attention, self.eps)?;
+        let mut projected = times_transposed(&n_attention, &w.qkv)?;
+        if let Some(table) = &self.attention.rope {
+            rope::rotate::<T>(device, projected.as_cuda_slice_mut::<T>()?, heads, (rows, t), table, 1.0)?;
+        }
+        let (attended, logs) =
+            self.attention.forward::<T>(device, &projected.as_cuda_slice::<T>()?.as_view(), (b, t))?;
+        let attended = tensor(attended, device, (rows, width));
+        let attention = from_storage(times_transposed(&attended, &w.out)?, (rows, d));
+
+        let norm = Norm::Rms { w: w.norm_feed_forward.clone() };
+        let residual = ResidualSum::new(norm, self.eps);
+        let sum = {
+            let (x, attention) = (Held::new(&x), Held::new(&attention));
+            residual.run::<T>((x.storage()?, x.layout()), (attention.storage()?, attention.layout()))?
+        };
+        let Some(n_feed_forward) = residual.take_norm() else { bail!("a residual sum without its norm") };
+        let (sum, n_feed_forward) = (from_storage(sum, (rows, d)), from_storage(n_feed_forward, (rows, d)));
+        drop(attention);
+
+        let packed = times_transposed(&n_feed_forward, &w.gate_up)?;
+        let inner = from_storage(self.gated.gate::<T>(&packed, rows, ffn)?, (rows, ffn));
+        let y = self.sum_with_product::<T>(device, &sum, &inner, &w.down)?;
+        let saved = Saved {
+            n_attention,
+            rotated: from_storage(projected, (b, t, heads.packed())),
+            attended,
+            logs: tensor(logs, device, (b, heads.query, t)),
+            sum,
+            n_feed_forward,
+            packed: from_storage(packed, (rows, 2 * ffn)),
+        };
+        Ok((y, saved))
+    }
+
+    /// `sum + x w^T`
+    fn sum_with_product<T: Element>(
+        &self,
+        device: &CudaDevice,
+        sum: &Tensor,
+        x: &Tensor,
+        w: &Tensor,
+    ) -> Result<CudaStorage> {
+        let ((rows, inner), (columns, _)) = (x.dims2()?, w.dims2()?);
+        let (sum, x, w) = (Held::new(sum), Held::new(x), Held::new(w));
+        let mut y = allocate::<T>(device, rows * columns)?;
+        device.memcpy_dtod(&sum.view::<T>()?, &mut y)?;
+        let (x, w) = (x.view::<T>()?, w.view::<T>()?);
+        let (a, b) = (Matrix::new(&x, rows, inner, inner), Matrix::new(&w, columns, inner, inner).t());
+        product::<T, T>(device, &a, &b, &mut y.as_view_mut(), columns, (1.0, 1.0))?;
+        Ok(wrap(y, device))
+    }
+
+    /// dy: (rows, d). The gradients of x and of the weights.
+    fn backward<T: Element>(
+        &self,
+        x: &Tensor,
+        saved: &Saved,
+        dy: &Tensor,
+    ) -> Result<(Tensor, [Option<Tensor>; 6])> {
+        let (w, (rows, d)) = (&self.weights, dy.dims2()?);
+        let [norm_attention, qkv, out, norm_feed_forward, gate_up, down] = self.wanted;
+
+        let dinner = dy.matmul(&w.down)?;
+        let (dpacked, inner) = self.gated.gate_backward::<T>(&saved.packed, &dinner, down.is_some())?;
+        drop(dinner);
+        let down = match inner {
+            Some(inner) => gradient::<T>(dy, &inner, down)?,
+            None => None,
+        };
+        let gate_up = gradient::<T>(&dpacked, &saved.n_feed_forward, gate_up)?;
+        let dn = dpacked.matmul(&w.gate_up)?;
+        drop(dpacked);
+        let (dsum, norm_feed_forward) = rms_norm::backward::<T>(
+            &saved.sum,
+            &w.norm_feed_forward,
+            &dn,
+            Some(dy),
+            self.eps,
+            norm_feed_forward,
+        )?;
+        drop(dn);
+
+        let dattended = dsum.matmul(&w.out)?;
+        let out = gradient::<T>(&dsum, &saved.attended, out)?;
+        let dprojected =
+            self.attention.backward::<T>(&saved.rotated, &saved.attended, &saved.logs, &dattended)?;
+        drop(dattended);
+        let dprojected = dprojected.reshape((rows, ()))?;
+        let qkv = gradient::<T>(&dprojected, &saved.n_attention, qkv)?;
+        let dn = dprojected.matmul(&w.qkv)?;
+        drop(dprojected);
+        let x = x.reshape((rows, d))?;
+        let (dx, norm_attention) =
+            rms_norm::backward::<T>(&x, &w.norm_attention, &dn, Some(&dsum), self.eps, norm_attention)?;
+        Ok((dx, [norm_attention, qkv, out, norm_feed_forward, gate_up, down]))
+    }
+}
+
+/// `x w^T` of two matrices.
+fn times_transposed(x: &Tensor, w: &Tensor) -> Result<CudaStorage> {
+    let ((rows, inner), (columns, _)) = (x.dims2()?, w.dims2()?);
+    let (x, w) = (Held::new(x), Held::new(w));
+    let transposed = w.layout().transpose(0, 1)?;
+    x.storage()?.matmul(w.storage()?, (1, rows, columns, inner), x.layout(), &transposed)
+}
+
+/// `dy^T x`, the gradient of a weight, in the weight's dtype; None where it has none.
+fn gradient<T: Element>(dy: &Tensor, x: &Tensor, dtype: Option<DType>) -> Result<Option<Tensor>> {
+    fn of<T: Element, C: Element>(dy: &Tensor, x: &Tensor) -> Result<Tensor> {
+        let ((rows, out), (_, input)) = (dy.dims2()?, x.dims2()?);
+        let (dy, x) = (Held::new(dy), Held::new(x));
+        let device = dy.device()?;
+        let mut dw = allocate::<C>(device, out * input)?;
+        let (from, with) = (dy.view::<T>()?, x.view::<T>()?);
+        let (a, b) = (Matrix::new(&from, rows, out, out).t(), Matrix::new(&with, rows, input, input));
+        product::<T, C>(device, &a, &b, &mut dw.as_view_mut(), input, (1.0, 0.0))?;
+        Ok(tensor(dw, device, (out, input)))
+    }
+    Ok(match dtype {
+        None => None,
+        Some(DType::F32) => Some(of::<T, f32>(dy, x)?),
+        Some(_) => Some(of::<T, T>(dy, x)?),
+    })
+}
+
+/// The block as a node of candle's graph.
+struct Node {
+    block: Block,
+    saved: Saved,
+    result: Normed<CudaStorage>,
+    gradients: Gradients,
+}
+
+impl CustomOp2 for Node {
+    fn name(&self) -> &'static str {
+        "vesper-decoder-block-cuda"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        not_here(self.name())
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        layout: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        match self.result.take() {
+            Some(y) => Ok((y, layout.shape().clone())),
+            None => bail!("{}: the result has been taken", self.name()),
+        }
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        link: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (_, _, d) = x.dims3()?;
+        let dy = aligned(dy)?.reshape(((), d))?;
+        let (dx, gradients) =
+            by_dtype!(x.dtype(), T => self.block.backward::<T>(&x.detach(), &self.saved, &dy)?);
+        if !link.track_op() {
+            return Ok((Some(dx.reshape(x.shape())?), None));
+        }
+        let tracked = gradients.into_iter().zip(self.block.wanted).filter(|(_, wanted)| wanted.is_some());
+        self.gradients.put(tracked.map(|(gradient, _)| gradient).collect());
+        let dx = if x.track_op() { Some(dx.reshape(x.shape())?) } else { None };
+        Ok((dx, Some(link.zeros_like()?)))
+    }
+}

@@ -1,0 +1,149 @@
+//! A pre-norm decoder block as one operation.
+
+use candle_core::{Result, Tensor, bail};
+use era_act::Activation;
+
+#[cfg(feature = "cuda")]
+use super::Backend;
+use super::{Heads, Path, Rope, gated_feed_forward, residual_rms_norm, rms_norm, self_attention};
+
+/// The parameters of a [`decoder_block`].
+#[derive(Debug, Clone)]
+pub struct DecoderWeights {
+    /// (d)
+    pub norm_attention: Tensor,
+    /// (packed, d): the projections of queries, keys and values below each other, see [`Heads`].
+    pub qkv: Tensor,
+    /// (d, query heads * head size)
+    pub out: Tensor,
+    /// (d)
+    pub norm_feed_forward: Tensor,
+    /// (2 ffn, d): the gate's projection and the other one below it.
+    pub gate_up: Tensor,
+    /// (d, ffn)
+    pub down: Tensor,
+}
+
+impl DecoderWeights {
+    pub(super) fn all(&self) -> [&Tensor; 6] {
+        [&self.norm_attention, &self.qkv, &self.out, &self.norm_feed_forward, &self.gate_up, &self.down]
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn try_map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self {
+            norm_attention: f(&self.norm_attention)?,
+            qkv: f(&self.qkv)?,
+            out: f(&self.out)?,
+            norm_feed_forward: f(&self.norm_feed_forward)?,
+            gate_up: f(&self.gate_up)?,
+            down: f(&self.down)?,
+        })
+    }
+}
+
+/// What a [`decoder_block`] computes with them.
+#[derive(Debug, Clone, Copy)]
+pub struct DecoderSettings {
+    /// Of the attention.
+    pub heads: Heads,
+    /// Of the feed-forward's gate.
+    pub activation: Activation,
+    /// Of both norms.
+    pub eps: f64,
+}
+
+/// A block of a decoder: attention and gated feed-forward, each behind an RMSNorm and with a residual sum.
+///
+/// ```text
+/// x: (batch, t, d)
+/// s = x + self_attention(rms_norm(x))    y = s + gated_feed_forward(rms_norm(s))
+/// ```
+///
+/// The same as [`rms_norm`](super::rms_norm()), [`self_attention`](super::self_attention()),
+/// [`residual_rms_norm`](super::residual_rms_norm()) and [`gated_feed_forward`](super::gated_feed_forward())
+/// after each other, which is what runs on the CPU. On CUDA it is one node of candle's graph: for each edge between two
+/// nodes candle writes zeros and adds the gradient to them, which for the edges of a block is a quarter of the time of a
+/// training step; here residual gradients are added inside of the norms' kernels, and weights in f32 get theirs straight
+/// from the products.
+///
+/// Saves what the four operations save.
+///
+/// # Errors
+/// What the four operations refuse, and `out` or `down` with another number of rows than d.
+///
+/// # Examples
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use era_act::Activation;
+/// use vesper_model::ops::{DecoderSettings, DecoderWeights, Heads, Path, decoder_block};
+/// let heads = Heads { query: 2, kv: 1, dim: 4 };
+/// let ones = |shape: (usize, usize)| Tensor::ones(shape, DType::F32, &Device::Cpu);
+/// let norm = Tensor::ones(6, DType::F32, &Device::Cpu)?;
+/// let weights = DecoderWeights {
+///     norm_attention: norm.clone(),
+///     qkv: ones((heads.packed(), 6))?,
+///     out: ones((6, 8))?,
+///     norm_feed_forward: norm,
+///     gate_up: ones((2 * 10, 6))?,
+///     down: ones((6, 10))?,
+/// };
+/// let settings = DecoderSettings { heads, activation: Activation::Silu, eps: 1e-6 };
+/// let x = Tensor::ones((1, 5, 6), DType::F32, &Device::Cpu)?;
+/// assert_eq!(decoder_block(&x, &weights, settings, None, Path::Fused)?.dims(), [1, 5, 6]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn decoder_block(
+    x: &Tensor,
+    weights: &DecoderWeights,
+    settings: DecoderSettings,
+    positions: Option<&Rope>,
+    path: Path,
+) -> Result<Tensor> {
+    let DecoderSettings { heads, activation, eps } = settings;
+    let (_, _, d) = x.dims3()?;
+    for (name, weight) in [("out", &weights.out), ("down", &weights.down)] {
+        if weight.dims2()?.0 != d {
+            bail!("decoder_block: {name} {:?} for x {:?}", weight.shape(), x.shape());
+        }
+    }
+    #[cfg(feature = "cuda")]
+    if path.backend(x) == Backend::Cuda
+        && let Some(y) = on_cuda(x, weights, settings, positions)?
+    {
+        return Ok(y);
+    }
+    let n = rms_norm(x, &weights.norm_attention, eps, path)?;
+    let attention = self_attention(&n, &weights.qkv, &weights.out, heads, positions, path)?;
+    let (sum, n) = residual_rms_norm(x, &attention, &weights.norm_feed_forward, eps, path)?;
+    sum + gated_feed_forward(&n, &weights.gate_up, &weights.down, activation, path)?
+}
+
+/// None where no kernel takes it, or one of the operations is to say what is wrong.
+#[cfg(feature = "cuda")]
+fn on_cuda(
+    x: &Tensor,
+    weights: &DecoderWeights,
+    settings: DecoderSettings,
+    positions: Option<&Rope>,
+) -> Result<Option<Tensor>> {
+    use super::cuda::{attention, decoder, feed_forward::Kind};
+    use super::{attention::CausalAttention, check_dtypes, check_sizes};
+    let DecoderSettings { heads, activation, .. } = settings;
+    let ((b, t, d), (packed, ffn)) = (x.dims3()?, (heads.packed(), weights.down.dim(1)?));
+    let fits = weights.norm_attention.dims() == [d]
+        && weights.norm_feed_forward.dims() == [d]
+        && weights.qkv.dims() == [packed, d]
+        && weights.out.dims() == [d, heads.query * heads.dim]
+        && weights.gate_up.dims() == [2 * ffn, d];
+    let Some(kind) = Kind::of(&activation) else { return Ok(None) };
+    if !fits || b * t * d * ffn == 0 || !attention::supports(heads, x.dtype()) {
+        return Ok(None);
+    }
+    for weight in weights.all() {
+        check_dtypes("decoder_block", x, &[("weight", weight)])?;
+    }
+    check_sizes("decoder_block", &[x.dims(), &[b, t, packed], &[b, t, 2 * ffn]])?;
+    CausalAttention::new(heads, positions, t)?; // checks the positions
+    decoder::decoder_block(x, weights, settings, positions, kind).map(Some)
+}

@@ -1,0 +1,119 @@
+//! A whole block as one operation.
+
+use candle_core::{DType, Tensor, Var};
+use era_act::{Activation, Era};
+use vesper_model::ops::{DecoderSettings, DecoderWeights, Heads, Path, Rope, decoder_block};
+
+use crate::common::{error, gpu, parity, random, same_bits, to_f64};
+
+fn settings(heads: Heads, activation: Activation) -> DecoderSettings {
+    DecoderSettings { heads, activation, eps: 1e-5 }
+}
+
+/// x and the six weights, which keep values near 1.
+fn inputs((b, t, d, ffn): (usize, usize, usize, usize), heads: Heads) -> Vec<Tensor> {
+    let scaled = |seed, shape: &[usize]| (random(seed, shape) * (3.0 / shape[1] as f64).sqrt()).unwrap();
+    vec![
+        random(1, &[b, t, d]),
+        random(2, &[d]),
+        scaled(3, &[heads.packed(), d]),
+        scaled(4, &[d, heads.query * heads.dim]),
+        random(5, &[d]),
+        scaled(6, &[2 * ffn, d]),
+        scaled(7, &[d, ffn]),
+    ]
+}
+
+fn weights(x: &[Tensor]) -> DecoderWeights {
+    DecoderWeights {
+        norm_attention: x[1].clone(),
+        qkv: x[2].clone(),
+        out: x[3].clone(),
+        norm_feed_forward: x[4].clone(),
+        gate_up: x[5].clone(),
+        down: x[6].clone(),
+    }
+}
+
+const CASES: [((usize, usize, usize, usize), Heads); 4] = [
+    ((2, 33, 48, 40), Heads { query: 3, kv: 1, dim: 64 }),
+    ((1, 150, 64, 24), Heads { query: 2, kv: 2, dim: 128 }),
+    ((2, 10, 33, 7), Heads { query: 2, kv: 2, dim: 6 }),
+    ((1, 1, 8, 8), Heads { query: 1, kv: 1, dim: 8 }),
+];
+
+#[test]
+fn decoder_block_equals_its_reference() {
+    let Some((_lock, device)) = gpu("decoder_block_equals_its_reference") else { return };
+    for (shape, heads) in CASES {
+        for activation in [Activation::Era(Era::default()), Activation::GeluTanh] {
+            let name = format!("decoder_block {shape:?} {heads:?} {activation:?}");
+            parity(&name, &device, &inputs(shape, heads), |x, path| {
+                let rope = Rope::new(heads.dim, shape.1, 1e4, x[0].device())?;
+                decoder_block(&x[0], &weights(x), settings(heads, activation), Some(&rope), path)
+            });
+        }
+    }
+    let (shape, heads) = CASES[0];
+    let strided = inputs(shape, heads);
+    parity("decoder_block strided", &device, &strided, |x, path| {
+        let mut x = x.to_vec();
+        x[0] = x[0].transpose(0, 1)?.contiguous()?.transpose(0, 1)?;
+        x[2] = x[2].t()?.contiguous()?.t()?;
+        decoder_block(&x[0], &weights(&x), settings(heads, Activation::Silu), None, path)
+    });
+    same_bits("decoder_block", &device, &inputs((3, 200, 64, 96), heads), |x| {
+        decoder_block(&x[0], &weights(x), settings(heads, Activation::Silu), None, Path::Fused)
+    });
+}
+
+#[test]
+fn any_part_of_a_block_may_be_frozen_and_weights_may_be_in_f32() {
+    let name = "any_part_of_a_block_may_be_frozen_and_weights_may_be_in_f32";
+    let Some((_lock, device)) = gpu(name) else { return };
+    let (shape, heads) = CASES[0];
+    let values = inputs(shape, heads);
+    let run = |tracked: &dyn Fn(usize) -> bool| -> Vec<Option<Tensor>> {
+        let vars: Vec<Var> = values
+            .iter()
+            .enumerate()
+            .map(|(i, x)| {
+                let dtype = if i == 0 { DType::BF16 } else { DType::F32 };
+                Var::from_tensor(&x.to_dtype(dtype).unwrap().to_device(&device).unwrap()).unwrap()
+            })
+            .collect();
+        let x: Vec<Tensor> = vars
+            .iter()
+            .enumerate()
+            .map(|(i, var)| if tracked(i) { var.as_tensor().clone() } else { var.as_detached_tensor() })
+            .collect();
+        let y = decoder_block(&x[0], &weights(&x), settings(heads, Activation::Silu), None, Path::Fused);
+        let y = y.unwrap();
+        assert_eq!(y.track_op(), (0..7).any(tracked));
+        if !y.track_op() {
+            return vec![None; 7];
+        }
+        let grads = y.to_dtype(DType::F32).unwrap().sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        vars.iter()
+            .map(|var| {
+                let gradient = grads.get(var)?;
+                assert_eq!(gradient.dtype(), var.dtype());
+                Some(to_f64(gradient))
+            })
+            .collect()
+    };
+    let all = run(&|_| true);
+    let check = |tracked: &dyn Fn(usize) -> bool| {
+        for (i, (gradient, expected)) in run(tracked).iter().zip(&all).enumerate() {
+            assert_eq!(gradient.is_some(), tracked(i), "{i}");
+            if let (Some(gradient), Some(expected)) = (gradient, expected) {
+                assert_eq!(error(gradient, expected), 0.0, "{i}");
+            }
+        }
+    };
+    check(&|_| false);
+    for place in 0..7 {
+        check(&|i| i == place);
+        check(&|i| i != place);
+    }
+}

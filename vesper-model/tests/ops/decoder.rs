@@ -1,0 +1,78 @@
+use candle_core::{Device, Tensor};
+use era_act::{Activation, Era};
+use vesper_model::ops::{DecoderSettings, DecoderWeights, Heads, Path, Rope, decoder_block};
+
+use crate::common::{finite_differences, parity, path, random};
+
+const HEADS: Heads = Heads { query: 3, kv: 1, dim: 4 };
+
+fn settings(activation: Activation) -> DecoderSettings {
+    DecoderSettings { heads: HEADS, activation, eps: 1e-5 }
+}
+
+/// x and the six weights.
+fn inputs(b: usize, t: usize, d: usize, ffn: usize) -> Vec<Tensor> {
+    vec![
+        random(1, &[b, t, d]),
+        random(2, &[d]),
+        random(3, &[HEADS.packed(), d]),
+        random(4, &[d, HEADS.query * HEADS.dim]),
+        random(5, &[d]),
+        random(6, &[2 * ffn, d]),
+        random(7, &[d, ffn]),
+    ]
+}
+
+fn weights(x: &[Tensor]) -> DecoderWeights {
+    DecoderWeights {
+        norm_attention: x[1].clone(),
+        qkv: x[2].clone(),
+        out: x[3].clone(),
+        norm_feed_forward: x[4].clone(),
+        gate_up: x[5].clone(),
+        down: x[6].clone(),
+    }
+}
+
+#[test]
+fn equals_its_reference_at_odd_shapes() {
+    for (b, t, d, ffn) in [(1, 1, 1, 1), (2, 17, 7, 9), (1, 65, 12, 33)] {
+        let rope = Rope::new(HEADS.dim, t + 2, 1e4, &Device::Cpu).unwrap();
+        for activation in [Activation::Era(Era::default()), Activation::GeluTanh] {
+            parity("decoder block", &inputs(b, t, d, ffn), |x, fused| {
+                decoder_block(&x[0], &weights(x), settings(activation), Some(&rope), path(fused))
+            });
+        }
+    }
+}
+
+#[test]
+fn gradient_equals_finite_differences() {
+    let rope = Rope::new(HEADS.dim, 9, 1e4, &Device::Cpu).unwrap();
+    finite_differences("decoder block", &inputs(2, 5, 6, 8), |x| {
+        decoder_block(&x[0], &weights(x), settings(Activation::Silu), Some(&rope), Path::Fused)
+    });
+}
+
+#[test]
+fn no_rows_give_an_empty_result() {
+    for (b, t) in [(0, 5), (3, 0)] {
+        for fused in [true, false] {
+            let x = inputs(b, t, 6, 8);
+            let y = decoder_block(&x[0], &weights(&x), settings(Activation::Silu), None, path(fused));
+            assert_eq!(y.unwrap().dims(), [b, t, 6]);
+        }
+    }
+}
+
+#[test]
+fn weights_that_do_not_fit_are_refused() {
+    for place in 1..7 {
+        let mut x = inputs(1, 3, 6, 8);
+        let mut dims = x[place].dims().to_vec();
+        dims[0] += 1;
+        x[place] = random(9, &dims);
+        let result = decoder_block(&x[0], &weights(&x), settings(Activation::Silu), None, Path::Fused);
+        assert!(result.is_err(), "weight {place}");
+    }
+}
