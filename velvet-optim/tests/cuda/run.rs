@@ -210,3 +210,17 @@ fn a_captured_step_replays_as_steps_do() {
     let config = adaptive().with_hidden_matrices(Rule::Orthogonal(Orthogonal::default()));
     replay("a_captured_step_replays_as_steps_do", &[&[100], &[40, 50], &[17, 3]], &config);
 }
+
+#[test]
+fn every_rule_trains_a_small_transformer_on_the_device() {
+    let Some(device) = gpu("every_rule_trains_a_small_transformer_on_the_device") else { return };
+    let mut failures = Vec::new();
+    for (name, config) in common::rules() {
+        let (first, last) = common::Transformer::new(&device).train(name, config);
+        eprintln!("{name}: {first} to {last}");
+        if last.is_nan() || last >= 0.6 * first {
+            failures.push(format!("{name}: {first} to {last}"));
+        }
+    }
+    assert!(failures.is_empty(), "{failures:?}");
+}
