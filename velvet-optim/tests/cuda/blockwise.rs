@@ -238,7 +238,7 @@ fn masks_groups_missing_and_skipped_gradients_are_as_on_the_cpu() {
             .with_group(ParamGroup { training: Training::Frozen, ..ParamGroup::of(["w2"]) });
         let mut opt = Velvet::named(vars.clone(), config.clone()).unwrap();
         record_warnings(&mut opt);
-        let mut step = |opt: &mut Velvet, step: u64, nan: bool| {
+        let step = |opt: &mut Velvet, step: u64, nan: bool| {
             let given = vars.iter().enumerate().filter(|(i, _)| !(*i as u64 + step).is_multiple_of(4));
             let grads = given.map(|(i, (_, var))| {
                 let g = on(&gradient(step, i, var.dims(), DType::F32), device);

@@ -37,6 +37,7 @@ pub(super) fn device_of(parameters: &[Parameter], config: &VelvetConfig) -> Opti
 
 /// What the host has to know of a parameter to launch its update.
 #[derive(Clone, Copy)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a question of its own")]
 pub(super) struct Planned {
     pub(super) rule: u32,
     pub(super) dtype: DType,
