@@ -135,10 +135,10 @@ pub enum StateFormat {
     /// f32 (f64 for f64 parameters).
     #[default]
     Full,
-    /// Blocks of 256 elements of 8 bits with one f32 scale: 1.016 bytes an element in place of 4. Parameters with fewer
-    /// than 4096 elements, f64 parameters and those with [`SparseRows::Skip`] keep full precision, and so do parameters whose
-    /// update does not run in the fused pass on the CPU: under [`Rule::Orthogonal`](crate::Rule::Orthogonal), on a GPU, and with
-    /// [`BackendChoice::Plain`].
+    /// Blocks of 256 elements of 8 bits with one f32 scale: 1.016 bytes an element in place of 4; the same codes on the CPU and
+    /// in CUDA kernels. Parameters with fewer than 4096 elements, f64 parameters, those with [`SparseRows::Skip`] and those
+    /// under [`Rule::Orthogonal`](crate::Rule::Orthogonal) keep full precision, and so do all whose update runs in candle
+    /// operations ([`BackendChoice`]).
     Blockwise8,
 }
 

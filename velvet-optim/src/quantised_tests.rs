@@ -61,6 +61,34 @@ fn tables_rise_and_hold_zero_and_one() {
 }
 
 #[test]
+fn two_lines_a_binade_give_the_codes_of_all() {
+    fn check<const DECADES: usize>(signed: bool, lines: &[Line; DECADES]) {
+        let tables = code_tables(signed);
+        assert_eq!(tables.len(), 256 + 4 * BINADES as usize);
+        assert_eq!(&tables[..256], table(signed));
+        let pairs = tables[256..].as_chunks::<4>().0;
+        let code = |y: f32| {
+            let [a, b, c, d] = pairs[(127 - (y.to_bits() >> 23)).min(31) as usize];
+            (a * y + b).min(c * y + d) + 8_388_608.0
+        };
+        // Around the ends of decades and binades, where lines meet, and anywhere.
+        let ends = (0..9).map(|d| 10f32.powi(-d)).chain((0..40).map(|i| 0.5f32.powi(i)));
+        let near = ends.flat_map(|end| (0..4000).map(move |n| end.to_bits() - 2000 + n));
+        let mut seed = 1u32;
+        let anywhere = (0..200_000).map(|_| {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            seed % 0x3f80_0001
+        });
+        for bits in near.chain(anywhere).filter(|&bits| bits <= 0x3f80_0000) {
+            let y = f32::from_bits(bits);
+            assert_eq!(code(y).to_bits(), index(lines, y), "signed {signed}: {y}");
+        }
+    }
+    check(true, &SIGNED_LINES);
+    check(false, &UNSIGNED_LINES);
+}
+
+#[test]
 fn every_value_gets_the_nearest_code() {
     for signed in BOTH {
         let table = table(signed);

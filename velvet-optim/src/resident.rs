@@ -4,6 +4,7 @@ use crate::adaptive::{Adaptive, Averages};
 use crate::backend::{Failure, Resident};
 use crate::error::{Error, Result};
 use crate::parameter::UpdateSize;
+use crate::state::Slot;
 use crate::stats::Stats;
 use crate::velvet::Velvet;
 
@@ -61,10 +62,12 @@ impl Velvet {
     pub(crate) fn settle(&mut self) -> Result<()> {
         self.resident = Resident::new(&self.parameters, &self.config)?;
         let held = self.held();
-        match &mut self.resident {
-            Some(resident) => resident.push(&self.parameters, self.config.lr, &held),
-            None => Ok(()),
-        }
+        let Some(resident) = &mut self.resident else {
+            // Candle operations read no blocks of 8 bits.
+            let slots = self.parameters.iter_mut().flat_map(|parameter| &mut parameter.slots);
+            return slots.filter(|slot| !slot.is_on_host()).try_for_each(Slot::widen);
+        };
+        resident.push(&self.parameters, self.config.lr, &held)
     }
 
     /// Reports a step that failed on the device, once; with `wait` false only one that is known without waiting.

@@ -29,6 +29,33 @@ pub(crate) enum Data {
     Blockwise(Blockwise),
     /// On the parameter's device, in the state's element type.
     Tensor(Tensor),
+    /// On the parameter's device, in blocks of 8 bits, for kernels that read them.
+    TensorBlocks(TensorBlocks),
+}
+
+/// What [`Blockwise`] holds, in memory of a device.
+pub(crate) struct TensorBlocks {
+    /// u8, one an element.
+    pub(crate) codes: Tensor,
+    /// f32, one a block.
+    pub(crate) scales: Tensor,
+    pub(crate) signed: bool,
+}
+
+impl TensorBlocks {
+    fn new(from: &Blockwise, device: &Device) -> Result<Self> {
+        Ok(Self {
+            codes: Tensor::from_slice(from.codes(), from.codes().len(), device)?,
+            scales: Tensor::from_slice(from.scales(), from.scales().len(), device)?,
+            signed: from.is_signed(),
+        })
+    }
+
+    fn to_host(&self) -> Result<Blockwise> {
+        let (codes, scales) = (self.codes.to_vec1()?, self.scales.to_vec1()?);
+        Ok(Blockwise::from_parts(codes, scales, self.signed)
+            .ok_or_else(|| candle_core::Error::Msg("a block of 8-bit state has no valid scale".to_owned()))?)
+    }
 }
 
 /// What a state array is made for.
@@ -36,8 +63,8 @@ pub(crate) enum Data {
 pub(crate) enum Place {
     /// The fused pass over host memory.
     Host(StateFormat),
-    /// Candle operations.
-    Tensors,
+    /// The parameter's device: kernels, which read blocks of 8 bits, or candle operations, which do not.
+    Tensors(StateFormat),
 }
 
 /// The element type of the state of a parameter.
@@ -50,36 +77,43 @@ impl Slot {
     pub(crate) fn new(spec: SlotSpec, param: &Var, place: Place) -> Result<Self> {
         let dtype = dtype(param.dtype());
         let len = spec.shape.iter().product();
+        let quantised = || dtype == DType::F32 && spec.kind != SlotKind::Other && len >= SMALLEST_QUANTISED;
+        let zeros = || Blockwise::zeros(len, spec.kind == SlotKind::Signed);
         let data = match place {
             // Some devices refuse to convert nothing.
-            Place::Tensors if spec.name == MASTER && len > 0 => {
+            Place::Tensors(_) if spec.name == MASTER && len > 0 => {
                 Data::Tensor(param.as_detached_tensor().to_dtype(dtype)?.copy()?)
             }
-            Place::Tensors => Data::Tensor(Tensor::zeros(spec.shape.as_slice(), dtype, param.device())?),
+            Place::Tensors(StateFormat::Blockwise8) if quantised() => {
+                Data::TensorBlocks(TensorBlocks::new(&zeros(), param.device())?)
+            }
+            Place::Tensors(_) => Data::Tensor(Tensor::zeros(spec.shape.as_slice(), dtype, param.device())?),
             Place::Host(_) if spec.name == MASTER => {
                 let values = param.as_detached_tensor().to_dtype(DType::F32)?.flatten_all()?;
                 Data::F32(values.to_vec1()?)
             }
+            Place::Host(StateFormat::Blockwise8) if quantised() => Data::Blockwise(zeros()),
             Place::Host(_) if dtype == DType::F64 => Data::F64(vec![0.0; len]),
-            Place::Host(StateFormat::Blockwise8)
-                if spec.kind != SlotKind::Other && len >= SMALLEST_QUANTISED =>
-            {
-                Data::Blockwise(Blockwise::zeros(len, spec.kind == SlotKind::Signed))
-            }
             Place::Host(_) => Data::F32(vec![0.0; len]),
         };
         Ok(Self { spec, data })
     }
 
     /// Keeps the array in full precision from now on.
-    pub(crate) fn widen(&mut self) {
-        if let Data::Blockwise(x) = &self.data {
-            self.data = Data::F32(x.to_vec());
+    pub(crate) fn widen(&mut self) -> Result<()> {
+        match &self.data {
+            Data::Blockwise(x) => self.data = Data::F32(x.to_vec()),
+            Data::TensorBlocks(x) => {
+                let (values, shape) = (x.to_host()?.to_vec(), self.spec.shape.as_slice());
+                self.data = Data::Tensor(Tensor::from_vec(values, shape, x.codes.device())?);
+            }
+            Data::F32(_) | Data::F64(_) | Data::Tensor(_) => {}
         }
+        Ok(())
     }
 
     pub(crate) fn is_on_host(&self) -> bool {
-        !matches!(self.data, Data::Tensor(_))
+        !matches!(self.data, Data::Tensor(_) | Data::TensorBlocks(_))
     }
 
     /// The bytes that the array takes in memory.
@@ -89,6 +123,7 @@ impl Slot {
             Data::F64(x) => 8 * x.len(),
             Data::Blockwise(x) => x.codes().len() + 4 * x.scales().len(),
             Data::Tensor(t) => t.dtype().size_in_bytes() * t.elem_count(),
+            Data::TensorBlocks(x) => x.codes.elem_count() + 4 * x.scales.elem_count(),
         }
     }
 
@@ -101,6 +136,7 @@ impl Slot {
             Data::Blockwise(x) => Tensor::from_vec(x.to_vec(), shape, &Device::Cpu)?,
             // A copy: the tensor itself goes on being updated.
             Data::Tensor(t) => t.to_device(&Device::Cpu)?.copy()?,
+            Data::TensorBlocks(x) => Tensor::from_vec(x.to_host()?.to_vec(), shape, &Device::Cpu)?,
         })
     }
 
@@ -110,10 +146,10 @@ impl Slot {
         Ok(match &self.data {
             Data::F32(_) => Data::F32(values.f32().into_owned()),
             Data::F64(_) => Data::F64(values.f64()),
-            Data::Blockwise(old) => match values {
-                Values::Blockwise(x) if x.is_signed() == old.is_signed() => Data::Blockwise(x.clone()),
-                _ => Data::Blockwise(Blockwise::from_slice(&values.f32(), old.is_signed())),
-            },
+            Data::Blockwise(old) => Data::Blockwise(values.blockwise(old.is_signed()).into_owned()),
+            Data::TensorBlocks(old) => {
+                Data::TensorBlocks(TensorBlocks::new(&values.blockwise(old.signed), old.codes.device())?)
+            }
             Data::Tensor(old) if old.dtype() == DType::F64 => {
                 Data::Tensor(Tensor::from_vec(values.f64(), shape, old.device())?)
             }
@@ -158,6 +194,13 @@ impl Values {
             Self::F32(x) => Cow::Borrowed(x),
             Self::F64(x) => Cow::Owned(x.iter().map(|&x| x as f32).collect()),
             Self::Blockwise(x) => Cow::Owned(x.to_vec()),
+        }
+    }
+
+    fn blockwise(&self, signed: bool) -> Cow<'_, Blockwise> {
+        match self {
+            Self::Blockwise(x) if x.is_signed() == signed => Cow::Borrowed(x),
+            other => Cow::Owned(Blockwise::from_slice(&other.f32(), signed)),
         }
     }
 

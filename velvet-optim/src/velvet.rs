@@ -361,7 +361,7 @@ impl Velvet {
         for ((parameter, plan), fresh) in self.parameters.iter_mut().zip(plans).zip(fresh) {
             parameter.plan = plan;
             if parameter.plan.sparse_rows == SparseRows::Skip {
-                parameter.slots.iter_mut().for_each(Slot::widen); // rows do not begin where blocks of 8 bits do
+                parameter.slots.iter_mut().try_for_each(Slot::widen)?; // rows do not begin where blocks of 8 bits do
             }
             if let Some(slots) = fresh {
                 (parameter.slots, parameter.beta_products, parameter.size) = (slots, [1.0; 2], None);

@@ -5,53 +5,13 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
-use common::{all_bits, bits, named, record_warnings, scalar, store, tensor, train, var};
+use common::{Transformer, all_bits, bits, named, record_warnings, rules, scalar, store, tensor, train, var};
 use velvet_optim::{
-    BackendChoice, CautiousUpdate, DecayMode, Error, GradClip, HalfParameters, Lion, Momentum, NonFinite,
-    Optimizer, Orthogonal, RowMoment, Rule, Sgd, StateFormat, Velvet, VelvetConfig,
+    BackendChoice, Error, GradClip, HalfParameters, Lion, NonFinite, Optimizer, Orthogonal, Rule, Sgd,
+    StateFormat, Velvet, VelvetConfig,
 };
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
-
-/// Every rule with each of its options, and a learning rate that suits it.
-fn rules() -> Vec<(&'static str, VelvetConfig)> {
-    let base = VelvetConfig { lr: 0.02, beta2: 0.95, weight_decay: 0.1, ..VelvetConfig::default() };
-    let matrices = |rule| VelvetConfig { hidden_matrices: Some(rule), ..base.clone() };
-    let orthogonal = Orthogonal::default();
-    vec![
-        ("adamw", base.clone()),
-        ("adamw, nesterov", VelvetConfig { momentum: Momentum::Nesterov, ..base.clone() }),
-        ("adamw, cautious update", VelvetConfig { cautious_update: CautiousUpdate::Aligned, ..base.clone() }),
-        ("adamw, cautious decay", VelvetConfig { decay_mode: DecayMode::Cautious, ..base.clone() }),
-        (
-            "adamw, all options",
-            VelvetConfig {
-                momentum: Momentum::Nesterov,
-                cautious_update: CautiousUpdate::Aligned,
-                decay_mode: DecayMode::Cautious,
-                ..base.clone()
-            },
-        ),
-        ("sgd", base.clone().with_rule(Rule::Sgd(Sgd::default()))),
-        (
-            "sgd, nesterov",
-            base.clone().with_rule(Rule::Sgd(Sgd { form: Momentum::Nesterov, ..Sgd::default() })),
-        ),
-        ("lion", base.clone().with_lr(0.005).with_rule(Rule::Lion(Lion::default()))),
-        (
-            "lion, cautious decay",
-            VelvetConfig { decay_mode: DecayMode::Cautious, ..base.clone() }
-                .with_lr(0.005)
-                .with_rule(Rule::Lion(Lion::default())),
-        ),
-        ("orthogonal", matrices(Rule::Orthogonal(Orthogonal { row_moment: RowMoment::Off, ..orthogonal }))),
-        ("orthogonal, rows", matrices(Rule::Orthogonal(orthogonal))),
-        (
-            "orthogonal, cautious decay",
-            VelvetConfig { decay_mode: DecayMode::Cautious, ..matrices(Rule::Orthogonal(orthogonal)) },
-        ),
-    ]
-}
 
 /// Odd sizes, no elements, a scalar, matrices both ways; the long one is quantised where state is.
 const SHAPES: [&[usize]; 8] = [&[7, 13], &[13, 7], &[1], &[0], &[], &[3, 0], &[2, 3, 5], &[4099]];
@@ -230,76 +190,10 @@ fn an_update_goes_downhill_on_rosenbrock() {
     }
 }
 
-/// One block of a transformer without norms that learns to repeat the token before the last.
-struct Transformer {
-    vars: Vec<(String, Var)>,
-}
-
-impl Transformer {
-    const VOCAB: usize = 7;
-    const WIDTH: usize = 8;
-    const LEN: usize = 6;
-
-    fn new() -> Self {
-        let (v, d, t) = (Self::VOCAB, Self::WIDTH, Self::LEN);
-        let shapes: [(&str, [usize; 2]); 8] = [
-            ("embed.weight", [v, d]),
-            ("positions.embed", [t, d]),
-            ("q.weight", [d, d]),
-            ("k.weight", [d, d]),
-            ("v.weight", [d, d]),
-            ("up.weight", [4 * d, d]),
-            ("down.weight", [d, 4 * d]),
-            ("lm_head.weight", [v, d]),
-        ];
-        let var = |(i, (name, shape)): (usize, &(&str, [usize; 2]))| {
-            let t = (tensor(i as u64 + 1, shape, DType::F32) * 0.3).unwrap();
-            ((*name).to_owned(), Var::from_tensor(&t).unwrap())
-        };
-        Self { vars: shapes.iter().enumerate().map(var).collect() }
-    }
-
-    fn loss(&self, step: u64) -> Tensor {
-        let (b, t, d) = (16, Self::LEN, Self::WIDTH);
-        let w = |name: &str| self.vars.iter().find(|(n, _)| n == name).unwrap().1.as_tensor();
-        let noise = common::noise(step + 1, b * t);
-        let token = |x: f32| (x.mul_add(0.5, 0.5) * Self::VOCAB as f32) as u32 % Self::VOCAB as u32;
-        let ids: Vec<u32> = noise.into_iter().map(token).collect();
-        let targets: Vec<u32> = ids.chunks(t).map(|ids| ids[t - 2]).collect();
-        let ids = Tensor::from_vec(ids, b * t, &Device::Cpu).unwrap();
-        let x = w("embed.weight").index_select(&ids, 0).unwrap().reshape((b, t, d)).unwrap();
-        let x = x.broadcast_add(w("positions.embed")).unwrap();
-        let linear = |x: &Tensor, name: &str| x.broadcast_matmul(&w(name).t().unwrap()).unwrap();
-        let (q, k, v) = (linear(&x, "q.weight"), linear(&x, "k.weight"), linear(&x, "v.weight"));
-        let scores = (q.matmul(&k.t().unwrap()).unwrap() / (d as f64).sqrt()).unwrap(); // (b, t, t)
-        let x = (&x + candle_nn::ops::softmax(&scores, 2).unwrap().matmul(&v).unwrap()).unwrap();
-        let x = (&x + linear(&linear(&x, "up.weight").gelu().unwrap(), "down.weight")).unwrap();
-        let last = x.narrow(1, t - 1, 1).unwrap().squeeze(1).unwrap(); // (b, d)
-        let logits = last.matmul(&w("lm_head.weight").t().unwrap()).unwrap();
-        candle_nn::loss::cross_entropy(&logits, &Tensor::from_vec(targets, b, &Device::Cpu).unwrap()).unwrap()
-    }
-}
-
 #[test]
 fn every_rule_trains_a_small_transformer() {
     for (name, config) in rules() {
-        let model = Transformer::new();
-        let lr = match name {
-            name if name.starts_with("sgd") => 0.3,
-            name if name.starts_with("lion") => 0.003,
-            name if name.starts_with("orthogonal") => 0.05,
-            _ => 0.01,
-        };
-        let mut opt =
-            Velvet::named(model.vars.clone(), VelvetConfig { weight_decay: 0.01, ..config.with_lr(lr) })
-                .unwrap();
-        let first = scalar(&model.loss(1_000_000)).unwrap();
-        for step in 0..400 {
-            opt.set_learning_rate(lr * (1.0 - step as f64 / 400.0));
-            opt.backward_step(&model.loss(step)).unwrap();
-            assert_eq!(opt.missing_gradients(), [""; 0], "{name}");
-        }
-        let last = scalar(&model.loss(1_000_000)).unwrap();
+        let (first, last) = Transformer::new(&Device::Cpu).train(name, config);
         assert!(last < 0.6 * first, "{name}: {first} to {last}");
     }
 }

@@ -21,7 +21,8 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use velvet_optim::{
-    GradClip, HalfParameters, NonFinite, Orthogonal, ParamGroup, Rule, UpdateNorms, Velvet, VelvetConfig,
+    GradClip, HalfParameters, NonFinite, Orthogonal, ParamGroup, Rule, StateFormat, UpdateNorms, Velvet,
+    VelvetConfig,
 };
 
 type Result<T> = candle_core::Result<T>;
@@ -196,6 +197,8 @@ impl Bench {
         let unchecked = base.clone().with_non_finite(NonFinite::Unchecked);
         let clip = base.clone().with_clip(GradClip::GlobalNorm(1.0));
         let hidden = clip.clone().with_hidden_matrices(Rule::Orthogonal(Orthogonal::default()));
+        // Two state arrays of a byte an element and a scale of 4 bytes a block of 256, read and written: 4.0625 bytes.
+        let eight = |config: &VelvetConfig| config.clone().with_state_format(StateFormat::Blockwise8);
         let measured = VelvetConfig { update_norms: UpdateNorms::On, ..clip.clone() };
         let device = self.device.clone();
         {
@@ -204,6 +207,8 @@ impl Bench {
             self.velvet("velvet AdamW f32", &model, Some(32.0), base.clone())?;
             self.velvet("velvet AdamW f32, clip", &model, Some(32.0), clip.clone())?;
             self.velvet("velvet AdamW f32, clip, measured", &model, Some(32.0), measured)?;
+            self.velvet("velvet AdamW f32, 8-bit, unchecked", &model, Some(16.0625), eight(&unchecked))?;
+            self.velvet("velvet AdamW f32, 8-bit, clip", &model, Some(20.0625), eight(&clip))?;
             self.velvet("velvet orthogonal hidden, clip", &model, None, hidden.clone())?;
             self.candle("candle AdamW f32", &model)?;
         }
@@ -220,6 +225,10 @@ impl Bench {
             let model = Model::new(&medium(), DType::BF16, &device)?;
             self.velvet("velvet AdamW bf16, unchecked", &model, Some(22.0), unchecked.clone())?;
             self.velvet("velvet AdamW bf16, clip", &model, Some(24.0), clip.clone())?;
+            self.velvet("velvet AdamW bf16, 8-bit, unchecked", &model, Some(10.0625), eight(&unchecked))?;
+            self.velvet("velvet AdamW bf16, 8-bit, clip", &model, Some(12.0625), eight(&clip))?;
+            let rounded = eight(&clip).with_half_parameters(HalfParameters::Stochastic { seed: 1 });
+            self.velvet("velvet AdamW bf16, 8-bit, clip, stochastic", &model, Some(12.0625), rounded)?;
             let stochastic = clip.clone().with_half_parameters(HalfParameters::Stochastic { seed: 1 });
             self.velvet("velvet AdamW bf16, clip, stochastic", &model, Some(24.0), stochastic)?;
             let masters = clip.clone().with_half_parameters(HalfParameters::Master);

@@ -2,6 +2,7 @@
 //!
 //!     cargo run --release -p vesper-benches --bin optimizer-study -- tokens --data novels.txt --out novels.tokens
 //!     cargo run --release -p vesper-benches --bin optimizer-study -- run --tokens novels.tokens --out study.json
+//!     cargo run --release -p vesper-benches --bin optimizer-study -- parts --tokens novels.tokens --out parts.json
 //!     cargo run --release -p vesper-benches --bin optimizer-study -- report study.json
 
 use std::path::{Path, PathBuf};
@@ -12,8 +13,9 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
 use clap::{Args, Parser};
 use vesper_benches::study::arm::Arm;
+use vesper_benches::study::parts::Parts;
 use vesper_benches::study::plan::{Plan, Record, Study};
-use vesper_benches::study::report::report;
+use vesper_benches::study::report::{report, report_parts};
 use vesper_benches::study::task::Setting;
 use vesper_data::{Documents, Sources, TextTokenizer, TokenCache};
 use vesper_model::VesperConfig;
@@ -35,6 +37,9 @@ enum Command {
     },
     /// Make the runs; a record that is there already is gone on with
     Run(Box<Run>),
+    /// Add each part that is off by default to AdamW and Velvet, at the tuned learning rates and where something is wrong; a
+    /// record that is there already is gone on with
+    Parts(Box<PartsRun>),
     /// Print a record's tables
     Report {
         /// The record
@@ -42,8 +47,9 @@ enum Command {
     },
 }
 
+/// What all runs of a study share.
 #[derive(Debug, Args)]
-struct Run {
+struct Shared {
     /// The file of tokens
     #[arg(long)]
     tokens: PathBuf,
@@ -68,18 +74,38 @@ struct Run {
     /// Seconds after which no run is started
     #[arg(long, default_value_t = 1e9)]
     seconds: f64,
-    #[arg(long, default_value_t = 300)]
-    steps: u64,
     #[arg(long, default_value_t = 32)]
     batch: usize,
     #[arg(long, default_value_t = 512)]
     seq: usize,
     #[arg(long, default_value_t = 256)]
     eval_windows: usize,
-    #[arg(long, value_delimiter = ',', default_values_t = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3])]
-    lrs: Vec<f64>,
     #[arg(long, default_value_t = 3)]
     seeds: u64,
+}
+
+#[derive(Debug, Args)]
+struct PartsRun {
+    #[command(flatten)]
+    shared: Shared,
+    #[arg(long, default_value_t = 240)]
+    steps: u64,
+    /// The best learning rate of AdamW
+    #[arg(long, default_value_t = 1e-3)]
+    adamw_lr: f64,
+    /// The best learning rate of Velvet
+    #[arg(long, default_value_t = 4e-3)]
+    velvet_lr: f64,
+}
+
+#[derive(Debug, Args)]
+struct Run {
+    #[command(flatten)]
+    shared: Shared,
+    #[arg(long, default_value_t = 300)]
+    steps: u64,
+    #[arg(long, value_delimiter = ',', default_values_t = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3])]
+    lrs: Vec<f64>,
     /// Arms that are tuned and run with all seeds
     #[arg(long, value_delimiter = ',', default_values = ["adamw", "velvet"])]
     tuned: Vec<Arm>,
@@ -110,10 +136,14 @@ fn command(command: Command) -> Result<()> {
     match command {
         Command::Tokens { data, vocab, out } => tokens(&data, vocab, &out),
         Command::Run(run) => run.run(),
+        Command::Parts(run) => run.run(),
         Command::Report { record } => {
             let text = std::fs::read_to_string(&record).with_context(|| record.display().to_string())?;
-            let record: Record = serde_json::from_str(&text).with_context(|| record.display().to_string())?;
-            print!("{}", report(&record));
+            let tables = match serde_json::from_str::<Record<Parts>>(&text) {
+                Ok(record) => report_parts(&record),
+                Err(_) => report(&serde_json::from_str(&text).with_context(|| record.display().to_string())?),
+            };
+            print!("{tables}");
             Ok(())
         }
     }
@@ -129,8 +159,9 @@ fn tokens(data: &[PathBuf], vocab: usize, out: &Path) -> Result<()> {
     Ok(())
 }
 
-impl Run {
-    fn run(&self) -> Result<()> {
+impl Shared {
+    /// The setting of all runs, and a record without any.
+    fn start<P>(&self, plan: P) -> Result<(Setting, Record<P>)> {
         let device = match self.device.as_str() {
             "cpu" => Device::Cpu,
             "cuda" => vesper_model::ops::cuda_device(0)?,
@@ -144,16 +175,6 @@ impl Run {
         let mut model = VesperConfig::preset(&self.size)?.with_vocab(self.vocab);
         model.max_position_embeddings = model.max_position_embeddings.max(self.seq);
         let compute = if device.is_cuda() { DType::BF16 } else { DType::F32 };
-        let plan = Plan {
-            tuned: self.tuned.clone(),
-            swept: self.swept.clone(),
-            stressed: self.stressed.clone(),
-            shortened: self.shortened,
-            lrs: self.lrs.clone(),
-            seeds: self.seeds,
-            steps: self.steps,
-            shares: self.shares.clone(),
-        };
         let record = Record {
             machine: self.machine.clone(),
             model: format!("{}, compute in {}", self.size, compute.as_str()),
@@ -176,9 +197,44 @@ impl Run {
             eval_windows: self.eval_windows,
             device,
         };
-        let limit = Duration::from_secs_f64(self.seconds.clamp(0.0, 1e9));
-        let record = Study::new(&setting, record, &self.out, limit)?.run()?;
-        print!("\n{}", report(&record));
+        Ok((setting, record))
+    }
+
+    fn limit(&self) -> Duration {
+        Duration::from_secs_f64(self.seconds.clamp(0.0, 1e9))
+    }
+}
+
+impl Run {
+    fn run(&self) -> Result<()> {
+        let plan = Plan {
+            tuned: self.tuned.clone(),
+            swept: self.swept.clone(),
+            stressed: self.stressed.clone(),
+            shortened: self.shortened,
+            lrs: self.lrs.clone(),
+            seeds: self.shared.seeds,
+            steps: self.steps,
+            shares: self.shares.clone(),
+        };
+        let (setting, record) = self.shared.start(plan)?;
+        let study = Study::new(&setting, record, &self.shared.out, self.shared.limit())?;
+        print!("\n{}", report(&study.run()?));
+        Ok(())
+    }
+}
+
+impl PartsRun {
+    fn run(&self) -> Result<()> {
+        let plan = Parts {
+            adamw_lr: self.adamw_lr,
+            velvet_lr: self.velvet_lr,
+            seeds: self.shared.seeds,
+            steps: self.steps,
+        };
+        let (setting, record) = self.shared.start(plan)?;
+        let study = Study::new(&setting, record, &self.shared.out, self.shared.limit())?;
+        print!("\n{}", report_parts(&study.run()?));
         Ok(())
     }
 }

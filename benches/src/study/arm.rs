@@ -3,8 +3,10 @@
 use serde::{Deserialize, Serialize};
 use velvet_optim::{
     Brake, CautiousUpdate, DecayMode, EntropyLr, Momentum, Orthogonal, PerplexityMomentum, PolyakCap,
-    ProgressSignal, RowMoment, Rule, TrustRegion, VelvetConfig,
+    RowMoment, Rule, TrustRegion, VelvetConfig,
 };
+
+use super::parts::by_entropy;
 
 /// One way to update a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
@@ -88,20 +90,10 @@ impl Arm {
             }
             Self::VelvetNoGuide => velvet.with_perplexity_momentum(PerplexityMomentum::Off),
             Self::VelvetNoEntropy => velvet.with_entropy_lr(EntropyLr::Off),
-            Self::VelvetBySignal => match velvet.entropy_lr {
-                EntropyLr::WarmUp { initial_loss, margin, nats, floor, decay, .. } => {
-                    let signal = ProgressSignal::Entropy;
-                    velvet.with_entropy_lr(EntropyLr::WarmUp {
-                        initial_loss,
-                        margin,
-                        nats,
-                        floor,
-                        decay,
-                        signal,
-                    })
-                }
-                _ => velvet,
-            },
+            Self::VelvetBySignal => {
+                let warm_up = by_entropy(velvet.entropy_lr);
+                velvet.with_entropy_lr(warm_up)
+            }
             Self::VelvetTrust => velvet.with_trust_region(TrustRegion::relative()),
             Self::VelvetPolyak => velvet.with_polyak(PolyakCap::cap()),
             Self::VelvetBrake => velvet.with_brake(Brake::gap()),

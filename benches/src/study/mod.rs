@@ -5,6 +5,7 @@
 //! prints them.
 
 pub mod arm;
+pub mod parts;
 pub mod plan;
 pub mod report;
 pub mod task;

@@ -1,6 +1,7 @@
 //! Which runs a study makes, in which order, and what they amount to.
 
 use anyhow::{Context, Result};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -31,7 +32,7 @@ pub struct Plan {
 
 /// The file of a study: what was run where, and every run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Record {
+pub struct Record<P> {
     /// The machine.
     pub machine: String,
     /// The model and the data.
@@ -49,40 +50,69 @@ pub struct Record {
     /// Tokens of the held-out text that a run ends on.
     pub eval_tokens: usize,
     /// What was to be run.
-    pub plan: Plan,
+    pub plan: P,
     /// What was run.
     pub runs: Vec<Outcome>,
 }
 
 /// A study under way.
-pub struct Study<'a> {
+pub struct Study<'a, P> {
     setting: &'a Setting,
-    record: Record,
+    record: Record<P>,
     file: PathBuf,
     until: Instant,
 }
 
-impl<'a> Study<'a> {
+impl<'a, P: Clone + Serialize + DeserializeOwned> Study<'a, P> {
     /// A study that writes its record after every run and starts no run after `limit`.
     ///
     /// # Errors
     /// `file` holds a record that cannot be read, or of another plan.
-    pub fn new(setting: &'a Setting, mut record: Record, file: &Path, limit: Duration) -> Result<Self> {
+    pub fn new(setting: &'a Setting, mut record: Record<P>, file: &Path, limit: Duration) -> Result<Self> {
         if file.exists() {
             let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
-            let old: Record = serde_json::from_str(&text).with_context(|| file.display().to_string())?;
+            let old: Record<P> = serde_json::from_str(&text).with_context(|| file.display().to_string())?;
             record.runs = old.runs; // a study that was stopped goes on
         }
         Ok(Self { setting, record, file: file.to_owned(), until: Instant::now() + limit })
     }
 
+    /// What is compared.
+    pub fn plan(&self) -> P {
+        self.record.plan.clone()
+    }
+
+    /// What was run.
+    pub fn into_record(self) -> Record<P> {
+        self.record
+    }
+
+    /// Makes a run that was not made yet.
+    ///
+    /// # Errors
+    /// It fails, or the record cannot be written.
+    pub fn one(&mut self, task: Task) -> Result<()> {
+        if Instant::now() >= self.until || self.record.runs.iter().any(|run| run.task == task) {
+            return Ok(());
+        }
+        let outcome = self.setting.run(task)?;
+        println!("{}", serde_json::to_string(&Line::from(&outcome))?);
+        self.record.runs.push(outcome);
+        let part = self.file.with_extension("part");
+        std::fs::write(&part, serde_json::to_string_pretty(&self.record)? + "\n")
+            .and_then(|()| std::fs::rename(&part, &self.file))
+            .with_context(|| self.file.display().to_string())
+    }
+}
+
+impl Study<'_, Plan> {
     /// Makes all runs that there is time for.
     ///
     /// # Errors
     /// A run fails, or the record cannot be written.
-    pub fn run(mut self) -> Result<Record> {
-        let plan = self.record.plan.clone();
-        let task = |arm, lr, seed| Task { arm, lr, steps: plan.steps, seed, data: Data::Clean };
+    pub fn run(mut self) -> Result<Record<Plan>> {
+        let plan = self.plan();
+        let task = |arm, lr, seed| Task::new(arm, lr, plan.steps, seed);
         for &lr in &plan.lrs {
             for &arm in &plan.tuned {
                 self.one(task(arm, lr, 0))?;
@@ -129,20 +159,6 @@ impl<'a> Study<'a> {
     fn best(&self, arm: Arm) -> Option<f64> {
         best(&self.record, arm).map(|(lr, _)| lr)
     }
-
-    /// Makes a run that was not made yet.
-    fn one(&mut self, task: Task) -> Result<()> {
-        if Instant::now() >= self.until || self.record.runs.iter().any(|run| run.task == task) {
-            return Ok(());
-        }
-        let outcome = self.setting.run(task)?;
-        println!("{}", serde_json::to_string(&Line::from(&outcome))?);
-        self.record.runs.push(outcome);
-        let part = self.file.with_extension("part");
-        std::fs::write(&part, serde_json::to_string_pretty(&self.record)? + "\n")
-            .and_then(|()| std::fs::rename(&part, &self.file))
-            .with_context(|| self.file.display().to_string())
-    }
 }
 
 /// What is printed of a run.
@@ -161,7 +177,7 @@ impl From<&Outcome> for Line {
 }
 
 /// The best learning rate of an arm with seed 0 over all steps, and its loss.
-pub fn best(record: &Record, arm: Arm) -> Option<(f64, f64)> {
+pub fn best(record: &Record<Plan>, arm: Arm) -> Option<(f64, f64)> {
     record
         .runs
         .iter()

@@ -1,15 +1,74 @@
 //! A study's record as Markdown tables.
 
+use serde::Serialize;
+
 use super::arm::Arm;
-use super::plan::{Record, best};
+use super::parts::{Condition, Part, Parts};
+use super::plan::{Plan, Record, best};
 use super::task::{Data, Task};
 
 /// All tables: learning rates, shorter schedules, wrong learning rates and corrupted data.
-pub fn report(record: &Record) -> String {
+pub fn report(record: &Record<Plan>) -> String {
     [learning_rates(record), shorter_schedules(record), stress(record)].concat()
 }
 
-fn learning_rates(record: &Record) -> String {
+/// All tables of a study of parts: losses, and differences to the arm alone with the same seed.
+pub fn report_parts(record: &Record<Parts>) -> String {
+    let plan = &record.plan;
+    let mut tables = String::new();
+    for arm in Parts::ARMS {
+        let conditions = Parts::conditions(arm);
+        let mut head = vec![name(arm)];
+        head.extend(conditions.iter().map(|&condition| label(condition)));
+        let cells = |part: Part, cell: &dyn Fn(Condition) -> String| {
+            let mut row = vec![if part.is_none() { "alone".to_owned() } else { name(part) }];
+            row.extend(conditions.iter().map(|&condition| cell(condition)));
+            row
+        };
+        let loss = |part, condition, seed| {
+            let task = plan.task(arm, part, condition, seed)?;
+            losses(record, |t| *t == task).first().copied()
+        };
+        let seeds = |of: &dyn Fn(u64) -> Option<f64>| (0..plan.seeds).filter_map(of).collect::<Vec<_>>();
+        let parts = Parts::parts(arm);
+        let rows = |of: &dyn Fn(Part, Condition, u64) -> Option<f64>, signed: bool| {
+            let row = |&part: &Part| {
+                cells(part, &|condition| {
+                    let values = seeds(&|seed| of(part, condition, seed));
+                    if signed { signed_cell(&values) } else { cell(&values) }
+                })
+            };
+            parts.iter().skip(usize::from(signed)).map(row).collect::<Vec<_>>()
+        };
+        tables += &table(&head, &rows(&loss, false));
+        let difference =
+            |part, condition, seed| Some(loss(part, condition, seed)? - loss(Part::None, condition, seed)?);
+        tables += &table(&head, &rows(&difference, true));
+    }
+    let near = |&(arm, best): &(Arm, f64)| {
+        let mut row = vec![name(arm)];
+        row.extend([0.5, 1.0, 2.0].map(|factor| {
+            let task = Task::new(arm, best * factor, plan.steps, 0);
+            cell(&losses(record, |t| *t == task))
+        }));
+        row
+    };
+    let head = ["seed 0", "half of the best lr", "the best", "twice the best"].map(str::to_owned);
+    let rates: Vec<_> =
+        [(Arm::Adamw, plan.adamw_lr), (Arm::Velvet, plan.velvet_lr)].iter().map(near).collect();
+    tables + &table(&head, &rates)
+}
+
+fn label(condition: Condition) -> String {
+    match condition {
+        Condition::Tuned => "tuned".to_owned(),
+        Condition::Rate(factor) => format!("{factor} x the best lr"),
+        Condition::Cold => "no warm-up".to_owned(),
+        Condition::Corrupted => "corrupted batches".to_owned(),
+    }
+}
+
+fn learning_rates(record: &Record<Plan>) -> String {
     let plan = &record.plan;
     let mut head = vec![String::new()];
     head.extend(plan.lrs.iter().map(|lr| format!("lr {lr}")));
@@ -35,7 +94,7 @@ fn learning_rates(record: &Record) -> String {
     table(&head, &plan.tuned.iter().chain(&plan.swept).map(row).collect::<Vec<_>>())
 }
 
-fn shorter_schedules(record: &Record) -> String {
+fn shorter_schedules(record: &Record<Plan>) -> String {
     let plan = &record.plan;
     let (Some(arm), Some(&baseline)) = (plan.shortened, plan.tuned.first()) else { return String::new() };
     let (Some((lr, _)), Some((base_lr, _))) = (best(record, arm), best(record, baseline)) else {
@@ -52,7 +111,7 @@ fn shorter_schedules(record: &Record) -> String {
     table(&head, &plan.shares.iter().chain(&[1.0]).map(row).collect::<Vec<_>>())
 }
 
-fn stress(record: &Record) -> String {
+fn stress(record: &Record<Plan>) -> String {
     let plan = &record.plan;
     let Some((base_lr, _)) = plan.tuned.first().and_then(|&arm| best(record, arm)) else {
         return String::new();
@@ -71,12 +130,12 @@ fn stress(record: &Record) -> String {
 }
 
 /// A run over all steps on clean data.
-fn full(record: &Record, task: &Task) -> bool {
+fn full(record: &Record<Plan>, task: &Task) -> bool {
     task.steps == record.plan.steps && task.data == Data::Clean
 }
 
 /// The losses of some runs; a diverged one counts as infinite.
-fn losses(record: &Record, pick: impl Fn(&Task) -> bool) -> Vec<f64> {
+fn losses<P>(record: &Record<P>, pick: impl Fn(&Task) -> bool) -> Vec<f64> {
     record.runs.iter().filter(|run| pick(&run.task)).map(|run| run.loss.unwrap_or(f64::INFINITY)).collect()
 }
 
@@ -92,6 +151,15 @@ fn cell(losses: &[f64]) -> String {
     }
 }
 
+/// Nothing, or mean, standard deviation and number of differences.
+fn signed_cell(differences: &[f64]) -> String {
+    if differences.is_empty() {
+        return String::new();
+    }
+    let (mean, deviation) = spread(differences);
+    format!("{mean:+.4} ± {deviation:.4} ({})", differences.len())
+}
+
 fn table(head: &[String], rows: &[Vec<String>]) -> String {
     if rows.is_empty() {
         return String::new();
@@ -102,7 +170,7 @@ fn table(head: &[String], rows: &[Vec<String>]) -> String {
     [line(head), rule, rows.concat(), "\n".to_owned()].concat()
 }
 
-fn name(arm: Arm) -> String {
+fn name(arm: impl Serialize) -> String {
     serde_json::to_value(arm).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 

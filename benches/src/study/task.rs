@@ -5,11 +5,12 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarMap;
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
-use velvet_optim::{NonFinite, Optimizer, Schedule, Span, Velvet};
+use velvet_optim::{EntropyLr, NonFinite, Optimizer, Schedule, Span, Velvet, VelvetConfig};
 use vesper_data::{BatchSampler, EvalBatches, SamplerConfig, Tokens};
 use vesper_model::{VesperConfig, VesperLM, trainable};
 
 use super::arm::Arm;
+use super::parts::Part;
 
 /// What all runs of a study share.
 #[derive(Debug)]
@@ -42,11 +43,35 @@ pub enum Data {
     Corrupted,
 }
 
+/// How a run begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WarmUp {
+    /// As the arm does.
+    #[default]
+    Own,
+    /// With the whole learning rate at once.
+    Off,
+}
+
+impl WarmUp {
+    #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+    fn is_own(&self) -> bool {
+        *self == Self::Own
+    }
+}
+
 /// One run.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Task {
     /// How the model is updated.
     pub arm: Arm,
+    /// What is added to that.
+    #[serde(default, skip_serializing_if = "Part::is_none")]
+    pub part: Part,
+    /// How it begins.
+    #[serde(default, skip_serializing_if = "WarmUp::is_own")]
+    pub warm_up: WarmUp,
     /// The base learning rate; it falls linearly to 0 over the last half.
     pub lr: f64,
     /// Optimizer steps.
@@ -55,6 +80,30 @@ pub struct Task {
     pub seed: u64,
     /// What is done to the data.
     pub data: Data,
+}
+
+impl Task {
+    /// A run of an arm as it is, on clean data.
+    pub fn new(arm: Arm, lr: f64, steps: u64, seed: u64) -> Self {
+        Self { arm, part: Part::None, warm_up: WarmUp::Own, lr, steps, seed, data: Data::Clean }
+    }
+
+    fn config(&self, vocab: usize) -> VelvetConfig {
+        let mut config = self.part.add_to(self.arm.config(vocab), vocab);
+        if self.warm_up == WarmUp::Off {
+            config.entropy_lr = EntropyLr::Off;
+        }
+        config.non_finite = NonFinite::Skip;
+        config
+    }
+
+    /// The share of the steps that warm the learning rate up.
+    fn warm_up_share(&self) -> f64 {
+        match self.warm_up {
+            WarmUp::Own if !self.part.warms_up() => self.arm.warm_up(),
+            WarmUp::Own | WarmUp::Off => 0.0,
+        }
+    }
 }
 
 /// What a run came to.
@@ -82,14 +131,13 @@ impl Setting {
         let varmap = VarMap::new();
         let model = VesperLM::initialize(&self.model, &varmap, task.seed, DType::F32, &self.device)?
             .with_compute_dtype(self.compute);
-        let mut config = task.arm.config(self.model.vocab_size);
-        config.non_finite = NonFinite::Skip;
+        let config = task.config(self.model.vocab_size);
         let mut optimizer = Velvet::named(trainable(&self.model, &varmap)?, config)?;
         let sampler =
             SamplerConfig::default().with_batch(self.batch).with_seq(self.seq).with_seed(task.seed + 1);
         let mut batches = BatchSampler::new(self.train.clone(), sampler)?;
         let schedule = Schedule::Linear {
-            warm_up: Span::Fraction(task.arm.warm_up()),
+            warm_up: Span::Fraction(task.warm_up_share()),
             decay: Span::Fraction(0.5),
             end: 0.0,
         };

@@ -74,11 +74,13 @@ pub(super) fn cut<'a, P: Stored, T>(
             Data::Blockwise(x) => {
                 runs.push(Pieces::Blockwise { signed: x.is_signed(), pieces: x.chunks_mut(len) });
             }
-            data @ (Data::F32(_) | Data::F64(_) | Data::Tensor(_)) => match P::Compute::of(data) {
-                Some(x) if name == MASTER => master = Some(x.chunks_mut(len)),
-                Some(x) => runs.push(Pieces::Full(x.chunks_mut(len))),
-                None => bail!("the state array `{name}` is of another type than its parameter needs"),
-            },
+            data @ (Data::F32(_) | Data::F64(_) | Data::Tensor(_) | Data::TensorBlocks(_)) => {
+                match P::Compute::of(data) {
+                    Some(x) if name == MASTER => master = Some(x.chunks_mut(len)),
+                    Some(x) => runs.push(Pieces::Full(x.chunks_mut(len))),
+                    None => bail!("the state array `{name}` is of another type than its parameter needs"),
+                }
+            }
         }
     }
     if runs.len() > SLOTS {

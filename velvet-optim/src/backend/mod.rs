@@ -18,7 +18,7 @@ pub(crate) use cuda::{Failure, Resident};
 use crate::config::VelvetConfig;
 use crate::error::Result;
 use crate::group::Plan;
-use crate::options::{BackendChoice, HalfParameters, SparseRows};
+use crate::options::{BackendChoice, HalfParameters, SparseRows, StateFormat};
 use crate::resident::Snapshot;
 use crate::rule::{Rule, SlotKind, SlotSpec, Step};
 use crate::state::{MASTER, Place, Slot};
@@ -79,6 +79,14 @@ fn is_fused(device: &Device, rule: Rule, choice: BackendChoice) -> bool {
     }
 }
 
+/// Whether there are kernels for updates over elements, as far as the device goes.
+fn has_kernels(device: &Device, rule: Rule, choice: BackendChoice) -> bool {
+    cfg!(feature = "cuda")
+        && choice == BackendChoice::Auto
+        && device.is_cuda()
+        && !matches!(rule, Rule::Orthogonal(_))
+}
+
 /// How the products of orthogonalisations run on a device.
 struct Products {
     dtype: DType,
@@ -108,11 +116,14 @@ pub(crate) fn empty_state(param: &Var, plan: &Plan, config: &VelvetConfig) -> Re
     if half && config.half_parameters == HalfParameters::Master {
         specs.push(SlotSpec { name: MASTER, shape: param.dims().to_vec(), kind: SlotKind::Other });
     }
+    let sparse = plan.sparse_rows == SparseRows::Skip; // rows do not begin where blocks do
+    let format = if sparse { StateFormat::Full } else { config.state_format };
     let place = if is_fused(param.device(), plan.rule, config.backend) {
-        let sparse = plan.sparse_rows == SparseRows::Skip; // rows do not begin where blocks do
-        Place::Host(if sparse { crate::options::StateFormat::Full } else { config.state_format })
+        Place::Host(format)
+    } else if has_kernels(param.device(), plan.rule, config.backend) {
+        Place::Tensors(format)
     } else {
-        Place::Tensors
+        Place::Tensors(StateFormat::Full)
     };
     specs.into_iter().map(|spec| Slot::new(spec, param, place)).collect()
 }

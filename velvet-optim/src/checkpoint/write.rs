@@ -98,17 +98,14 @@ impl Velvet {
                     Data::Tensor(t) if t.dtype() == DType::F64 => entries.push((name, whole(Dtype::F64))),
                     Data::F32(_) | Data::Tensor(_) => entries.push((name, whole(Dtype::F32))),
                     Data::Blockwise(x) => {
-                        let part = |dtype, len, bytes| Array {
-                            dtype,
-                            shape: vec![len],
-                            source: Source::Bytes(bytes),
-                            failure,
-                        };
-                        let (codes, scales) = (x.codes(), x.scales());
-                        let bytes = Cow::Borrowed(codes);
-                        entries.push((format!("{name}.codes"), part(Dtype::U8, codes.len(), bytes)));
-                        let bytes = state::f32_bytes(scales);
-                        entries.push((format!("{name}.scales"), part(Dtype::F32, scales.len(), bytes)));
+                        let codes = (x.codes().len(), Source::Bytes(Cow::Borrowed(x.codes())));
+                        let scales = (x.scales().len(), Source::Bytes(state::f32_bytes(x.scales())));
+                        entries.extend(blocks(&name, codes, scales, failure));
+                    }
+                    Data::TensorBlocks(x) => {
+                        let codes = (x.codes.elem_count(), Source::Tensor(&x.codes));
+                        let scales = (x.scales.elem_count(), Source::Tensor(&x.scales));
+                        entries.extend(blocks(&name, codes, scales, failure));
                     }
                 }
             }
@@ -187,6 +184,8 @@ type Failure = RefCell<Option<candle_core::Error>>;
 
 enum Source<'a> {
     Slot(&'a Slot),
+    /// u8 or f32, on any device.
+    Tensor(&'a Tensor),
     Mask(&'a Tensor),
     Bytes(Cow<'a, [u8]>),
 }
@@ -196,16 +195,31 @@ fn bytes(slot: &Slot) -> candle_core::Result<Cow<'_, [u8]>> {
     Ok(match &slot.data {
         Data::F32(x) => state::f32_bytes(x),
         Data::F64(x) => state::f64_bytes(x),
-        Data::Blockwise(_) => Cow::Borrowed(&[]), // written as two arrays
-        Data::Tensor(t) => {
-            let flat = t.to_device(&Device::Cpu)?.flatten_all()?;
-            Cow::Owned(if flat.dtype() == DType::F64 {
-                state::f64_bytes(&flat.to_vec1()?).into_owned()
-            } else {
-                state::f32_bytes(&flat.to_vec1()?).into_owned()
-            })
-        }
+        Data::Blockwise(_) | Data::TensorBlocks(_) => Cow::Borrowed(&[]), // written as two arrays
+        Data::Tensor(t) => tensor_bytes(t)?,
     })
+}
+
+fn tensor_bytes(tensor: &Tensor) -> candle_core::Result<Cow<'static, [u8]>> {
+    let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+    Ok(Cow::Owned(match flat.dtype() {
+        DType::U8 => flat.to_vec1()?,
+        DType::F64 => state::f64_bytes(&flat.to_vec1()?).into_owned(),
+        _ => state::f32_bytes(&flat.to_vec1()?).into_owned(),
+    }))
+}
+
+/// The two arrays of a state array in blocks of 8 bits: how many codes and scales there are, and where.
+fn blocks<'a>(
+    name: &str,
+    codes: (usize, Source<'a>),
+    scales: (usize, Source<'a>),
+    failure: &'a Failure,
+) -> [(String, Array<'a>); 2] {
+    let array = |part: &str, dtype, (len, source)| {
+        (format!("{name}.{part}"), Array { dtype, shape: vec![len], source, failure })
+    };
+    [array("codes", Dtype::U8, codes), array("scales", Dtype::F32, scales)]
 }
 
 /// A mask as one byte an element, 0 or 1.
@@ -235,6 +249,7 @@ impl View for Array<'_> {
         let fetched = match &self.source {
             Source::Bytes(bytes) => return Cow::Borrowed(bytes),
             Source::Slot(slot) => bytes(slot),
+            Source::Tensor(tensor) => tensor_bytes(tensor),
             Source::Mask(mask) => mask_bytes(mask),
         };
         fetched.unwrap_or_else(|error| {
@@ -247,6 +262,7 @@ impl View for Array<'_> {
         match &self.source {
             Source::Bytes(bytes) => bytes.len(),
             Source::Slot(slot) => slot.bytes_held(),
+            Source::Tensor(tensor) => tensor.elem_count() * Tensor::dtype(tensor).size_in_bytes(),
             Source::Mask(mask) => mask.elem_count(),
         }
     }

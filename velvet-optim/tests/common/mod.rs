@@ -4,7 +4,10 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, Var};
-use velvet_optim::{Velvet, VelvetConfig};
+use velvet_optim::{
+    CautiousUpdate, DecayMode, Lion, Momentum, Optimizer, Orthogonal, RowMoment, Rule, Sgd, Velvet,
+    VelvetConfig,
+};
 
 /// Values in [-1, 1) that depend on the seed and the position alone.
 pub fn noise(seed: u64, len: usize) -> Vec<f32> {
@@ -93,4 +96,114 @@ pub fn scalar(t: &Tensor) -> Result<f64> {
 
 pub fn config() -> VelvetConfig {
     VelvetConfig::default()
+}
+
+/// Every rule with each of its options, and a learning rate that suits it.
+pub fn rules() -> Vec<(&'static str, VelvetConfig)> {
+    let base = VelvetConfig { lr: 0.02, beta2: 0.95, weight_decay: 0.1, ..VelvetConfig::default() };
+    let matrices = |rule| VelvetConfig { hidden_matrices: Some(rule), ..base.clone() };
+    let orthogonal = Orthogonal::default();
+    vec![
+        ("adamw", base.clone()),
+        ("adamw, nesterov", VelvetConfig { momentum: Momentum::Nesterov, ..base.clone() }),
+        ("adamw, cautious update", VelvetConfig { cautious_update: CautiousUpdate::Aligned, ..base.clone() }),
+        ("adamw, cautious decay", VelvetConfig { decay_mode: DecayMode::Cautious, ..base.clone() }),
+        (
+            "adamw, all options",
+            VelvetConfig {
+                momentum: Momentum::Nesterov,
+                cautious_update: CautiousUpdate::Aligned,
+                decay_mode: DecayMode::Cautious,
+                ..base.clone()
+            },
+        ),
+        ("sgd", base.clone().with_rule(Rule::Sgd(Sgd::default()))),
+        (
+            "sgd, nesterov",
+            base.clone().with_rule(Rule::Sgd(Sgd { form: Momentum::Nesterov, ..Sgd::default() })),
+        ),
+        ("lion", base.clone().with_lr(0.005).with_rule(Rule::Lion(Lion::default()))),
+        (
+            "lion, cautious decay",
+            VelvetConfig { decay_mode: DecayMode::Cautious, ..base.clone() }
+                .with_lr(0.005)
+                .with_rule(Rule::Lion(Lion::default())),
+        ),
+        ("orthogonal", matrices(Rule::Orthogonal(Orthogonal { row_moment: RowMoment::Off, ..orthogonal }))),
+        ("orthogonal, rows", matrices(Rule::Orthogonal(orthogonal))),
+        (
+            "orthogonal, cautious decay",
+            VelvetConfig { decay_mode: DecayMode::Cautious, ..matrices(Rule::Orthogonal(orthogonal)) },
+        ),
+    ]
+}
+
+/// One block of a transformer without norms that learns to repeat the token before the last.
+pub struct Transformer {
+    vars: Vec<(String, Var)>,
+}
+
+impl Transformer {
+    const VOCAB: usize = 7;
+    const WIDTH: usize = 8;
+    const LEN: usize = 6;
+
+    pub fn new(device: &Device) -> Self {
+        let (v, d, t) = (Self::VOCAB, Self::WIDTH, Self::LEN);
+        let shapes: [(&str, [usize; 2]); 8] = [
+            ("embed.weight", [v, d]),
+            ("positions.embed", [t, d]),
+            ("q.weight", [d, d]),
+            ("k.weight", [d, d]),
+            ("v.weight", [d, d]),
+            ("up.weight", [4 * d, d]),
+            ("down.weight", [d, 4 * d]),
+            ("lm_head.weight", [v, d]),
+        ];
+        let var = |(i, (name, shape)): (usize, &(&str, [usize; 2]))| {
+            let t = (tensor(i as u64 + 1, shape, DType::F32) * 0.3).unwrap().to_device(device).unwrap();
+            ((*name).to_owned(), Var::from_tensor(&t).unwrap())
+        };
+        Self { vars: shapes.iter().enumerate().map(var).collect() }
+    }
+
+    fn loss(&self, step: u64) -> Tensor {
+        let (b, t, d) = (16, Self::LEN, Self::WIDTH);
+        let w = |name: &str| self.vars.iter().find(|(n, _)| n == name).unwrap().1.as_tensor();
+        let device = self.vars[0].1.device();
+        let noise = noise(step + 1, b * t);
+        let token = |x: f32| (x.mul_add(0.5, 0.5) * Self::VOCAB as f32) as u32 % Self::VOCAB as u32;
+        let ids: Vec<u32> = noise.into_iter().map(token).collect();
+        let targets: Vec<u32> = ids.chunks(t).map(|ids| ids[t - 2]).collect();
+        let ids = Tensor::from_vec(ids, b * t, device).unwrap();
+        let x = w("embed.weight").index_select(&ids, 0).unwrap().reshape((b, t, d)).unwrap();
+        let x = x.broadcast_add(w("positions.embed")).unwrap();
+        let linear = |x: &Tensor, name: &str| x.broadcast_matmul(&w(name).t().unwrap()).unwrap();
+        let (q, k, v) = (linear(&x, "q.weight"), linear(&x, "k.weight"), linear(&x, "v.weight"));
+        let scores = (q.matmul(&k.t().unwrap()).unwrap() / (d as f64).sqrt()).unwrap(); // (b, t, t)
+        let x = (&x + candle_nn::ops::softmax(&scores, 2).unwrap().matmul(&v).unwrap()).unwrap();
+        let x = (&x + linear(&linear(&x, "up.weight").gelu().unwrap(), "down.weight")).unwrap();
+        let last = x.narrow(1, t - 1, 1).unwrap().squeeze(1).unwrap(); // (b, d)
+        let logits = last.matmul(&w("lm_head.weight").t().unwrap()).unwrap();
+        candle_nn::loss::cross_entropy(&logits, &Tensor::from_vec(targets, b, device).unwrap()).unwrap()
+    }
+
+    /// Trains with a rule of [`rules`]; returns the loss before and after.
+    pub fn train(&self, name: &str, config: VelvetConfig) -> (f64, f64) {
+        let lr = match name {
+            name if name.starts_with("sgd") => 0.3,
+            name if name.starts_with("lion") => 0.003,
+            name if name.starts_with("orthogonal") => 0.05,
+            _ => 0.01,
+        };
+        let config = VelvetConfig { weight_decay: 0.01, ..config.with_lr(lr) };
+        let mut opt = Velvet::named(self.vars.clone(), config).unwrap();
+        let first = scalar(&self.loss(1_000_000)).unwrap();
+        for step in 0..400 {
+            opt.set_learning_rate(lr * (1.0 - step as f64 / 400.0));
+            opt.backward_step(&self.loss(step)).unwrap();
+            assert_eq!(opt.missing_gradients(), [""; 0], "{name}");
+        }
+        (first, scalar(&self.loss(1_000_000)).unwrap())
+    }
 }

@@ -3,6 +3,7 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test stops there")]
 
+mod blockwise;
 #[path = "../common/mod.rs"]
 mod common;
 mod elementwise;
@@ -17,7 +18,7 @@ use std::sync::OnceLock;
 use velvet_optim::{
     BackendChoice, Brake, CautiousUpdate, DecayMode, EntropyLr, Error, GradClip, HalfParameters, Lion,
     Momentum, NonFinite, Optimizer, Orthogonal, ParamGroup, PerplexityMomentum, PolyakCap, ProgressSignal,
-    RowMoment, Rule, Sgd, SparseRows, Training, TrustRegion, UpdateNorms, Velvet, VelvetConfig,
+    RowMoment, Rule, Sgd, SparseRows, StateFormat, Training, TrustRegion, UpdateNorms, Velvet, VelvetConfig,
 };
 
 type Named = Vec<(String, Var)>;
@@ -206,4 +207,50 @@ fn configs() -> Vec<(&'static str, VelvetConfig)> {
             decay.with_rule(Rule::Lion(Lion::default())).with_half_parameters(HalfParameters::Master),
         ),
     ]
+}
+
+/// A step that is captured in a graph and replayed gives what steps give.
+fn replay(test: &str, shapes: &[&[usize]], config: &VelvetConfig) {
+    if gpu(test).is_none() {
+        return;
+    }
+    // A device of its own: a capture takes in whatever any thread sends to its stream.
+    let device = Device::new_cuda_with_stream(0).unwrap();
+    let Device::Cuda(cuda) = &device else { panic!("{device:?}") };
+    // SAFETY: all tensors of this device are used on its one stream.
+    #[allow(unsafe_code, reason = "the switch is an unsafe function")]
+    unsafe {
+        cuda.disable_event_tracking();
+    }
+    let new = || {
+        let vars = named(shapes, DType::F32, &device);
+        let opt = Velvet::named(vars.clone(), config.clone()).unwrap();
+        (vars, opt)
+    };
+    let grads: Vec<_> =
+        shapes.iter().enumerate().map(|(i, shape)| on(&gradient(1, i, shape, DType::F32), &device)).collect();
+    let loss = Tensor::new(5f32, &device).unwrap();
+    let step = |vars: &Named, opt: &mut Velvet| {
+        opt.observe_with_entropy(&loss, &loss).unwrap();
+        opt.try_step(&store(vars.iter().map(|(_, var)| var).zip(grads.clone()))).unwrap();
+    };
+    let (eager_vars, mut eager) = new();
+    for i in 0..6 {
+        eager.set_learning_rate(1e-3 / f64::from(i + 1));
+        step(&eager_vars, &mut eager);
+    }
+    let (vars, mut opt) = new();
+    step(&vars, &mut opt);
+    let stream = cuda.cuda_stream();
+    stream.synchronize().unwrap();
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
+    step(&vars, &mut opt);
+    let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap().unwrap();
+    for i in 1..6 {
+        opt.set_learning_rate(1e-3 / f64::from(i + 1));
+        graph.launch().unwrap();
+    }
+    assert_eq!(differences(&eager, &opt), Vec::<String>::new());
+    assert_eq!(eager.stats().unwrap(), opt.stats().unwrap());
+    assert_eq!(opt.stats().unwrap().step, 6);
 }

@@ -43,8 +43,9 @@ static_assert(sizeof(Present) == 2048, "as in layout.rs");
 
 // What does not change from step to step about a parameter.
 struct Param {
-    // f32 arrays; 0 where there is none.
+    // f32 arrays, or codes of 8 bits and the f32 scales of their blocks; 0 where there is none.
     uint64_t state[2];
+    uint64_t scales[2];
     uint64_t master;
     // What is known of each row: a byte where rows without a gradient are left out, a Row under orthogonalisation.
     uint64_t rows;
@@ -60,7 +61,7 @@ struct Param {
     // Settings of the rule: see coefficients in control.cu.
     double a, b, c, d;
 };
-static_assert(sizeof(Param) == 104, "as in layout.rs");
+static_assert(sizeof(Param) == 120, "as in layout.rs");
 
 enum Rule : uint32_t { ADAMW = 0, SGD = 1, LION = 2, ORTHOGONAL = 3 };
 

@@ -155,14 +155,8 @@ __device__ __forceinline__ void aligned(const Table &table, const Control *contr
     const int len = static_cast<int>(min(static_cast<uint64_t>(CHUNK), param.elements - start));
     const G *g = reinterpret_cast<const G *>(table.g[entry]) + start;
     const float *m = reinterpret_cast<const float *>(param.state[0]) + start;
-    // Without Nesterov n is m itself, but the count is made with the weights 1 and 0, as on the CPU.
-    const float of_m = (c.options & NESTEROV) ? c.of_m : 1.0f, of_g = (c.options & NESTEROV) ? c.of_g : 0.0f;
     int count = 0;
-    const auto look = [&](float g, float m) {
-        g = g * c.clip;
-        const float n = (m + (g - m) * c.first_weight) * of_m + g * of_g;
-        count += n * g > 0.0f;
-    };
+    const auto look = [&](float g, float m) { count += has_sign_of_gradient(c, g, m); };
     const int vectors = is_aligned(g) && is_aligned(m) ? len / W : 0;
     for (int v = threadIdx.x; v < vectors; v += THREADS) {
         Run<G, W> gv;

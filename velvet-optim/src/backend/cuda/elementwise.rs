@@ -170,11 +170,27 @@ pub(super) fn align(
         return Ok(());
     }
     let (device, params, partials) = (control.device(), plan.params(), control.partials.address);
-    let (block, coefficients) = (control.address(), control.coefficients.address);
-    for (name, entries) in by_gradient("aligned", entries()) {
+    let (block, coefficients, codes) = (control.address(), control.coefficients.address, plan.codes());
+    for (name, entries) in by_gradient("aligned", entries().filter(|entry| !entry.planned.blockwise)) {
         for (table, count) in tables(entries.into_iter(), Planned::chunks)? {
             let config = blocks(count, THREADS);
             launch!(device, ELEMENTWISE, &name, config, &*table, &block, &params, &coefficients, &partials);
+        }
+    }
+    for (name, entries) in by_gradient("aligned8", entries().filter(|entry| entry.planned.blockwise)) {
+        for (table, count) in tables(entries.into_iter(), Planned::chunks)? {
+            launch!(
+                device,
+                BLOCKWISE,
+                &name,
+                blocks(count, THREADS),
+                &*table,
+                &block,
+                &params,
+                &coefficients,
+                &codes,
+                &partials
+            );
         }
     }
     control.finish_aligned(plan, positions)
@@ -204,12 +220,30 @@ pub(super) fn update(
             layout::LION => "lion",
             _ => return None,
         };
-        let full = measures || entry.planned.full;
-        Some((full, rule, launch::name(entry.planned.dtype)?, launch::name(entry.gradient)?))
+        let Planned { dtype, blockwise, full, .. } = entry.planned;
+        Some((blockwise, measures || full, rule, launch::name(dtype)?, launch::name(entry.gradient)?))
     };
-    for ((full, rule, dtype, gradient), entries) in grouped(gradients.entries(), key) {
-        let name = format!("{rule}_{dtype}_{gradient}{}", if full { "_full" } else { "" });
+    let codes = plan.codes();
+    for ((blockwise, full, rule, dtype, gradient), entries) in grouped(gradients.entries(), key) {
+        let bits = if blockwise { "8" } else { "" };
+        let name = format!("{rule}{bits}_{dtype}_{gradient}{}", if full { "_full" } else { "" });
         for (table, count) in tables(entries.into_iter(), Planned::chunks)? {
+            if blockwise {
+                launch!(
+                    device,
+                    BLOCKWISE,
+                    &name,
+                    blocks(count, THREADS),
+                    &*table,
+                    &block,
+                    &params,
+                    &coefficients,
+                    &codes,
+                    &changes,
+                    &measure
+                );
+                continue;
+            }
             if !full {
                 let config = blocks(count, THREADS);
                 launch!(device, ELEMENTWISE, &name, config, &*table, &block, &params, &coefficients);

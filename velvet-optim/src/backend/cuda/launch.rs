@@ -76,6 +76,10 @@ macro_rules! by_dtype {
                 type $T = f16;
                 $body
             }
+            DType::U8 => {
+                type $T = u8;
+                $body
+            }
             other => bail!("no CUDA kernel for {other:?}"),
         }
     };

@@ -71,6 +71,8 @@ impl Present {
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
 pub(super) struct Param {
     pub(super) state: [u64; 2],
+    /// Of state in blocks of 8 bits.
+    pub(super) scales: [u64; 2],
     pub(super) master: u64,
     pub(super) rows: u64,
     pub(super) elements: u64,
@@ -229,7 +231,7 @@ impl Number {
 
 const _: () = assert!(size_of::<Table>() == 3816);
 const _: () = assert!(size_of::<Present>() == 2048);
-const _: () = assert!(size_of::<Param>() == 104);
+const _: () = assert!(size_of::<Param>() == 120);
 const _: () = assert!(size_of::<Control>() == 168);
 const _: () = assert!(size_of::<Settings>() == 200);
 const _: () = assert!(size_of::<Number>() == 24);

@@ -8,7 +8,7 @@
 //! | file | holds |
 //! |---|---|
 //! | `control` | what is observed, what a step is to do, and what it did |
-//! | `elementwise` | updates of AdamW, SGD and Lion, and the passes over gradients |
+//! | `elementwise` | updates of AdamW, SGD and Lion, and the passes over gradients; `blockwise.cu` is for 8-bit state |
 //! | `orthogonal` | orthogonalised updates |
 //! | `plan` | what does not change from step to step |
 //! | `layout`, `launch` | structs of the kernels, and how they are launched |

@@ -8,8 +8,9 @@ use crate::error::Result;
 use crate::group::Training;
 use crate::options::{BackendChoice, CautiousUpdate, HalfParameters, Momentum, SparseRows};
 use crate::parameter::Parameter;
+use crate::quantised;
 use crate::rule::{Orthogonal, RowMoment, Rule};
-use crate::state::{Data, MASTER};
+use crate::state::{Data, MASTER, Slot};
 use candle_core::{CudaDevice, DType, Device, Tensor};
 
 /// The device that all trained parameters are on, where this back end has kernels for all of them.
@@ -19,8 +20,11 @@ pub(super) fn device_of(parameters: &[Parameter], config: &VelvetConfig) -> Opti
     }
     let mut trained = parameters.iter().filter(|parameter| parameter.plan.training == Training::On);
     let fits = |parameter: &Parameter| {
-        let on_device =
-            |slot: &crate::state::Slot| matches!(&slot.data, Data::Tensor(t) if t.dtype() == DType::F32);
+        let on_device = |slot: &Slot| match &slot.data {
+            Data::Tensor(t) => t.dtype() == DType::F32,
+            Data::TensorBlocks(_) => true,
+            Data::F32(_) | Data::F64(_) | Data::Blockwise(_) => false,
+        };
         launch::name(parameter.var.dtype()).is_some()
             && parameter.var.is_contiguous()
             && parameter.slots.iter().all(on_device)
@@ -33,6 +37,7 @@ pub(super) fn device_of(parameters: &[Parameter], config: &VelvetConfig) -> Opti
 
 /// What the host has to know of a parameter to launch its update.
 #[derive(Clone, Copy)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a question of its own")]
 pub(super) struct Planned {
     pub(super) rule: u32,
     pub(super) dtype: DType,
@@ -44,6 +49,8 @@ pub(super) struct Planned {
     pub(super) sparse: bool,
     /// The update does more than the plain one.
     pub(super) full: bool,
+    /// The state is in blocks of 8 bits.
+    pub(super) blockwise: bool,
     pub(super) orthogonal: Option<Orthogonal>,
 }
 
@@ -68,6 +75,7 @@ impl Planned {
             cautious: plan.rule == Rule::AdamW && config.cautious_update == CautiousUpdate::Aligned,
             sparse,
             full: sparse || half && config.half_parameters != HalfParameters::Nearest,
+            blockwise: parameter.slots.iter().any(|slot| matches!(slot.data, Data::TensorBlocks(_))),
             orthogonal,
         }
     }
@@ -95,6 +103,7 @@ pub(super) struct Plan {
     pub(super) planned: Vec<Planned>,
     fixed: Vec<Param>,
     params: Buffer<Param>,
+    codes: Buffer<f32>,
     /// What [`Param::rows`] points to; only kernels read it.
     _rows: Buffer<u8>,
     /// The state arrays whose addresses are on the device: they must not go while a kernel may use them.
@@ -119,7 +128,10 @@ impl Plan {
             row_address += planned.row_bytes() as u64;
         }
         let params = Buffer::zeros(device, planned.len())?;
-        let mut plan = Self { planned, fixed, params, _rows: rows, kept: Vec::new() };
+        let tables = [quantised::code_tables(true), quantised::code_tables(false)].concat();
+        let mut codes = Buffer::zeros(device, tables.len())?;
+        codes.write(device, &tables)?;
+        let mut plan = Self { planned, fixed, params, codes, _rows: rows, kept: Vec::new() };
         plan.refresh(device, parameters)?;
         Ok(plan)
     }
@@ -137,24 +149,37 @@ impl Plan {
         self.params.address
     }
 
+    /// The address of what kernels know of 8-bit codes.
+    pub(super) fn codes(&self) -> u64 {
+        self.codes.address
+    }
+
     /// Takes the addresses of the state arrays as they are now.
     pub(super) fn refresh(&mut self, device: &CudaDevice, parameters: &[Parameter]) -> Result<()> {
         let (stream, mut kept) = (device.cuda_stream(), Vec::new());
         for (parameter, fixed) in parameters.iter().zip(&mut self.fixed) {
-            (fixed.state, fixed.master) = ([0; 2], 0);
-            let mut state = fixed.state.iter_mut();
-            for slot in &parameter.slots {
-                let Data::Tensor(tensor) = &slot.data else { continue };
-                if tensor.elem_count() == 0 {
-                    continue;
-                }
-                let address = launch::address_mut(tensor, &stream)?;
-                if slot.spec.name == MASTER {
-                    fixed.master = address;
-                } else if let Some(state) = state.next() {
-                    *state = address;
-                }
+            (fixed.state, fixed.scales, fixed.master) = ([0; 2], [0; 2], 0);
+            let mut state = fixed.state.iter_mut().zip(&mut fixed.scales);
+            let mut take = |tensor: &Tensor| {
                 kept.push(tensor.clone());
+                launch::address_mut(tensor, &stream)
+            };
+            for slot in &parameter.slots {
+                match &slot.data {
+                    Data::Tensor(tensor) if tensor.elem_count() == 0 => {}
+                    Data::Tensor(tensor) if slot.spec.name == MASTER => fixed.master = take(tensor)?,
+                    Data::Tensor(tensor) => {
+                        if let Some((state, _)) = state.next() {
+                            *state = take(tensor)?;
+                        }
+                    }
+                    Data::TensorBlocks(blocks) => {
+                        if let Some((state, scales)) = state.next() {
+                            (*state, *scales) = (take(&blocks.codes)?, take(&blocks.scales)?);
+                        }
+                    }
+                    Data::F32(_) | Data::F64(_) | Data::Blockwise(_) => {}
+                }
             }
         }
         self.params.write(device, &self.fixed)?;

@@ -37,6 +37,15 @@ __device__ __forceinline__ void update_element(const Coefficients &c, float &p, 
     }
 }
 
+// Whether the update of an element under AdamW, whose first moment is m before it, will have the sign of its gradient.
+__device__ __forceinline__ bool has_sign_of_gradient(const Coefficients &c, float g, float m) {
+    // Without Nesterov n is m itself, but the count is made with the weights 1 and 0, as on the CPU.
+    const float of_m = (c.options & NESTEROV) ? c.of_m : 1.0f, of_g = (c.options & NESTEROV) ? c.of_g : 0.0f;
+    g = g * c.clip;
+    const float n = (m + (g - m) * c.first_weight) * of_m + g * of_g;
+    return n * g > 0.0f;
+}
+
 // The random number of element i: see src/rounding.rs.
 __device__ __forceinline__ uint32_t mix(uint32_t x) {
     x = (x ^ (x >> 16)) * 0x85ebca6bu;
