@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::matrix::{Into, Matrix, Threads, product};
-use super::real::{self, Real};
+use super::gemm::Precision;
+use super::matrix::{Matrix, Target, Threads, Values, product};
+use super::real::{self, Operand, Real};
 use super::{Backend, Path, check_dtypes, check_sizes, checkpoint};
 
 /// At most this many logits are in memory at once (16 MiB in f32), but at least 64 rows.
@@ -242,10 +243,11 @@ struct Gradients<T> {
 impl LinearCrossEntropy {
     fn run<T: Real>(
         &self,
-        hidden: &[T],
-        weight: &[T],
+        hidden: Values<'_, T>,
+        weight: Values<'_, T>,
         targets: &[usize],
         (vocab, d): (usize, usize),
+        precision: Precision,
     ) -> Result<Gradients<T>> {
         let ignore = self.settings.ignore_index as usize;
         if let Some((row, target)) = targets.iter().enumerate().find(|&(_, &v)| v >= vocab && v != ignore) {
@@ -268,8 +270,8 @@ impl LinearCrossEntropy {
         for (b, targets) in targets.chunks(block).enumerate() {
             let rows = targets.len();
             let z = &mut logits[..rows * vocab];
-            let h = Matrix::new(&hidden[b * block * d..], rows, d, d)?;
-            product(z, vocab, Into::Overwrite, h, weight.t(), Threads::All)?;
+            let h = Matrix::new(hidden.from(b * block * d), rows, d, d)?;
+            product(Target::overwrite(z, vocab), h, weight.t(), precision, Threads::All)?;
             let sums: Vec<(f64, f64)> = z
                 .par_chunks_exact_mut(vocab)
                 .zip(targets)
@@ -288,13 +290,13 @@ impl LinearCrossEntropy {
                 out.loss += loss;
                 out.entropy += entropy;
             }
-            let dz = Matrix::new(z, rows, vocab, vocab)?;
+            let dz = Matrix::new(&*z, rows, vocab, vocab)?;
             if self.hidden_tracked {
                 let dh = &mut out.dhidden[b * block * d..][..rows * d];
-                product(dh, d, Into::Overwrite, dz, weight, Threads::All)?;
+                product(Target::overwrite(dh, d), dz, weight, precision, Threads::All)?;
             }
             if self.weight_tracked {
-                product(&mut out.dweight, d, Into::Add, dz.t(), h, Threads::All)?;
+                product(Target::add(&mut out.dweight, d), dz.t(), h, precision, Threads::All)?;
             }
         }
         out.loss /= counted as f64;
@@ -312,7 +314,9 @@ impl LinearCrossEntropy {
         use candle_core::backend::BackendStorage;
         let of_weight = weight.dtype();
         let (vocab, d) = lw.shape().dims2()?;
-        let out = self.run::<T>(&T::read(hidden, lh)?, &T::read(weight, lw)?, targets, (vocab, d))?;
+        let (hidden, weight) = (Operand::new(hidden, lh)?, Operand::new(weight, lw)?);
+        let precision = Precision::of(dtype);
+        let out = self.run::<T>(hidden.values(), weight.values(), targets, (vocab, d), precision)?;
         let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
         *saved = Saved {
             entropy: out.entropy,

@@ -42,6 +42,7 @@ mod device;
 mod dropout;
 mod embedding;
 mod feed_forward;
+mod gemm;
 mod layer_norm;
 mod linear;
 mod matrix;
