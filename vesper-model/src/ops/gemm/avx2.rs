@@ -15,15 +15,15 @@ pub(super) struct F32;
 
 // SAFETY: `pack` writes `width` numbers a step; `tile` the rows and columns of `size`.
 unsafe impl Kernel for F32 {
-    type Packed = f32;
     const GROUP: usize = 1;
     const ROWS: usize = ROWS;
     const COLS: usize = VECTORS * WIDE;
 
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn pack<E: Element>(to: *mut f32, width: usize, from: &Lanes<E>) {
+    unsafe fn pack<E: Element>(to: *mut u32, width: usize, from: &Lanes<E>) {
         /// Steps at a time, so that what is read and what is written both stay in the cache.
         const STEPS: usize = 16;
+        let to: *mut f32 = to.cast();
         // SAFETY: lanes and depths are below the counts of `from`, places below `width * depth`.
         unsafe {
             if from.lane_stride == 1 {
@@ -52,13 +52,14 @@ unsafe impl Kernel for F32 {
     #[target_feature(enable = "avx2,fma")]
     unsafe fn tile(
         steps: usize,
-        mut a: *const f32,
-        mut b: *const f32,
+        a: *const u32,
+        b: *const u32,
         c: *mut f32,
         stride: usize,
         (rows, cols): (usize, usize),
         add: bool,
     ) {
+        let (mut a, mut b): (*const f32, *const f32) = (a.cast(), b.cast());
         // SAFETY: the caller's.
         unsafe {
             let mut sums = [[_mm256_setzero_ps(); VECTORS]; ROWS];

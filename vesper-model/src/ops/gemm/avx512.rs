@@ -234,7 +234,6 @@ pub(super) struct Bf16;
 
 // SAFETY: `pack!` writes `width` groups a step, masked at the end; `tile!` the rows and columns of `size`.
 unsafe impl Kernel for Bf16 {
-    type Packed = u32;
     const GROUP: usize = 2;
     const ROWS: usize = ROWS;
     const COLS: usize = VECTORS * WIDE;
@@ -293,7 +292,6 @@ pub(super) struct F32;
 
 // SAFETY: as `Bf16`.
 unsafe impl Kernel for F32 {
-    type Packed = u32;
     const GROUP: usize = 1;
     const ROWS: usize = ROWS;
     const COLS: usize = VECTORS * WIDE;

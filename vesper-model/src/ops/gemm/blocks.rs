@@ -5,6 +5,8 @@
 //! second-level cache, and computes the tiles of its part of the result. A slice of one right panel stays in the
 //! first-level cache while all left panels pass by it.
 
+use std::cell::Cell;
+use std::mem::take;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -39,6 +41,38 @@ impl<T> Shared<T> {
     }
 }
 
+/// Room for packed panels. A thread keeps its last two, the smaller one first: given back, their pages would have to be
+/// mapped again for every product.
+struct Scratch(Vec<u32>);
+
+thread_local! {
+    static KEPT: Cell<[Vec<u32>; 2]> = const { Cell::new([Vec::new(), Vec::new()]) };
+}
+
+impl Scratch {
+    /// Elements of the largest that is kept, 16 MiB.
+    const MOST: usize = 4 << 20;
+
+    fn of(capacity: usize) -> Self {
+        let mut kept = KEPT.take();
+        let mut own = take(&mut kept[usize::from(kept[0].capacity() < capacity)]);
+        KEPT.set(kept);
+        own.reserve_exact(capacity);
+        Self(own)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let mut kept = KEPT.take();
+        if (kept[0].capacity()..Self::MOST).contains(&self.0.capacity()) {
+            kept[0] = take(&mut self.0);
+            kept.sort_by_key(Vec::capacity);
+        }
+        KEPT.set(kept);
+    }
+}
+
 /// An operand as lanes along the inner dimension.
 #[derive(Clone, Copy)]
 struct Operand<'a> {
@@ -60,7 +94,7 @@ impl Operand<'_> {
     ///
     /// # Safety
     /// As [`Kernel::pack`]; the panel and the first of the steps exist.
-    unsafe fn pack<K: Kernel>(&self, to: *mut K::Packed, panel: usize, steps: Range<usize>) {
+    unsafe fn pack<K: Kernel>(&self, to: *mut u32, panel: usize, steps: Range<usize>) {
         // SAFETY: the caller's; `Matrix` has checked that all its elements lie in its values.
         unsafe {
             match self.values {
@@ -74,7 +108,7 @@ impl Operand<'_> {
     /// As [`Operand::pack`].
     unsafe fn pack_as<K: Kernel, E: Element>(
         &self,
-        to: *mut K::Packed,
+        to: *mut u32,
         data: *const E,
         panel: usize,
         steps: Range<usize>,
@@ -94,18 +128,18 @@ impl Operand<'_> {
     }
 }
 
-/// Packed panels: of whole lanes or of a slice.
+/// Packed panels of a slice.
 #[derive(Clone, Copy)]
-struct Panels<T> {
-    data: *const T,
+struct Panels {
+    data: *const u32,
     /// From one panel to the next.
     stride: usize,
 }
 
-impl<T> Panels<T> {
+impl Panels {
     /// # Safety
     /// The panel is there.
-    unsafe fn at(self, panel: usize) -> *const T {
+    unsafe fn at(self, panel: usize) -> *const u32 {
         // SAFETY: the caller's.
         unsafe { self.data.add(panel * self.stride) }
     }
@@ -144,8 +178,7 @@ pub(super) unsafe fn multiply<K: Kernel>(
         width: K::COLS,
     };
     let steps = a.cols.div_ceil(K::GROUP);
-    let slices = steps.div_ceil(DEPTH);
-    let depth = steps.div_ceil(slices);
+    let depth = steps.div_ceil(steps.div_ceil(DEPTH)); // of a slice, the last one at most as deep
     let small = a.rows.saturating_mul(b.cols).saturating_mul(a.cols) < SMALL;
     let threads = match threads {
         Threads::All if !small => rayon::current_num_threads(),
@@ -154,11 +187,20 @@ pub(super) unsafe fn multiply<K: Kernel>(
 
     let left_is_whole = a.rows <= b.cols;
     let (whole, divided) = if left_is_whole { (left, right) } else { (right, left) };
-    let size = whole.width * steps;
-    let mut packed: Vec<K::Packed> = Vec::with_capacity(whole.panels() * size);
-    let to = Shared(packed.as_mut_ptr());
-    // SAFETY: each panel has its own `size` elements of the capacity.
-    let pack = |panel: usize| unsafe { whole.pack::<K>(to.add(panel * size), panel, 0..steps) };
+    // Slice after slice, and in each one panel after panel: what a task reads at a time lies together.
+    let lanes = whole.panels() * whole.width;
+    let mut packed = Scratch::of(lanes * steps);
+    let to = Shared(packed.0.as_mut_ptr());
+    let slices = || (0..steps).step_by(depth).map(|first| first..steps.min(first + depth));
+    let pack = |panel: usize| {
+        for slice in slices() {
+            // SAFETY: a slice has `lanes * slice.len()` elements of the capacity, and each panel its share of them.
+            unsafe {
+                let panel_of_slice = to.add(lanes * slice.start + panel * whole.width * slice.len());
+                whole.pack::<K>(panel_of_slice, panel, slice);
+            }
+        }
+    };
     if threads == 1 {
         (0..whole.panels()).for_each(pack);
     } else {
@@ -169,23 +211,24 @@ pub(super) unsafe fn multiply<K: Kernel>(
     let c = Shared(c.values);
     let per_task = share(divided.panels(), divided.width, threads);
     let task = |own: Range<usize>| {
-        let mut buffer: Vec<K::Packed> = Vec::with_capacity(own.len() * divided.width * depth);
-        for first in (0..steps).step_by(depth) {
-            let slice = first..steps.min(first + depth);
+        let mut buffer = Scratch::of(own.len() * divided.width * depth);
+        for slice in slices() {
             let own_size = divided.width * slice.len();
             // SAFETY: the buffer has room for the panels of the task, `own_size` elements each. The whole operand's
-            // panels are packed, and this slice of them starts `first` groups in. Tiles lie in the rows and columns
-            // of c; other tasks have other rows or other columns.
+            // panels are packed. Tiles lie in the rows and columns of c; other tasks have other rows or other columns.
             unsafe {
                 for (i, panel) in own.clone().enumerate() {
-                    divided.pack::<K>(buffer.as_mut_ptr().add(i * own_size), panel, slice.clone());
+                    divided.pack::<K>(buffer.0.as_mut_ptr().add(i * own_size), panel, slice.clone());
                 }
-                let of_whole = Panels { data: to.add(first * whole.width).cast_const(), stride: size };
+                let of_whole = Panels {
+                    data: to.add(lanes * slice.start).cast_const(),
+                    stride: whole.width * slice.len(),
+                };
                 let of_own = Panels {
-                    data: buffer.as_ptr().wrapping_sub(own.start * own_size),
+                    data: buffer.0.as_ptr().wrapping_sub(own.start * own_size),
                     stride: own_size,
                 };
-                let add = add || first > 0;
+                let add = add || slice.start > 0;
                 if left_is_whole {
                     let rows = 0..left.panels();
                     tiles::<K>(c, stride, (rows, of_whole), (own.clone(), of_own), (&left, &right), slice.len(), add);
@@ -212,8 +255,8 @@ pub(super) unsafe fn multiply<K: Kernel>(
 unsafe fn tiles<K: Kernel>(
     c: Shared<f32>,
     stride: usize,
-    (rows, a): (Range<usize>, Panels<K::Packed>),
-    (cols, b): (Range<usize>, Panels<K::Packed>),
+    (rows, a): (Range<usize>, Panels),
+    (cols, b): (Range<usize>, Panels),
     (left, right): (&Operand<'_>, &Operand<'_>),
     steps: usize,
     add: bool,

@@ -161,8 +161,7 @@ impl<E: Element> Lanes<E> {
 /// `pack` writes `width * depth.div_ceil(GROUP)` elements and no more, `tile` the rows and columns that it is given.
 #[cfg(target_arch = "x86_64")]
 unsafe trait Kernel {
-    /// `GROUP` values that follow each other along the inner dimension.
-    type Packed: Copy + Send + Sync;
+    /// Values that follow each other along the inner dimension in 32 bits.
     const GROUP: usize;
     /// The tile.
     const ROWS: usize;
@@ -173,7 +172,7 @@ unsafe trait Kernel {
     ///
     /// # Safety
     /// The processor has the instructions, `to` has room, and what `from` describes is there.
-    unsafe fn pack<E: Element>(to: *mut Self::Packed, width: usize, from: &Lanes<E>);
+    unsafe fn pack<E: Element>(to: *mut u32, width: usize, from: &Lanes<E>);
 
     /// `c (rows x cols, rows `stride` apart) = a b` or `+=`, of `steps` groups.
     ///
@@ -182,8 +181,8 @@ unsafe trait Kernel {
     /// `steps` groups; `c` has room for `rows <= ROWS` by `cols <= COLS`, and nothing else touches it.
     unsafe fn tile(
         steps: usize,
-        a: *const Self::Packed,
-        b: *const Self::Packed,
+        a: *const u32,
+        b: *const u32,
         c: *mut f32,
         stride: usize,
         size: (usize, usize),
