@@ -122,11 +122,7 @@ impl LinearCpu {
         T::store(y, dtype)
     }
 
-    fn backward<T: Real>(
-        x: &Tensor,
-        w: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn backward<T: Real>(x: &Tensor, w: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let precision = Precision::of(x.dtype());
         let (rows, dims) = flat(x.shape());
         let (out, input) = w.dims2()?;

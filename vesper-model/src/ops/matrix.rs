@@ -229,11 +229,7 @@ pub(super) fn by_crate<T: Real>(
 }
 
 /// A product in a vector of its own, rows after each other.
-pub(super) fn new<T: Real>(
-    a: Matrix<'_, T>,
-    b: Matrix<'_, T>,
-    precision: Precision,
-) -> Result<Vec<T>> {
+pub(super) fn new<T: Real>(a: Matrix<'_, T>, b: Matrix<'_, T>, precision: Precision) -> Result<Vec<T>> {
     let len = a.rows * b.cols;
     let mut c: Vec<T> = Vec::with_capacity(len);
     let dst = Target { values: c.as_mut_ptr(), len, stride: b.cols, add: false, life: PhantomData };

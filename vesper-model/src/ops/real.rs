@@ -121,9 +121,7 @@ impl Real for f32 {
     fn read<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [Self]>> {
         Ok(match storage {
             CpuStorage::F32(data) => Cow::Borrowed(range(data, layout)?),
-            CpuStorage::BF16(data) => {
-                Cow::Owned(widened(range(data, layout)?))
-            }
+            CpuStorage::BF16(data) => Cow::Owned(widened(range(data, layout)?)),
             CpuStorage::F16(data) => {
                 Cow::Owned(convert(range(data, layout)?, |out, of| of.convert_to_f32_slice(out)))
             }

@@ -125,8 +125,7 @@ impl SelfAttention {
         let Some((projected, attended)) = saved else { return Ok([None, None, None]) };
         let precision = self.precision;
         let (dattended, dout) = real::with_operand::<T, _>(dy, |dy| {
-            let dattended =
-                real::with_operand(out, |out| times(dy, out, (rows, columns, width), precision))?;
+            let dattended = real::with_operand(out, |out| times(dy, out, (rows, columns, width), precision))?;
             let dout = if out.track_op() {
                 let dout = real::with_operand(&attended, |attended| {
                     transposed_times(dy, attended, (columns, rows, width), precision)

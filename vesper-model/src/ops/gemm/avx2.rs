@@ -78,7 +78,8 @@ unsafe impl Kernel for F32 {
                 for i in 0..ROWS {
                     for j in 0..VECTORS {
                         let to = c.add(i * stride + j * WIDE);
-                        let sum = if add { _mm256_add_ps(_mm256_loadu_ps(to), sums[i][j]) } else { sums[i][j] };
+                        let sum =
+                            if add { _mm256_add_ps(_mm256_loadu_ps(to), sums[i][j]) } else { sums[i][j] };
                         _mm256_storeu_ps(to, sum);
                     }
                 }

@@ -219,7 +219,11 @@ macro_rules! tile {
                 for j in 0..VECTORS {
                     if i < rows && j * WIDE < cols {
                         let (to, mask) = ($c.add(i * $stride + j * WIDE), lowest(cols - j * WIDE));
-                        let sum = if $add { _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sums[i][j]) } else { sums[i][j] };
+                        let sum = if $add {
+                            _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sums[i][j])
+                        } else {
+                            sums[i][j]
+                        };
                         _mm512_mask_storeu_ps(to, mask, sum);
                     }
                 }

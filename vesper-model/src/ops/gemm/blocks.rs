@@ -224,17 +224,31 @@ pub(super) unsafe fn multiply<K: Kernel>(
                     data: to.add(lanes * slice.start).cast_const(),
                     stride: whole.width * slice.len(),
                 };
-                let of_own = Panels {
-                    data: buffer.0.as_ptr().wrapping_sub(own.start * own_size),
-                    stride: own_size,
-                };
+                let of_own =
+                    Panels { data: buffer.0.as_ptr().wrapping_sub(own.start * own_size), stride: own_size };
                 let add = add || slice.start > 0;
                 if left_is_whole {
                     let rows = 0..left.panels();
-                    tiles::<K>(c, stride, (rows, of_whole), (own.clone(), of_own), (&left, &right), slice.len(), add);
+                    tiles::<K>(
+                        c,
+                        stride,
+                        (rows, of_whole),
+                        (own.clone(), of_own),
+                        (&left, &right),
+                        slice.len(),
+                        add,
+                    );
                 } else {
                     let cols = 0..right.panels();
-                    tiles::<K>(c, stride, (own.clone(), of_own), (cols, of_whole), (&left, &right), slice.len(), add);
+                    tiles::<K>(
+                        c,
+                        stride,
+                        (own.clone(), of_own),
+                        (cols, of_whole),
+                        (&left, &right),
+                        slice.len(),
+                        add,
+                    );
                 }
             }
         }

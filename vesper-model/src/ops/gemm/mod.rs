@@ -98,7 +98,11 @@ impl Level {
 
     /// The fastest one that this processor has.
     fn best(precision: Precision) -> Self {
-        Self::ALL.iter().copied().find(|level| level.keeps(precision) && level.is_there()).unwrap_or(Self::Crate)
+        Self::ALL
+            .iter()
+            .copied()
+            .find(|level| level.keeps(precision) && level.is_there())
+            .unwrap_or(Self::Crate)
     }
 }
 

@@ -139,8 +139,11 @@ fn every_order_type_and_mode_at_odd_sizes() {
 fn sizes_over_every_block() {
     // Beyond a slice of the inner dimension, a task's lanes, and a block of rows; and products of one row or column.
     for level in levels() {
-        for sizes in [(1, 1000, 4099), (4099, 5, 3), (530, 1, 1), (7, 4099, 9), (521, 70, 50), (50, 801, 211)] {
-            for orders in [(Order::Rows, Order::Columns), (Order::Rows, Order::Rows), (Order::Columns, Order::Rows)] {
+        for sizes in [(1, 1000, 4099), (4099, 5, 3), (530, 1, 1), (7, 4099, 9), (521, 70, 50), (50, 801, 211)]
+        {
+            for orders in
+                [(Order::Rows, Order::Columns), (Order::Rows, Order::Rows), (Order::Columns, Order::Rows)]
+            {
                 check(level, Case { sizes, orders, in_bf16: (true, false), add: false });
             }
         }
@@ -149,10 +152,15 @@ fn sizes_over_every_block() {
 
 #[test]
 fn the_same_bits_on_any_number_of_threads_and_beside_any_other_rows() {
-    let case =
-        Case { sizes: (70, 900, 500), orders: (Order::Rows, Order::Columns), in_bf16: (true, false), add: false };
+    let case = Case {
+        sizes: (70, 900, 500),
+        orders: (Order::Rows, Order::Columns),
+        in_bf16: (true, false),
+        add: false,
+    };
     let (m, k, n) = case.sizes;
-    let (a, b) = (Operand::new(1, case.orders.0.len(m, k), true), Operand::new(2, case.orders.1.len(k, n), false));
+    let (a, b) =
+        (Operand::new(1, case.orders.0.len(m, k), true), Operand::new(2, case.orders.1.len(k, n), false));
     // The crate's products on one thread differ from those on several where it packs or not.
     for level in levels().filter(|&level| level != Level::Crate) {
         let bits = |c: Vec<f32>| c.into_iter().map(f32::to_bits).collect::<Vec<_>>();
@@ -176,7 +184,9 @@ fn what_is_not_finite_stays_so_in_its_row_and_column_alone() {
         for in_bf16 in [false, true] {
             let mut a = Operand::new(1, m * k, in_bf16);
             let b = Operand::new(2, k * n, in_bf16);
-            for (place, value) in [(3 * k + 7, f32::NAN), (5 * k + 49, f32::INFINITY), (19 * k, f32::NEG_INFINITY)] {
+            for (place, value) in
+                [(3 * k + 7, f32::NAN), (5 * k + 49, f32::INFINITY), (19 * k, f32::NEG_INFINITY)]
+            {
                 a.full[place] = value;
                 if let Some(half) = &mut a.half {
                     half[place] = bf16::from_f32(value);
@@ -200,8 +210,8 @@ fn what_is_not_finite_stays_so_in_its_row_and_column_alone() {
 
 #[test]
 fn bf16_is_for_activations_in_bf16_alone() {
-    use candle_core::DType;
     use super::Precision;
+    use candle_core::DType;
     assert_eq!(Precision::of(DType::BF16), Precision::Bf16);
     for dtype in [DType::F16, DType::F32, DType::F64] {
         assert_eq!(Precision::of(dtype), Precision::Full);
