@@ -6,12 +6,13 @@ use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor
 use rayon::prelude::*;
 
 use super::gemm::Precision;
-use super::matrix::{Matrix, Target, Threads, Values, product};
+use super::matrix::{Matrix, Target, Threads, Values, new, product};
 use super::real::{self, Operand, Real};
 use super::{Backend, Path, check_dtypes, check_sizes, checkpoint};
 
-/// At most this many logits are in memory at once (16 MiB in f32), but at least 64 rows.
-const LOGITS: usize = 4 << 20;
+/// At most this many logits are in memory at once (32 MiB in f32), but at least 64 rows. Fewer would save memory, but
+/// each block of rows reads the weight twice and its gradient once.
+const LOGITS: usize = 8 << 20;
 
 /// Settings of [`linear_cross_entropy`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -87,11 +88,11 @@ pub struct LossAndEntropy {
 /// dz = (p - q + 2 z_loss lse p) / rows    dhidden = dz weight    dweight = dz^T hidden
 /// ```
 ///
-/// By default q is the target alone and the loss the mean of `-ln p[target]`. The fused path works through the rows in blocks and keeps at most about 4 million logits (268 million on CUDA) at
+/// By default q is the target alone and the loss the mean of `-ln p[target]`. The fused path works through the rows in blocks and keeps at most about 8 million logits (268 million on CUDA) at
 /// once; it computes both gradients in the forward pass, while the logits are at hand, and saves only them:
 /// `n d + vocab d` numbers instead of three times `n vocab`. Gradients are not computed for inputs that are not
 /// tracked. Accumulates in f32 for f32, bf16 and f16, in f64 for f64; on CUDA the logits are in the dtype. The reference
-/// works in blocks of about 4 million logits too and computes each of them again in the backward. On CUDA, `z_loss` and
+/// works in blocks of about 8 million logits too and computes each of them again in the backward. On CUDA, `z_loss` and
 /// `label_smoothing` take the reference.
 ///
 /// # Errors
@@ -259,9 +260,10 @@ impl LinearCrossEntropy {
             loss: 0.0,
             entropy: 0.0,
             dhidden: vec![T::ZERO; if self.hidden_tracked { hidden.len() } else { 0 }],
-            dweight: vec![T::ZERO; if self.weight_tracked { weight.len() } else { 0 }],
+            dweight: Vec::new(),
         };
         if counted == 0 || d == 0 {
+            out.dweight = vec![T::ZERO; if self.weight_tracked { weight.len() } else { 0 }];
             return Ok(out);
         }
         let weight = Matrix::new(weight, vocab, d, d)?;
@@ -295,7 +297,9 @@ impl LinearCrossEntropy {
                 let dh = &mut out.dhidden[b * block * d..][..rows * d];
                 product(Target::overwrite(dh, d), dz, weight, precision, Threads::All)?;
             }
-            if self.weight_tracked {
+            if self.weight_tracked && b == 0 {
+                out.dweight = new(dz.t(), h, precision)?;
+            } else if self.weight_tracked {
                 product(Target::add(&mut out.dweight, d), dz.t(), h, precision, Threads::All)?;
             }
         }

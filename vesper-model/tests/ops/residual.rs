@@ -94,6 +94,16 @@ fn no_rows_give_empty_results() {
 }
 
 #[test]
+fn no_rows_give_zero_gradients() {
+    let (y, gradients) = value_and_gradients(&inputs(&[2, 0, 8]), DType::F32, |x| layer(x, Path::Fused));
+    assert_eq!(y.dims(), [2, 0, 8]);
+    assert_eq!(gradients[0].dims(), [2, 0, 8]);
+    for gradient in &gradients[2..] {
+        assert_eq!(gradient.to_vec1::<f64>().unwrap(), [0.0; 8]);
+    }
+}
+
+#[test]
 fn wrong_shapes_and_dtypes_are_refused() {
     let (x, w) = (random(1, &[2, 6]), random(2, &[6]));
     let residual = random(1, &[3, 6]);

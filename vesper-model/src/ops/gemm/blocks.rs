@@ -57,7 +57,9 @@ impl Scratch {
         let mut kept = KEPT.take();
         let mut own = take(&mut kept[usize::from(kept[0].capacity() < capacity)]);
         KEPT.set(kept);
-        own.reserve_exact(capacity);
+        if own.capacity() < capacity {
+            own = Vec::with_capacity(capacity);
+        }
         Self(own)
     }
 }
