@@ -95,7 +95,10 @@ fn no_rows_give_empty_results() {
 
 #[test]
 fn no_rows_give_zero_gradients() {
-    let (y, gradients) = value_and_gradients(&inputs(&[2, 0, 8]), DType::F32, |x| layer(x, Path::Fused));
+    // Of the norm alone: candle's own sum of empty tensors is its first operand, without the second one's graph.
+    let (y, gradients) = value_and_gradients(&inputs(&[2, 0, 8]), DType::F32, |x| {
+        Ok(residual_layer_norm(&x[0], &x[1], &x[2], Some(&x[3]), 1e-5, Path::Fused)?.1)
+    });
     assert_eq!(y.dims(), [2, 0, 8]);
     assert_eq!(gradients[0].dims(), [2, 0, 8]);
     for gradient in &gradients[2..] {
