@@ -9,7 +9,10 @@ use candle_core::Device;
 /// Another name, a program built without CUDA, a number without a GPU.
 pub fn open(name: &str) -> Result<Device> {
     let ordinal = match name.split_once(':') {
-        None if name == "cpu" => return Ok(Device::Cpu),
+        None if name == "cpu" => {
+            vesper_model::ops::prepare_cpu();
+            return Ok(Device::Cpu);
+        }
         None if name == "cuda" => 0,
         Some(("cuda", number)) => {
             number.parse().with_context(|| format!("--device {name}: `{number}` is not a number"))?

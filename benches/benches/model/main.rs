@@ -1,15 +1,16 @@
 //! Training steps of the presets, and each fused operation against the machine's ceilings, in one run.
 //!
 //! ```text
-//! cargo bench -p vesper-benches --features cuda --bench model -- [small medium large] [short] [ops] [reference] [f32 bf16]
+//! cargo bench -p vesper-benches --features cuda --bench model -- [small medium large] [short] [ops] [products] [reference] [f32 bf16]
 //! ```
 //!
 //! On CUDA: batches of 32 rows of 1024 tokens, f32 parameters, activations in bf16. Elsewhere rows of 128 tokens, 4 for
 //! the small preset and 2 for larger ones, in f32; `f32` and `bf16` name other activations, one run each. A step is
 //! forward, backward and Velvet with clipping at norm 1. `ops` measures the operations at the shapes of the medium
-//! preset, and what share of its step they take where that was measured before; `reference` takes the compositions of
-//! candle ops. On CUDA each step is also measured as a graph that is replayed, and `short` measures the presets on 8
-//! rows of 64 tokens, where launches are what takes the time. `profile` and `VESPER_BENCH_KERNELS`: see `kernels.rs`.
+//! preset, and what share of its step they take where that was measured before; `products` measures the matrix products
+//! of the named presets; `reference` takes the compositions of candle ops. On CUDA each step is also measured as a graph
+//! that is replayed, and `short` measures the presets on 8 rows of 64 tokens, where launches are what takes the time.
+//! `profile` and `VESPER_BENCH_KERNELS`: see `kernels.rs`.
 //!
 //! A run writes `benches/record/<machine>/<date>-model.json` (`-model-cpu.json` without a GPU), or the file that `VESPER_BENCH_RECORD` names; the
 //! machine's name is that of its GPU or its processor's architecture, or `VESPER_BENCH_MACHINE`. Lines that other
@@ -29,8 +30,8 @@ use velvet_optim::{GradClip, Optimizer, Velvet, VelvetConfig};
 use vesper_benches::record::today;
 use vesper_model::ops::{
     CapturedStep, CrossEntropy, Heads, Path, Philox, Rope, causal_attention, cuda_device, dropout, embedding,
-    gated_feed_forward, layer_norm, linear, linear_cross_entropy, residual_layer_norm, residual_rms_norm,
-    rms_norm, self_attention,
+    gated_feed_forward, layer_norm, linear, linear_cross_entropy, prepare_cpu, residual_layer_norm,
+    residual_rms_norm, rms_norm, self_attention,
 };
 use vesper_model::{VesperConfig, VesperLM, trainable};
 
@@ -70,6 +71,23 @@ struct Operation {
     share_of_step: Option<f64>,
 }
 
+/// The three products of a linear layer with weights in f32, in 10^9 floating-point operations a second.
+#[derive(Serialize)]
+struct Products {
+    preset: String,
+    layer: &'static str,
+    rows: usize,
+    input: usize,
+    output: usize,
+    compute: String,
+    /// y = x W^T
+    forward_gflop_per_s: f64,
+    /// dx = dy W
+    input_gradient_gflop_per_s: f64,
+    /// dW = dy^T x
+    weight_gradient_gflop_per_s: f64,
+}
+
 #[derive(Serialize, Default)]
 struct Record {
     bench: &'static str,
@@ -82,6 +100,8 @@ struct Record {
     /// Of one training step of the medium preset.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     kernels: Vec<kernels::Kernel>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    products: Vec<Products>,
     /// What other programs printed about themselves in the same session.
     peers: Vec<String>,
 }
@@ -333,6 +353,48 @@ fn operations(
     Ok(measured)
 }
 
+fn products(name: &str, config: &VesperConfig, device: &Device, effort: Effort) -> Result<Vec<Products>> {
+    let Effort { batch, t, compute, path, .. } = effort;
+    let (d, ffn) = (config.hidden_size, config.intermediate_size);
+    let heads =
+        Heads { query: config.num_attention_heads, kv: config.num_key_value_heads, dim: config.head_dim };
+    let layers = [
+        ("qkv_proj", d, heads.packed()),
+        ("o_proj", heads.query * heads.dim, d),
+        ("gate_up_proj", d, 2 * ffn),
+        ("down_proj", ffn, d),
+        ("lm_head", d, config.vocab_size),
+    ];
+    let rows = batch * t;
+    let random = |rows, cols| Tensor::randn(0f32, 0.5, (rows, cols), device);
+    let mut measured = Vec::with_capacity(layers.len());
+    for (layer, input, output) in layers {
+        let w = random(output, input)?;
+        let (x, dy) = (random(rows, input)?.to_dtype(compute)?, random(rows, output)?.to_dtype(compute)?);
+        let rate = |x: &Tensor, w: &Tensor| -> Result<f64> {
+            let seconds = clock(device, effort, || linear(x, w, path).map(drop))?;
+            Ok(2.0 * (rows * input * output) as f64 / seconds / 1e9)
+        };
+        let row = Products {
+            preset: name.into(),
+            layer,
+            rows,
+            input,
+            output,
+            compute: format!("{compute:?}"),
+            forward_gflop_per_s: rate(&x, &w)?,
+            input_gradient_gflop_per_s: rate(&dy, &w.t()?)?,
+            weight_gradient_gflop_per_s: rate(&dy.t()?, &x.t()?)?,
+        };
+        println!(
+            "products {name} {layer} {rows} x {input} x {output} {compute:?}: forward {:.0} GFLOP/s, gradient of the input {:.0}, of the weight {:.0}",
+            row.forward_gflop_per_s, row.input_gradient_gflop_per_s, row.weight_gradient_gflop_per_s,
+        );
+        measured.push(row);
+    }
+    Ok(measured)
+}
+
 /// The GPU's name, or that of the processor's architecture, fit for a file.
 fn machine(device: &Device) -> String {
     #[cfg(feature = "cuda")]
@@ -368,6 +430,9 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     let has = |word: &str| words.iter().any(|w| w == word);
     let path = if has("reference") { Path::Reference } else { Path::Fused };
     let device = cuda_device(0).unwrap_or(Device::Cpu);
+    if device.is_cpu() {
+        prepare_cpu();
+    }
     if !has("--bench") {
         let mut config = VesperConfig::preset("nano")?.with_vocab(100);
         config.num_hidden_layers = 1;
@@ -375,6 +440,7 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
         train("nano", &config, &device, effort)?;
         let ceilings = ceilings(&device, effort, 64)?;
         operations(&config, &device, effort, ceilings, None)?;
+        products("nano", &config, &device, effort)?;
         return Ok(());
     }
     let effort = match device {
@@ -397,9 +463,13 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     for name in if named.is_empty() && !has("ops") { vec!["small"] } else { named } {
         for &compute in &computes {
             let effort = Effort { compute, batch: batch(name), ..effort };
+            let config = VesperConfig::preset(name)?;
             let short = Effort { batch: 8, t: 64, runs: 51, ..effort };
             for effort in if has("short") { vec![effort, short] } else { vec![effort] } {
-                record.training.push(train(name, &VesperConfig::preset(name)?, &device, effort)?);
+                record.training.push(train(name, &config, &device, effort)?);
+            }
+            if has("products") {
+                record.products.extend(products(name, &config, &device, effort)?);
             }
         }
     }

@@ -3,7 +3,8 @@
 use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::matrix::{Into, Matrix, Threads, product};
+use super::gemm::Precision;
+use super::matrix::{Matrix, Target, Threads, product};
 use super::real::{self, Real};
 use super::{Backend, Path, Rope, check_sizes, rope};
 
@@ -145,6 +146,11 @@ fn rotate<T: Real>(rows: &mut [T], dim: usize, rope: &Rope, sign: T) {
     }
 }
 
+/// A product of one head, in the type of the computation: its sizes are too small for bf16 to pay.
+fn multiply<T: Real>(dst: Target<'_, T>, a: Matrix<'_, T>, b: Matrix<'_, T>) -> Result<()> {
+    product(dst, a, b, Precision::Full, Threads::One)
+}
+
 /// Copies one head out of the packed rows, rotated.
 fn head<T: Real>(packed: &[T], width: usize, start: usize, dim: usize, rope: Option<&Rope>) -> Vec<T> {
     let mut rows = Vec::with_capacity(packed.len() / width.max(1) * dim);
@@ -220,11 +226,11 @@ impl CausalAttention {
                 let keys = first + rows;
                 let scores = &mut scores[..rows * keys];
                 let block = Matrix::new(&q[first * dim..], rows, dim, dim)?;
-                product(scores, keys, Into::Overwrite, block, k.first_rows(keys).t(), Threads::One)?;
+                multiply(Target::overwrite(scores, keys), block, k.first_rows(keys).t())?;
                 softmax_rows(scores, keys, first, self.scale());
-                let weights = Matrix::new(scores, rows, keys, keys)?;
+                let weights = Matrix::new(&*scores, rows, keys, keys)?;
                 let v = Matrix::new(v, keys, dim, width)?;
-                product(&mut out[first * dim..], dim, Into::Overwrite, weights, v, Threads::One)?;
+                multiply(Target::overwrite(&mut out[first * dim..], dim), weights, v)?;
             }
         }
         Ok(out)
@@ -258,9 +264,9 @@ impl CausalAttention {
                 let k = k.first_rows(keys);
                 let v = Matrix::new(v, keys, dim, width)?;
                 let dout = Matrix::new(&dout[first * query * dim + h * dim..], rows, dim, query * dim)?;
-                product(p, keys, Into::Overwrite, q, k.t(), Threads::One)?;
+                multiply(Target::overwrite(p, keys), q, k.t())?;
                 softmax_rows(p, keys, first, self.scale());
-                product(ds, keys, Into::Overwrite, dout, v.t(), Threads::One)?;
+                multiply(Target::overwrite(ds, keys), dout, v.t())?;
                 let scale = self.scale::<T>();
                 real::simd(
                     #[inline(always)]
@@ -274,10 +280,10 @@ impl CausalAttention {
                         }
                     },
                 );
-                let (p, ds) = (Matrix::new(p, rows, keys, keys)?, Matrix::new(ds, rows, keys, keys)?);
-                product(&mut dq[first * dim..], dim, Into::Overwrite, ds, k, Threads::One)?;
-                product(&mut dk, dim, Into::Add, ds.t(), q, Threads::One)?;
-                product(&mut dv, dim, Into::Add, p.t(), dout, Threads::One)?;
+                let (p, ds) = (Matrix::new(&*p, rows, keys, keys)?, Matrix::new(&*ds, rows, keys, keys)?);
+                multiply(Target::overwrite(&mut dq[first * dim..], dim), ds, k)?;
+                multiply(Target::add(&mut dk, dim), ds.t(), q)?;
+                multiply(Target::add(&mut dv, dim), p.t(), dout)?;
             }
             if let Some(rope) = &self.rope {
                 rotate(dq, dim, rope, -T::ONE);

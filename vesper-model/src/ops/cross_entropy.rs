@@ -5,12 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::matrix::{Into, Matrix, Threads, product};
-use super::real::{self, Real};
+use super::gemm::Precision;
+use super::matrix::{Matrix, Target, Threads, Values, new, product};
+use super::real::{self, Operand, Real};
 use super::{Backend, Path, check_dtypes, check_sizes, checkpoint};
 
-/// At most this many logits are in memory at once (16 MiB in f32), but at least 64 rows.
-const LOGITS: usize = 4 << 20;
+/// At most this many logits are in memory at once (32 MiB in f32), but at least 64 rows. Fewer would save memory, but
+/// each block of rows reads the weight twice and its gradient once.
+const LOGITS: usize = 8 << 20;
 
 /// Settings of [`linear_cross_entropy`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -86,11 +88,11 @@ pub struct LossAndEntropy {
 /// dz = (p - q + 2 z_loss lse p) / rows    dhidden = dz weight    dweight = dz^T hidden
 /// ```
 ///
-/// By default q is the target alone and the loss the mean of `-ln p[target]`. The fused path works through the rows in blocks and keeps at most about 4 million logits (268 million on CUDA) at
+/// By default q is the target alone and the loss the mean of `-ln p[target]`. The fused path works through the rows in blocks and keeps at most about 8 million logits (268 million on CUDA) at
 /// once; it computes both gradients in the forward pass, while the logits are at hand, and saves only them:
 /// `n d + vocab d` numbers instead of three times `n vocab`. Gradients are not computed for inputs that are not
 /// tracked. Accumulates in f32 for f32, bf16 and f16, in f64 for f64; on CUDA the logits are in the dtype. The reference
-/// works in blocks of about 4 million logits too and computes each of them again in the backward. On CUDA, `z_loss` and
+/// works in blocks of about 8 million logits too and computes each of them again in the backward. On CUDA, `z_loss` and
 /// `label_smoothing` take the reference.
 ///
 /// # Errors
@@ -242,10 +244,11 @@ struct Gradients<T> {
 impl LinearCrossEntropy {
     fn run<T: Real>(
         &self,
-        hidden: &[T],
-        weight: &[T],
+        hidden: Values<'_, T>,
+        weight: Values<'_, T>,
         targets: &[usize],
         (vocab, d): (usize, usize),
+        precision: Precision,
     ) -> Result<Gradients<T>> {
         let ignore = self.settings.ignore_index as usize;
         if let Some((row, target)) = targets.iter().enumerate().find(|&(_, &v)| v >= vocab && v != ignore) {
@@ -257,9 +260,10 @@ impl LinearCrossEntropy {
             loss: 0.0,
             entropy: 0.0,
             dhidden: vec![T::ZERO; if self.hidden_tracked { hidden.len() } else { 0 }],
-            dweight: vec![T::ZERO; if self.weight_tracked { weight.len() } else { 0 }],
+            dweight: Vec::new(),
         };
         if counted == 0 || d == 0 {
+            out.dweight = vec![T::ZERO; if self.weight_tracked { weight.len() } else { 0 }];
             return Ok(out);
         }
         let weight = Matrix::new(weight, vocab, d, d)?;
@@ -268,8 +272,8 @@ impl LinearCrossEntropy {
         for (b, targets) in targets.chunks(block).enumerate() {
             let rows = targets.len();
             let z = &mut logits[..rows * vocab];
-            let h = Matrix::new(&hidden[b * block * d..], rows, d, d)?;
-            product(z, vocab, Into::Overwrite, h, weight.t(), Threads::All)?;
+            let h = Matrix::new(hidden.from(b * block * d), rows, d, d)?;
+            product(Target::overwrite(z, vocab), h, weight.t(), precision, Threads::All)?;
             let sums: Vec<(f64, f64)> = z
                 .par_chunks_exact_mut(vocab)
                 .zip(targets)
@@ -288,13 +292,15 @@ impl LinearCrossEntropy {
                 out.loss += loss;
                 out.entropy += entropy;
             }
-            let dz = Matrix::new(z, rows, vocab, vocab)?;
+            let dz = Matrix::new(&*z, rows, vocab, vocab)?;
             if self.hidden_tracked {
                 let dh = &mut out.dhidden[b * block * d..][..rows * d];
-                product(dh, d, Into::Overwrite, dz, weight, Threads::All)?;
+                product(Target::overwrite(dh, d), dz, weight, precision, Threads::All)?;
             }
-            if self.weight_tracked {
-                product(&mut out.dweight, d, Into::Add, dz.t(), h, Threads::All)?;
+            if self.weight_tracked && b == 0 {
+                out.dweight = new(dz.t(), h, precision)?;
+            } else if self.weight_tracked {
+                product(Target::add(&mut out.dweight, d), dz.t(), h, precision, Threads::All)?;
             }
         }
         out.loss /= counted as f64;
@@ -312,7 +318,9 @@ impl LinearCrossEntropy {
         use candle_core::backend::BackendStorage;
         let of_weight = weight.dtype();
         let (vocab, d) = lw.shape().dims2()?;
-        let out = self.run::<T>(&T::read(hidden, lh)?, &T::read(weight, lw)?, targets, (vocab, d))?;
+        let (hidden, weight) = (Operand::new(hidden, lh)?, Operand::new(weight, lw)?);
+        let precision = Precision::of(dtype);
+        let out = self.run::<T>(hidden.values(), weight.values(), targets, (vocab, d), precision)?;
         let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
         *saved = Saved {
             entropy: out.entropy,

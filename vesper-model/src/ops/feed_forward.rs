@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 use era_act::Activation;
 
-use super::matrix::{times, times_transposed, transposed_times};
-use super::real::{self, Real};
+use super::gemm::Precision;
+use super::matrix::{Values, times, times_transposed, transposed_times};
+use super::real::{self, Operand, Real};
 use super::{Backend, Path, check_dtypes, check_sizes, linear};
 
 /// Gated feed-forward.
@@ -18,7 +19,8 @@ use super::{Backend, Path, check_dtypes, check_sizes, linear};
 ///
 /// One node of the graph instead of seven: candle zeroes and adds a gradient for every edge between nodes. Saves `x` and
 /// the packed product `(.., 2 ffn)`; the activation is computed again in the backward. Weights that are not tracked
-/// get no gradient. Computed in f32 for f32, bf16 and f16, in f64 for f64.
+/// get no gradient. Computed in f32 for f32, bf16 and f16, in f64 for f64; the products of bf16 multiply in bf16 where
+/// the processor does, and add in f32.
 ///
 /// # Errors
 /// Shapes or dtypes that do not fit.
@@ -61,7 +63,8 @@ pub fn gated_feed_forward(
     match path.backend(x) {
         Backend::Cpu => {
             let tracked = x.track_op() || gate_up.track_op() || down.track_op();
-            let op = GatedFeedForward { activation, d, ffn, out, tracked, saved: Arc::default() };
+            let precision = Precision::of(x.dtype());
+            let op = GatedFeedForward { activation, d, ffn, out, precision, tracked, saved: Arc::default() };
             return x.contiguous()?.apply_op3(&gate_up.contiguous()?, &down.contiguous()?, op);
         }
         #[cfg(feature = "cuda")]
@@ -87,6 +90,7 @@ struct GatedFeedForward {
     d: usize,
     ffn: usize,
     out: usize,
+    precision: Precision,
     tracked: bool,
     /// The packed product, (rows, 2 ffn), in the dtype of the computation.
     saved: Arc<Mutex<Option<Tensor>>>,
@@ -94,9 +98,10 @@ struct GatedFeedForward {
 
 impl GatedFeedForward {
     /// (rows, d) to (rows, 2 ffn)
-    fn packed<T: Real>(&self, x: &[T], gate_up: &[T], rows: usize) -> Result<Tensor> {
+    fn packed<T: Real>(&self, x: Values<'_, T>, gate_up: Values<'_, T>, rows: usize) -> Result<Tensor> {
         let width = 2 * self.ffn;
-        real::tensor(times_transposed(x, gate_up, rows, self.d, width)?, (rows, width), T::DTYPE)
+        let packed = times_transposed(x, gate_up, (rows, self.d, width), self.precision)?;
+        real::tensor(packed, (rows, width), T::DTYPE)
     }
 
     fn forward<T: Real>(
@@ -111,10 +116,10 @@ impl GatedFeedForward {
             *last = self.out;
         }
         let rows: usize = dims[..dims.len() - 1].iter().product();
-        let packed = self.packed::<T>(&T::read(x, lx)?, &T::read(gate_up, lg)?, rows)?;
-        let down = T::read(down, ld)?;
-        let y = real::with_values::<T, _>(&self.activation.gated(&packed)?, |inner| {
-            times_transposed(inner, &down, rows, self.ffn, self.out)
+        let (x, gate_up, down) = (Operand::new(x, lx)?, Operand::new(gate_up, lg)?, Operand::new(down, ld)?);
+        let packed = self.packed::<T>(x.values(), gate_up.values(), rows)?;
+        let y = real::with_operand::<T, _>(&self.activation.gated(&packed)?, |inner| {
+            times_transposed(inner, down.values(), (rows, self.ffn, self.out), self.precision)
         })?;
         if self.tracked {
             *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(packed);
@@ -132,32 +137,33 @@ impl GatedFeedForward {
         let (d, ffn, out, width) = (self.d, self.ffn, self.out, 2 * self.ffn);
         let rows = x.dims().iter().rev().skip(1).product();
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        real::with_values::<T, _>(x, |xs| {
+        let precision = self.precision;
+        real::with_operand::<T, _>(x, |xs| {
             let packed = match saved {
                 Some(packed) => packed,
-                None => real::with_values::<T, _>(gate_up, |gate_up| self.packed(xs, gate_up, rows))?,
+                None => real::with_operand(gate_up, |gate_up| self.packed(xs, gate_up, rows))?,
             };
             let mut gradients = [None, None, None];
-            let dinner = real::with_values::<T, _>(dy, |dy| {
+            let dinner = real::with_operand::<T, _>(dy, |dy| {
                 if down.track_op() {
-                    let ddown = real::with_values::<T, _>(&self.activation.gated(&packed)?, |inner| {
-                        transposed_times(dy, inner, out, rows, ffn)
+                    let ddown = real::with_operand(&self.activation.gated(&packed)?, |inner| {
+                        transposed_times(dy, inner, (out, rows, ffn), precision)
                     })?;
                     gradients[2] = Some(real::tensor(ddown, (out, ffn), down.dtype())?);
                 }
-                real::with_values::<T, _>(down, |down| times(dy, down, rows, out, ffn))
+                real::with_operand(down, |down| times(dy, down, (rows, out, ffn), precision))
             })?;
             let dinner = real::tensor(dinner, (rows, ffn), T::DTYPE)?;
             let dpacked = self.activation.gated_backward(&packed, &dinner)?;
-            real::with_values::<T, _>(&dpacked, |dpacked| {
+            real::with_operand::<T, _>(&dpacked, |dpacked| {
                 if x.track_op() {
-                    let dx = real::with_values::<T, _>(gate_up, |gate_up| {
-                        times(dpacked, gate_up, rows, width, d)
+                    let dx = real::with_operand(gate_up, |gate_up| {
+                        times(dpacked, gate_up, (rows, width, d), precision)
                     })?;
                     gradients[0] = Some(real::tensor(dx, x.shape(), x.dtype())?);
                 }
                 if gate_up.track_op() {
-                    let dgate_up = transposed_times(dpacked, xs, width, rows, d)?;
+                    let dgate_up = transposed_times(dpacked, xs, (width, rows, d), precision)?;
                     gradients[1] = Some(real::tensor(dgate_up, (width, d), gate_up.dtype())?);
                 }
                 Ok(())

@@ -1,9 +1,14 @@
 //! A linear layer whose backward computes what is needed and no more.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, D, Layout, MetalStorage, Result, Shape, Tensor};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp2, D, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor, bail,
+};
 
-use super::{Path, check_dtypes, check_sizes};
+use super::gemm::Precision;
+use super::matrix::{Matrix, new};
+use super::real::{self, Real};
+use super::{Backend, Path, check_dtypes, check_sizes};
 
 /// `y = x W^T`.
 ///
@@ -14,7 +19,8 @@ use super::{Path, check_dtypes, check_sizes};
 ///
 /// candle's own `x.matmul(&w.t()?)` computes the gradient of `w` even where `w` is frozen, and adds it, transposed, to
 /// a zeroed tensor; here a `w` that is not tracked gets no gradient at all, so a frozen layer costs no weight-sized
-/// memory. Runs on every device by candle's matrix product.
+/// memory. On the CPU bf16 is multiplied in bf16 where the processor does that, and added in f32; elsewhere the product
+/// is candle's.
 ///
 /// # Errors
 /// Shapes that do not fit, or dtypes that do not go together.
@@ -42,14 +48,17 @@ pub fn linear(x: &Tensor, w: &Tensor, path: Path) -> Result<Tensor> {
         );
     }
     check_dtypes("linear", x, &[("weight", w)])?;
-    let w = &w.to_dtype(x.dtype())?;
     let rows: &[usize] = &x.dims()[..x.rank() - 1];
     check_sizes("linear", &[x.dims(), w.dims(), &[rows, &[out]].concat()])?;
-    match path {
-        // A matrix may have any strides; the rows of more dimensions must follow each other.
-        Path::Fused if x.rank() == 2 => x.apply_op2(w, Linear),
-        Path::Fused => x.contiguous()?.apply_op2(w, Linear),
-        Path::Reference => {
+    // A matrix may have any strides; the rows of more dimensions must follow each other.
+    let whole = |x: &Tensor| if x.rank() == 2 { Ok(x.clone()) } else { x.contiguous() };
+    match path.backend(x) {
+        // f16 is converted as a whole.
+        Backend::Cpu if x.dtype() == DType::F16 => x.contiguous()?.apply_op2(&w.contiguous()?, LinearCpu),
+        Backend::Cpu => whole(x)?.apply_op2(w, LinearCpu),
+        _ if path != Path::Reference => whole(x)?.apply_op2(&w.to_dtype(x.dtype())?, Linear),
+        _ => {
+            let w = w.to_dtype(x.dtype())?;
             let (rows, mut dims) = flat(x.shape());
             let y = x.reshape((rows, input))?.matmul(&w.t()?)?;
             if let Some(last) = dims.last_mut() {
@@ -66,17 +75,123 @@ fn flat(shape: &Shape) -> (usize, Vec<usize>) {
     (dims[..dims.len().saturating_sub(1)].iter().product(), dims.to_vec())
 }
 
+/// By the products of this crate.
+struct LinearCpu;
+
+/// Runs `f` on a matrix of any strides; f16 must be contiguous.
+fn with_matrix<T: Real, R>(
+    storage: &CpuStorage,
+    layout: &Layout,
+    f: impl FnOnce(Matrix<'_, T>) -> Result<R>,
+) -> Result<R> {
+    let (rows, cols) = layout.shape().dims2()?;
+    match T::values(storage) {
+        Some(values) => f(Matrix::of_layout(values, layout)?),
+        None => f(Matrix::new(&*T::read(storage, layout)?, rows, cols, cols)?),
+    }
+}
+
+/// As [`with_matrix`], of a tensor.
+fn with_tensor<T: Real, R>(tensor: &Tensor, f: impl FnOnce(Matrix<'_, T>) -> Result<R>) -> Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => with_matrix(storage, layout, f),
+        _ => bail!("a CPU kernel got a tensor on {:?}", tensor.device().location()),
+    }
+}
+
+/// The layout of a matrix, or of all rows after each other.
+fn matrix(layout: &Layout) -> Layout {
+    if layout.shape().rank() == 2 {
+        return layout.clone();
+    }
+    let (rows, dims) = flat(layout.shape());
+    let width = dims.last().copied().unwrap_or(1);
+    Layout::contiguous_with_offset((rows, width), layout.start_offset())
+}
+
+impl LinearCpu {
+    fn forward<T: Real>(
+        (x, lx): (&CpuStorage, &Layout),
+        (w, lw): (&CpuStorage, &Layout),
+        dtype: DType,
+    ) -> Result<CpuStorage> {
+        let y = with_matrix::<T, _>(x, &matrix(lx), |x| {
+            with_matrix(w, lw, |w| new(x, w.t(), Precision::of(dtype)))
+        })?;
+        T::store(y, dtype)
+    }
+
+    fn backward<T: Real>(x: &Tensor, w: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let precision = Precision::of(x.dtype());
+        let (rows, dims) = flat(x.shape());
+        let (out, input) = w.dims2()?;
+        with_tensor::<T, _>(&dy.reshape((rows, out))?, |dy| {
+            let dx = if x.track_op() {
+                let dx = with_tensor(w, |w| new(dy, w, precision))?;
+                Some(real::tensor(dx, dims, x.dtype())?)
+            } else {
+                None
+            };
+            let dw = if w.track_op() {
+                let x = x.reshape((rows, input))?;
+                let dw = with_tensor(&x, |x| new(dy.t(), x, precision))?;
+                Some(real::tensor(dw, (out, input), w.dtype())?)
+            } else {
+                None
+            };
+            Ok((dx, dw))
+        })
+    }
+}
+
+impl CustomOp2 for LinearCpu {
+    fn name(&self) -> &'static str {
+        "vesper-linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (out, _) = lw.shape().dims2()?;
+        let (_, mut dims) = flat(lx.shape());
+        if let Some(last) = dims.last_mut() {
+            *last = out;
+        }
+        let y = match x.dtype() {
+            DType::F64 => Self::forward::<f64>((x, lx), (w, lw), DType::F64)?,
+            dtype => Self::forward::<f32>((x, lx), (w, lw), dtype)?,
+        };
+        Ok((y, dims.into()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        match x.dtype() {
+            DType::F64 => Self::backward::<f64>(x, w, &dy),
+            _ => Self::backward::<f32>(x, w, &dy),
+        }
+    }
+}
+
+/// By the products of the device.
 struct Linear;
 
 impl Linear {
     fn run<S: BackendStorage>(x: &S, lx: &Layout, w: &S, lw: &Layout) -> Result<(S, Shape)> {
         let (out, input) = lw.shape().dims2()?;
         let (rows, mut dims) = flat(lx.shape());
-        let matrix = match lx.shape().rank() {
-            2 => lx.clone(),
-            _ => Layout::contiguous_with_offset((rows, input), lx.start_offset()),
-        };
-        let y = x.matmul(w, (1, rows, out, input), &matrix, &lw.transpose(0, 1)?)?;
+        let y = x.matmul(w, (1, rows, out, input), &matrix(lx), &lw.transpose(0, 1)?)?;
         if let Some(last) = dims.last_mut() {
             *last = out;
         }

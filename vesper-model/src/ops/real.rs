@@ -8,6 +8,9 @@ use half::{bf16, f16};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::gemm::{self, Precision};
+use super::matrix::{Matrix, Target, Threads, Values, by_crate};
+
 /// `f32` (for f32, bf16 and f16 tensors) or `f64` (for f64 tensors).
 pub(super) trait Real:
     Copy
@@ -36,6 +39,16 @@ pub(super) trait Real:
     fn max(self, other: Self) -> Self;
     /// The elements of a contiguous storage; borrowed where the type is already right.
     fn read<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [Self]>>;
+    /// A storage that a product can read as it is.
+    fn values(storage: &CpuStorage) -> Option<Values<'_, Self>>;
+    /// `dst = a b` or `dst += a b`; the sizes fit, and none is 0.
+    fn multiply(
+        dst: Target<'_, Self>,
+        a: Matrix<'_, Self>,
+        b: Matrix<'_, Self>,
+        precision: Precision,
+        threads: Threads,
+    );
     /// Turns computed values into a storage of the wanted type.
     fn store(values: Vec<Self>, dtype: DType) -> Result<CpuStorage>;
     /// Rounds values to those that the type can hold.
@@ -108,14 +121,30 @@ impl Real for f32 {
     fn read<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [Self]>> {
         Ok(match storage {
             CpuStorage::F32(data) => Cow::Borrowed(range(data, layout)?),
-            CpuStorage::BF16(data) => {
-                Cow::Owned(convert(range(data, layout)?, |out, of| of.convert_to_f32_slice(out)))
-            }
+            CpuStorage::BF16(data) => Cow::Owned(widened(range(data, layout)?)),
             CpuStorage::F16(data) => {
                 Cow::Owned(convert(range(data, layout)?, |out, of| of.convert_to_f32_slice(out)))
             }
             _ => bail!("expected f32, bf16 or f16"),
         })
+    }
+
+    fn values(storage: &CpuStorage) -> Option<Values<'_, Self>> {
+        match storage {
+            CpuStorage::F32(data) => Some(Values::Full(data)),
+            CpuStorage::BF16(data) => Some(Values::Half(data)),
+            _ => None,
+        }
+    }
+
+    fn multiply(
+        dst: Target<'_, Self>,
+        a: Matrix<'_, Self>,
+        b: Matrix<'_, Self>,
+        precision: Precision,
+        threads: Threads,
+    ) {
+        gemm::multiply(dst, a, b, precision, threads);
     }
 
     fn store(values: Vec<Self>, dtype: DType) -> Result<CpuStorage> {
@@ -175,6 +204,27 @@ impl Real for f64 {
         }
     }
 
+    fn values(storage: &CpuStorage) -> Option<Values<'_, Self>> {
+        match storage {
+            CpuStorage::F64(data) => Some(Values::Full(data)),
+            _ => None,
+        }
+    }
+
+    fn multiply(
+        dst: Target<'_, Self>,
+        a: Matrix<'_, Self>,
+        b: Matrix<'_, Self>,
+        _precision: Precision,
+        threads: Threads,
+    ) {
+        let full = |values| match values {
+            Values::Full(values) => Cow::Borrowed(values),
+            Values::Half(values) => Cow::Owned(values.iter().map(|value: &bf16| value.to_f64()).collect()),
+        };
+        by_crate(dst, (a, &full(a.values)), (b, &full(b.values)), threads);
+    }
+
     fn store(values: Vec<Self>, _dtype: DType) -> Result<CpuStorage> {
         Ok(CpuStorage::F64(values))
     }
@@ -194,6 +244,46 @@ fn convert<A: Sync, B: Copy + Default + Send>(values: &[A], f: impl Fn(&mut [B],
         );
     });
     converted
+}
+
+/// bf16 in f32.
+pub(super) fn widened(values: &[bf16]) -> Vec<f32> {
+    convert(values, |out: &mut [f32], of| of.convert_to_f32_slice(out))
+}
+
+/// The elements of a contiguous storage, for a product.
+pub(super) enum Operand<'a, T> {
+    AsTheyAre(Values<'a, T>),
+    Converted(Vec<T>),
+}
+
+impl<'a, T: Real> Operand<'a, T> {
+    pub(super) fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+        Ok(match T::values(storage) {
+            Some(Values::Full(values)) => Self::AsTheyAre(Values::Full(range(values, layout)?)),
+            Some(Values::Half(values)) => Self::AsTheyAre(Values::Half(range(values, layout)?)),
+            None => Self::Converted(T::read(storage, layout)?.into_owned()),
+        })
+    }
+
+    pub(super) fn values(&self) -> Values<'_, T> {
+        match self {
+            Self::AsTheyAre(values) => *values,
+            Self::Converted(values) => Values::Full(values),
+        }
+    }
+}
+
+/// Runs `f` on the elements of a contiguous CPU tensor, for a product.
+pub(super) fn with_operand<T: Real, R>(
+    tensor: &Tensor,
+    f: impl FnOnce(Values<'_, T>) -> Result<R>,
+) -> Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => f(Operand::new(storage, layout)?.values()),
+        _ => bail!("a CPU kernel got a tensor on {:?}", tensor.device().location()),
+    }
 }
 
 /// Runs `f` on the elements of a contiguous CPU tensor.

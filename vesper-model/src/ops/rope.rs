@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use candle_core::{D, Device, Result, Tensor, bail};
 
+use super::check_sizes;
+
 /// The angles of the rotary embedding, for positions 0 to `positions - 1`.
 ///
 /// ```text
@@ -77,16 +79,17 @@ impl Rope {
 /// A composition of candle ops with a gradient, on every device. (`candle_nn::rotary_emb::rope` has no gradient.)
 ///
 /// # Errors
-/// Positions past the table, or another head size.
+/// Positions past the table, another head size, or too many elements.
 pub fn rope(x: &Tensor, rope: &Rope, offset: usize) -> Result<Tensor> {
     let (t, d) = (x.dim(D::Minus2)?, x.dim(D::Minus1)?);
-    if d != rope.head_dim || offset + t > rope.positions {
+    if d != rope.head_dim || offset.checked_add(t).is_none_or(|end| end > rope.positions) {
         bail!(
             "rope: {t} positions from {offset} of head size {d}, but the table has {} of head size {}",
             rope.positions,
             rope.head_dim
         );
     }
+    check_sizes("rope", &[x.dims()])?;
     let half = d / 2;
     let cos = rope.cos.narrow(0, offset, t)?.to_dtype(x.dtype())?;
     let sin = rope.sin.narrow(0, offset, t)?.to_dtype(x.dtype())?;

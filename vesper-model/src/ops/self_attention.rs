@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::attention::CausalAttention;
+use super::gemm::Precision;
 use super::matrix::{times, times_transposed, transposed_times};
-use super::real::{self, Real};
+use super::real::{self, Operand, Real};
 use super::{Backend, Heads, Path, Rope, causal_attention, check_dtypes, check_sizes, linear};
 
 /// Causal self-attention with its two projections.
@@ -59,7 +60,8 @@ pub fn self_attention(
     match path.backend(x) {
         Backend::Cpu => {
             let tracked = x.track_op() || qkv.track_op() || out.track_op();
-            let op = SelfAttention { attention, tracked, saved: Arc::default() };
+            let precision = Precision::of(x.dtype());
+            let op = SelfAttention { attention, precision, tracked, saved: Arc::default() };
             return x.contiguous()?.apply_op3(&qkv.contiguous()?, &out.contiguous()?, op);
         }
         #[cfg(feature = "cuda")]
@@ -77,6 +79,7 @@ pub fn self_attention(
 
 struct SelfAttention {
     attention: CausalAttention,
+    precision: Precision,
     tracked: bool,
     /// The packed projection and the attention's output, in the dtype of the computation.
     saved: Arc<Mutex<Option<(Tensor, Tensor)>>>,
@@ -97,9 +100,10 @@ impl SelfAttention {
         let ((b, t, d), (packed, _), (columns, _)) =
             (lx.shape().dims3()?, lq.shape().dims2()?, lo.shape().dims2()?);
         let (rows, width) = (b * t, self.width());
-        let projected = times_transposed(&T::read(x, lx)?, &T::read(qkv, lq)?, rows, d, packed)?;
+        let (x, qkv, out) = (Operand::new(x, lx)?, Operand::new(qkv, lq)?, Operand::new(out, lo)?);
+        let projected = times_transposed(x.values(), qkv.values(), (rows, d, packed), self.precision)?;
         let attended = self.attention.forward(&projected, b, t)?;
-        let y = times_transposed(&attended, &T::read(out, lo)?, rows, width, columns)?;
+        let y = times_transposed(&attended, out.values(), (rows, width, columns), self.precision)?;
         if self.tracked {
             let projected = real::tensor(projected, (b, t, packed), T::DTYPE)?;
             let attended = real::tensor(attended, (b, t, width), T::DTYPE)?;
@@ -119,11 +123,12 @@ impl SelfAttention {
         let rows = b * t;
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Some((projected, attended)) = saved else { return Ok([None, None, None]) };
-        let (dattended, dout) = real::with_values::<T, _>(dy, |dy| {
-            let dattended = real::with_values::<T, _>(out, |out| times(dy, out, rows, columns, width))?;
+        let precision = self.precision;
+        let (dattended, dout) = real::with_operand::<T, _>(dy, |dy| {
+            let dattended = real::with_operand(out, |out| times(dy, out, (rows, columns, width), precision))?;
             let dout = if out.track_op() {
-                let dout = real::with_values::<T, _>(&attended, |attended| {
-                    transposed_times(dy, attended, columns, rows, width)
+                let dout = real::with_operand(&attended, |attended| {
+                    transposed_times(dy, attended, (columns, rows, width), precision)
                 })?;
                 Some(real::tensor(dout, (columns, width), out.dtype())?)
             } else {
@@ -134,13 +139,14 @@ impl SelfAttention {
         let dprojected =
             real::with_values::<T, _>(&projected, |p| self.attention.backward(p, &dattended, b, t))?;
         let dx = if x.track_op() {
-            let dx = real::with_values::<T, _>(qkv, |qkv| times(&dprojected, qkv, rows, packed, d))?;
+            let dx = real::with_operand(qkv, |qkv| times(&dprojected, qkv, (rows, packed, d), precision))?;
             Some(real::tensor(dx, x.shape(), x.dtype())?)
         } else {
             None
         };
         let dqkv = if qkv.track_op() {
-            let dqkv = real::with_values::<T, _>(x, |x| transposed_times(&dprojected, x, packed, rows, d))?;
+            let dqkv =
+                real::with_operand(x, |x| transposed_times(&dprojected, x, (packed, rows, d), precision))?;
             Some(real::tensor(dqkv, (packed, d), qkv.dtype())?)
         } else {
             None

@@ -19,6 +19,7 @@ fn equals_its_reference_at_odd_shapes() {
         (1, 130, heads(2, 2, 10)),
         (1, 1000, heads(5, 1, 2)),
         (0, 5, heads(2, 1, 4)),
+        (2, 0, heads(5, 5, 4)),
     ];
     for (b, t, heads) in shapes {
         let rope = Rope::new(heads.dim, t + 3, 1e4, &Device::Cpu).unwrap();

@@ -12,7 +12,7 @@ fn targets(n: usize, vocab: u32) -> Tensor {
 
 #[test]
 fn equals_its_reference_at_odd_shapes() {
-    for (n, vocab, d) in [(1, 1, 1), (17, 5, 3), (70, 131, 8), (200, 33, 16)] {
+    for (n, vocab, d) in [(1, 1, 1), (17, 5, 3), (70, 131, 8), (200, 33, 16), (1000, 7, 5), (2, 32_005, 3)] {
         let targets = targets(n, vocab as u32);
         let inputs = [(random(1, &[n, d]) * 3.0).unwrap(), (random(2, &[vocab, d]) * 3.0).unwrap()];
         parity("cross-entropy", &inputs, |x, fused| {
@@ -29,9 +29,9 @@ fn equals_its_reference_at_odd_shapes() {
 
 #[test]
 fn a_large_vocabulary_runs_in_several_blocks() {
-    // 4 Mi logits a block: 150 rows of 32005 make two.
-    let targets = targets(150, 32_005);
-    let inputs = [random(1, &[150, 4]), random(2, &[32_005, 4])];
+    // 8 Mi logits a block: 300 rows of 32005 make two.
+    let targets = targets(300, 32_005);
+    let inputs = [random(1, &[300, 4]), random(2, &[32_005, 4])];
     let settings = CrossEntropy::default().with_ignore_index(0).with_z_loss(1e-3).with_label_smoothing(0.1);
     let run = |fused| {
         let (loss, mut gradients) = value_and_gradients(&inputs, DType::F32, |x| {
@@ -43,7 +43,7 @@ fn a_large_vocabulary_runs_in_several_blocks() {
         gradients
     };
     // The reference of each half for itself has one block.
-    let parts = [(0, 75), (75, 75)].map(|(start, n)| {
+    let parts = [(0, 150), (150, 150)].map(|(start, n)| {
         let (hidden, targets) =
             (inputs[0].narrow(0, start, n).unwrap(), targets.narrow(0, start, n).unwrap());
         let out = linear_cross_entropy(&hidden, &inputs[1], &targets, settings, Path::Reference).unwrap();
@@ -57,6 +57,17 @@ fn a_large_vocabulary_runs_in_several_blocks() {
     for (a, b) in fused.iter().zip(&reference) {
         assert!(error(a, b) < 1e-5);
     }
+}
+
+#[test]
+fn strided_inputs_are_read_rightly() {
+    let targets = targets(20, 31).reshape((10, 2)).unwrap().narrow(1, 1, 1).unwrap().squeeze(1).unwrap();
+    let inputs = [random(1, &[6, 10]), random(2, &[9, 31])];
+    parity("cross-entropy strided", &inputs, |x, fused| {
+        let (hidden, weight) = (x[0].t()?, x[1].t()?.narrow(1, 2, 6)?);
+        let settings = CrossEntropy::default();
+        Ok(linear_cross_entropy(&hidden, &weight, &targets, settings, path(fused))?.loss)
+    });
 }
 
 /// Every combination of the two additions.

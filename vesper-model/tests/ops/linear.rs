@@ -1,7 +1,9 @@
-use candle_core::{DType, Var};
+use candle_core::{DType, Tensor, Var};
 use vesper_model::ops::{Path, linear};
 
-use crate::common::{finite_differences, parity, path, random};
+use crate::common::{
+    error, finite_differences, parity, path, random, same_bits_on_any_number_of_threads, value_and_gradients,
+};
 
 #[test]
 fn equals_its_reference_at_odd_shapes() {
@@ -13,6 +15,8 @@ fn equals_its_reference_at_odd_shapes() {
         (&[3, 4], 32_005),
         (&[0, 8], 3),
         (&[7, 4], 0),
+        (&[2, 0], 3),
+        (&[17], 5),
     ] {
         let inputs = [random(1, shape), random(2, &[out, shape[shape.len() - 1]])];
         parity("linear", &inputs, |x, fused| linear(&x[0], &x[1], path(fused)));
@@ -49,4 +53,45 @@ fn wrong_shapes_and_dtypes_are_refused() {
     assert!(linear(&x, &w, Path::Fused).is_err());
     let w = random(2, &[5, 4]).to_dtype(DType::F32).unwrap();
     assert!(linear(&x, &w, Path::Fused).is_err());
+}
+
+#[test]
+fn strided_weights_in_f32_beside_bf16_and_f16() {
+    let (x, w) = (random(1, &[6, 50]), random(2, &[60, 9]));
+    let view = |x: &Tensor, w: &Tensor, whole: bool| {
+        let (x, w) = (x.t()?.narrow(0, 2, 40)?, w.narrow(0, 3, 6)?.t()?);
+        linear(
+            &if whole { x.contiguous()? } else { x },
+            &if whole { w.contiguous()? } else { w },
+            Path::Fused,
+        )
+    };
+    for dtype in [DType::BF16, DType::F16] {
+        let run = |whole: bool| {
+            let x = Var::from_tensor(&x.to_dtype(dtype).unwrap()).unwrap();
+            let w = Var::from_tensor(&w.to_dtype(DType::F32).unwrap()).unwrap();
+            let y = view(x.as_tensor(), w.as_tensor(), whole).unwrap();
+            assert_eq!((y.dims(), y.dtype()), (&[40, 9][..], dtype));
+            let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            let (dx, dw) = (grads.get(&x).unwrap().clone(), grads.get(&w).unwrap().clone());
+            assert_eq!((dx.dtype(), dw.dtype()), (dtype, DType::F32));
+            [y, dx, dw].map(|tensor| tensor.to_dtype(DType::F64).unwrap())
+        };
+        for (strided, contiguous) in run(false).iter().zip(&run(true)) {
+            assert_eq!(error(strided, contiguous), 0.0, "{dtype:?}");
+        }
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_threads() {
+    for dtype in [DType::F32, DType::BF16] {
+        same_bits_on_any_number_of_threads(|| {
+            let inputs = [random(1, &[3, 90, 70]), random(2, &[130, 70])];
+            let (y, mut gradients) =
+                value_and_gradients(&inputs, dtype, |x| linear(&x[0], &x[1], Path::Fused));
+            gradients.push(y);
+            gradients
+        });
+    }
 }

@@ -16,5 +16,6 @@ mod linear;
 mod mixed;
 mod residual;
 mod rms_norm;
+mod rope;
 mod self_attention;
 mod sizes;

@@ -94,6 +94,19 @@ fn no_rows_give_empty_results() {
 }
 
 #[test]
+fn no_rows_give_zero_gradients() {
+    // Of the norm alone: candle's own sum of empty tensors is its first operand, without the second one's graph.
+    let (y, gradients) = value_and_gradients(&inputs(&[2, 0, 8]), DType::F32, |x| {
+        Ok(residual_layer_norm(&x[0], &x[1], &x[2], Some(&x[3]), 1e-5, Path::Fused)?.1)
+    });
+    assert_eq!(y.dims(), [2, 0, 8]);
+    assert_eq!(gradients[0].dims(), [2, 0, 8]);
+    for gradient in &gradients[2..] {
+        assert_eq!(gradient.to_vec1::<f64>().unwrap(), [0.0; 8]);
+    }
+}
+
+#[test]
 fn wrong_shapes_and_dtypes_are_refused() {
     let (x, w) = (random(1, &[2, 6]), random(2, &[6]));
     let residual = random(1, &[3, 6]);

@@ -1,0 +1,76 @@
+use candle_core::{DType, Device, Tensor};
+use vesper_model::ops::{Rope, rope};
+
+use crate::common::{finite_differences, parity, random};
+
+/// The rotation of one pair, in f64 and in as many words as it takes.
+fn rotated(x: &Tensor, theta: f64, offset: usize) -> Tensor {
+    let (rows, t, d) = x.dims3().unwrap();
+    let mut values = x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    for (r, row) in values.chunks_exact_mut(d).enumerate() {
+        for i in 0..d / 2 {
+            let frequency = f64::from((1.0 / theta.powf(2.0 * i as f64 / d as f64)) as f32);
+            let (sin, cos) = ((offset + r % t) as f64 * frequency).sin_cos();
+            let (a, b) = (row[i], row[i + d / 2]);
+            (row[i], row[i + d / 2]) = (a * cos - b * sin, b * cos + a * sin);
+        }
+    }
+    Tensor::from_vec(values, (rows, t, d), &Device::Cpu).unwrap()
+}
+
+#[test]
+fn equals_the_rotation_at_odd_shapes() {
+    for (heads, t, d, offset) in [(1, 1, 2, 0), (5, 17, 6, 3), (1, 1000, 4, 24), (2, 3, 64, 500)] {
+        let table = Rope::new(d, 1024, 1e4, &Device::Cpu).unwrap();
+        let x = random(1, &[heads, t, d]);
+        let exact = rotated(&x, 1e4, offset);
+        for (dtype, limit) in
+            [(DType::F64, 1e-7), (DType::F32, 1e-6), (DType::BF16, 3e-2), (DType::F16, 5e-3)]
+        {
+            let y = rope(&x.to_dtype(dtype).unwrap(), &table, offset).unwrap();
+            let off = crate::common::error(&y.to_dtype(DType::F64).unwrap(), &exact);
+            assert!(off < limit, "{dtype:?} {heads} x {t} x {d}: off by {off:e}");
+        }
+    }
+}
+
+#[test]
+fn gradient_equals_finite_differences() {
+    let table = Rope::new(6, 20, 1e4, &Device::Cpu).unwrap();
+    finite_differences("rope", &[random(1, &[2, 9, 6])], |x| rope(&x[0], &table, 5));
+}
+
+#[test]
+fn strided_inputs_are_read_rightly() {
+    let table = Rope::new(4, 20, 1e4, &Device::Cpu).unwrap();
+    parity("rope strided", &[random(1, &[9, 2, 8])], |x, strided| {
+        let x = x[0].transpose(0, 1)?.narrow(2, 3, 4)?;
+        rope(&if strided { x } else { x.contiguous()? }, &table, 1)
+    });
+}
+
+#[test]
+fn no_rows_give_no_rows() {
+    let table = Rope::new(4, 20, 1e4, &Device::Cpu).unwrap();
+    for shape in [[0, 3, 4], [2, 0, 4]] {
+        assert_eq!(rope(&random(1, &shape), &table, 7).unwrap().dims(), shape);
+    }
+}
+
+#[test]
+fn too_many_elements_are_refused() {
+    let table = Rope::new(2, 1, 1e4, &Device::Cpu).unwrap();
+    let x = Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap().broadcast_as((1 << 32, 1, 2)).unwrap();
+    let message = rope(&x, &table, 0).unwrap_err().to_string();
+    assert!(message.contains("more than the 4294967295 elements"), "{message}");
+}
+
+#[test]
+fn positions_past_the_table_are_refused_without_wrapping() {
+    let table = Rope::new(4, 20, 1e4, &Device::Cpu).unwrap();
+    let x = random(1, &[1, 3, 4]);
+    assert!(rope(&x, &table, 17).is_ok());
+    for offset in [18, usize::MAX] {
+        assert!(rope(&x, &table, offset).unwrap_err().to_string().contains("the table has 20"));
+    }
+}
