@@ -81,7 +81,7 @@ fn losses(record: &Record, pick: impl Fn(&Task) -> bool) -> Vec<f64> {
 }
 
 /// Nothing, one loss, or mean, standard deviation and number.
-fn cell(losses: &[f64]) -> String {
+pub(super) fn cell(losses: &[f64]) -> String {
     match losses {
         [] => String::new(),
         [loss] => format!("{loss:.3}"),
@@ -92,7 +92,7 @@ fn cell(losses: &[f64]) -> String {
     }
 }
 
-fn table(head: &[String], rows: &[Vec<String>]) -> String {
+pub(super) fn table(head: &[String], rows: &[Vec<String>]) -> String {
     if rows.is_empty() {
         return String::new();
     }
@@ -107,7 +107,7 @@ fn name(arm: Arm) -> String {
 }
 
 /// Mean and sample standard deviation.
-fn spread(values: &[f64]) -> (f64, f64) {
+pub(super) fn spread(values: &[f64]) -> (f64, f64) {
     let n = values.len() as f64;
     let mean = values.iter().sum::<f64>() / n;
     let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
