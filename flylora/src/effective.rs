@@ -72,11 +72,13 @@ impl LowRank {
         {
             return crate::cuda::effective(&weight, &a, &b, self.scale);
         }
-        let changed = (weight + (b * self.scale)?.matmul(&a)?)?;
-        match &self.origin {
-            None => Ok(changed),
-            Some((a, b)) => changed - (b * self.scale)?.matmul(a)?,
-        }
+        let change = (b * self.scale)?.matmul(&a)?;
+        let change = match &self.origin {
+            None => change,
+            // From each other first: at the start the two are the same to the bit.
+            Some((a, b)) => (change - (b * self.scale)?.matmul(a)?)?,
+        };
+        weight + change
     }
 
     /// `dA` and `dB` for x (m, in) and dy (m, out).
