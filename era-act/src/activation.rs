@@ -90,6 +90,38 @@ impl Activation {
         self.visit(Fused(x))
     }
 
+    /// The gradient of [`forward`](Self::forward) on its own, for the backward pass of a larger fused operation.
+    ///
+    /// x and dy, the gradient of the result, of one shape and dtype; returns that of x. Nothing is tracked.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`forward`](Self::forward), and a shape or dtype of dy that does not fit.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use era_act::Activation;
+    ///
+    /// let x = Tensor::new(&[-2f32, 3.0], &Device::Cpu)?;
+    /// let dy = Tensor::new(&[1f32, 0.5], &Device::Cpu)?;
+    /// assert_eq!(Activation::ReluSquared.backward(&x, &dy)?.to_vec1::<f32>()?, [0.0, 3.0]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        struct Backward<'a>(&'a Tensor, &'a Tensor);
+        impl Visitor for Backward<'_> {
+            type Output = Result<Tensor>;
+
+            fn visit<P: Pointwise>(self, function: P) -> Result<Tensor> {
+                op::backward(function, self.0, self.1)
+            }
+        }
+        self.validate()?;
+        self.visit(Backward(x, dy))
+    }
+
     /// The gated form: `activation(gate) * up` of a packed input, in one pass.
     ///
     /// gate_up: (..., 2 F), the gates first, then the values that they scale; returns (..., F). The backward pass
@@ -139,6 +171,41 @@ impl Activation {
 
             fn visit<P: Pointwise>(self, function: P) -> Result<Tensor> {
                 op::gated_backward(function, self.0, self.1)
+            }
+        }
+        self.validate()?;
+        self.visit(Backward(gate_up, dy))
+    }
+
+    /// [`gated_backward`](Self::gated_backward), and the values of [`gated`](Self::gated) again: on CUDA one kernel does
+    /// both, which saves reading the input twice where the next matrix needs them for its own gradient.
+    ///
+    /// gate_up: (..., 2 F), dy: (..., F); returns (..., 2 F) and (..., F). Nothing is tracked.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`gated_backward`](Self::gated_backward).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use era_act::Activation;
+    ///
+    /// let gate_up = Tensor::new(&[[2f32, 3.0]], &Device::Cpu)?; // gate 2, up 3
+    /// let dy = Tensor::new(&[[1f32]], &Device::Cpu)?;
+    /// let (gradient, value) = Activation::Relu.gated_backward_and_value(&gate_up, &dy)?;
+    /// assert_eq!(gradient.to_vec2::<f32>()?, [[3.0, 2.0]]);
+    /// assert_eq!(value.to_vec2::<f32>()?, [[6.0]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn gated_backward_and_value(&self, gate_up: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+        struct Backward<'a>(&'a Tensor, &'a Tensor);
+        impl Visitor for Backward<'_> {
+            type Output = Result<(Tensor, Tensor)>;
+
+            fn visit<P: Pointwise>(self, function: P) -> Self::Output {
+                op::gated_backward_and_value(function, self.0, self.1)
             }
         }
         self.validate()?;

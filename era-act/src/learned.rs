@@ -1,6 +1,8 @@
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::layout::elements;
 use crate::op::{by_dtype, check_dtype, gated_width, halved, storage};
 use crate::pointwise::gate_entropy::GateEntropy;
@@ -18,7 +20,9 @@ use crate::{Era, Error, cpu, op};
 ///
 /// The variables are scalars in f32; the temperature is kept as its logarithm, so that it stays positive. Forward and
 /// backward are the fused kernels of [`Era`] and one more pass over the input for the parameters' gradients, whose sums
-/// are in f64 and do not depend on the number of threads. On devices without a kernel it is a composition of candle ops.
+/// are in f64 and do not depend on the number of threads. On CUDA the kernels read the parameters where they lie, so that
+/// nothing waits for the device (and values out of range are not noticed there), and the backward kernel adds up the
+/// parameters' gradients as it goes. On devices without a kernel it is a composition of candle ops.
 ///
 /// # Examples
 ///
@@ -131,6 +135,15 @@ impl LearnedEra {
         }
     }
 
+    /// The form as the CUDA kernels name it.
+    #[cfg(feature = "cuda")]
+    fn kernel(&self) -> &'static str {
+        match &self.form {
+            Form::GateEntropy { .. } => "gate_entropy",
+            Form::GeluSoftplus { .. } => "gelu_softplus",
+        }
+    }
+
     /// Applies the activation to every element; x: any shape and strides, f32, f64, bf16 or f16.
     ///
     /// # Errors
@@ -138,6 +151,13 @@ impl LearnedEra {
     /// As [`era`](Self::era), and [`Error::DType`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         check_dtype(x)?;
+        #[cfg(feature = "cuda")]
+        if cuda::has_kernels(x) {
+            return match x.elem_count() {
+                0 => cuda::empty(x, x.shape()),
+                _ => cuda::learned(self.kernel(), &cuda::prepared(x)?, &self.packed()?),
+            };
+        }
         if !x.device().is_cpu() {
             return self.composed(x);
         }
@@ -158,6 +178,13 @@ impl LearnedEra {
     pub fn gated(&self, gate_up: &Tensor) -> Result<Tensor> {
         check_dtype(gate_up)?;
         let width = gated_width(gate_up.shape())?;
+        #[cfg(feature = "cuda")]
+        if cuda::has_kernels(gate_up) {
+            return match gate_up.elem_count() {
+                0 => cuda::empty(gate_up, halved(gate_up.shape(), width)),
+                _ => cuda::learned_gated(self.kernel(), &cuda::prepared(gate_up)?, &self.packed()?),
+            };
+        }
         if !gate_up.device().is_cpu() {
             let half = |start| gate_up.narrow(candle_core::D::Minus1, start, width);
             return self.composed(&half(0)?)? * half(width)?;

@@ -1,8 +1,10 @@
 #![doc = include_str!("../README.md")]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod activation;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod element;
 mod era;
 mod error;

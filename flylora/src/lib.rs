@@ -1,10 +1,13 @@
 #![doc = include_str!("../README.md")]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod adapter;
 mod audit;
 mod combine;
 mod config;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod effective;
 mod embedding;
 mod error;
 pub mod files;

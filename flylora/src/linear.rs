@@ -150,11 +150,19 @@ impl<A: Adapter> AdapterLinear<A> {
     ///
     /// Those of [`FrozenLinear::forward`] and [`Adapter::delta`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(nothing) = crate::cuda::nothing(x, self.base.out_features())? {
+            return Ok(nothing);
+        }
         match &self.merged {
             Some(merged) if self.enabled => merged.forward(x),
+            _ if !self.enabled => self.base.forward(x),
             _ => {
+                if let Some(y) = self.adapter.layer(&self.base, x)? {
+                    return Ok(y);
+                }
                 let y = self.base.forward(x)?;
-                if self.enabled { &y + self.adapter.delta_beside(x, &y, self.base.bias())? } else { Ok(y) }
+                &y + self.adapter.delta_beside(x, &y, self.base.bias())?
             }
         }
     }

@@ -140,7 +140,7 @@ fn losses<P>(record: &Record<P>, pick: impl Fn(&Task) -> bool) -> Vec<f64> {
 }
 
 /// Nothing, one loss, or mean, standard deviation and number.
-fn cell(losses: &[f64]) -> String {
+pub(super) fn cell(losses: &[f64]) -> String {
     match losses {
         [] => String::new(),
         [loss] => format!("{loss:.3}"),
@@ -160,7 +160,7 @@ fn signed_cell(differences: &[f64]) -> String {
     format!("{mean:+.4} ± {deviation:.4} ({})", differences.len())
 }
 
-fn table(head: &[String], rows: &[Vec<String>]) -> String {
+pub(super) fn table(head: &[String], rows: &[Vec<String>]) -> String {
     if rows.is_empty() {
         return String::new();
     }
@@ -175,7 +175,7 @@ fn name(arm: impl Serialize) -> String {
 }
 
 /// Mean and sample standard deviation.
-fn spread(values: &[f64]) -> (f64, f64) {
+pub(super) fn spread(values: &[f64]) -> (f64, f64) {
     let n = values.len() as f64;
     let mean = values.iter().sum::<f64>() / n;
     let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);

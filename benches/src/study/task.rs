@@ -13,7 +13,7 @@ use super::arm::Arm;
 use super::parts::Part;
 
 /// What all runs of a study share.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Setting {
     /// The model.
     pub model: VesperConfig,
@@ -128,6 +128,14 @@ impl Setting {
     /// # Errors
     /// A device that is out of memory or fails.
     pub fn run(&self, task: Task) -> Result<Outcome> {
+        Ok(self.run_and(task, |_| Ok(()))?.0)
+    }
+
+    /// Makes a run, and looks at the trained model.
+    ///
+    /// # Errors
+    /// As [`Setting::run`], and those of `look`.
+    pub fn run_and<T>(&self, task: Task, look: impl FnOnce(&VesperLM) -> Result<T>) -> Result<(Outcome, T)> {
         let varmap = VarMap::new();
         let model = VesperLM::initialize(&self.model, &varmap, task.seed, DType::F32, &self.device)?
             .with_compute_dtype(self.compute);
@@ -182,9 +190,11 @@ impl Setting {
         }
         self.device.synchronize()?;
         let seconds = started.elapsed().as_secs_f64();
-        let loss = self.held_out_loss(&model.detach())?;
+        let model = model.detach();
+        let loss = self.held_out_loss(&model)?;
         let skipped = optimizer.stats()?.skipped;
-        Ok(Outcome { task, loss: loss.is_finite().then_some(loss), seconds, skipped, curve })
+        let outcome = Outcome { task, loss: loss.is_finite().then_some(loss), seconds, skipped, curve };
+        Ok((outcome, look(&model)?))
     }
 
     fn held_out_loss(&self, model: &VesperLM) -> Result<f64> {

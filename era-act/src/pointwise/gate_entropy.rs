@@ -39,6 +39,11 @@ impl Pointwise for GateEntropy {
         (gate(x, s.value) * factor, slope)
     }
 
+    #[cfg(feature = "cuda")]
+    fn kernel(self) -> crate::cuda::Kernel {
+        crate::cuda::Kernel::gate_entropy(self.temperature, self.strength)
+    }
+
     fn reference(self, x: &Tensor) -> Result<Tensor> {
         let z = (x / self.temperature)?;
         let gate = candle_nn::ops::sigmoid(&z)?;

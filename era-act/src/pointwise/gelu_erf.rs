@@ -34,6 +34,11 @@ impl Pointwise for GeluErf {
         (gate(x, phi), phi + hold(x) * exp * R::from_f64(DENSITY))
     }
 
+    #[cfg(feature = "cuda")]
+    fn kernel(self) -> crate::cuda::Kernel {
+        crate::cuda::Kernel::plain("gelu")
+    }
+
     fn reference(self, x: &Tensor) -> Result<Tensor> {
         // candle's own `gelu_erf` differentiates with a constant of six digits.
         (x * 0.5)? * ((x * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)?

@@ -29,6 +29,11 @@ impl Pointwise for GeluSoftplus {
         (value + gamma * softplus, slope + gamma * s.value)
     }
 
+    #[cfg(feature = "cuda")]
+    fn kernel(self) -> crate::cuda::Kernel {
+        crate::cuda::Kernel::gelu_softplus(self.gamma)
+    }
+
     fn reference(self, x: &Tensor) -> Result<Tensor> {
         GeluTanh.reference(x)? + (softplus(x)? * self.gamma)?
     }

@@ -28,6 +28,11 @@ impl Pointwise for GeluTanh {
         (gate(x, s.value), s.value + held * (s.slope * du))
     }
 
+    #[cfg(feature = "cuda")]
+    fn kernel(self) -> crate::cuda::Kernel {
+        crate::cuda::Kernel::plain("gelu_tanh")
+    }
+
     fn reference(self, x: &Tensor) -> Result<Tensor> {
         // candle's own `gelu` differentiates with constants of six digits.
         let u = ((x * SCALE)? * ((x.sqr()? * CUBIC)? + 1.0)?)?;

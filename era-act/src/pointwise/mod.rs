@@ -19,6 +19,10 @@ pub(crate) trait Pointwise: Copy + Send + Sync + 'static {
     /// The value, bit-equal to [`value`](Self::value), and the derivative at `x`.
     fn value_and_slope<R: Real>(self, x: R) -> (R, R);
 
+    /// The same function as the CUDA kernels name it.
+    #[cfg(feature = "cuda")]
+    fn kernel(self) -> crate::cuda::Kernel;
+
     /// The same function of every element in differentiable candle ops, for f32 and f64.
     fn reference(self, x: &Tensor) -> Result<Tensor>;
 }

@@ -19,6 +19,11 @@ impl Pointwise for Relu {
         (x.at_least(R::ZERO), if x <= R::ZERO { R::ZERO } else { R::ONE })
     }
 
+    #[cfg(feature = "cuda")]
+    fn kernel(self) -> crate::cuda::Kernel {
+        crate::cuda::Kernel::plain("relu")
+    }
+
     fn reference(self, x: &Tensor) -> Result<Tensor> {
         // (|-x| - (-x)) / 2: candle's `relu` turns NaN into 0 and has the slope 1 at 0.
         let negative = x.neg()?;
@@ -40,6 +45,11 @@ impl Pointwise for ReluSquared {
     fn value_and_slope<R: Real>(self, x: R) -> (R, R) {
         let positive = x.at_least(R::ZERO);
         (positive * positive, R::TWO * positive)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn kernel(self) -> crate::cuda::Kernel {
+        crate::cuda::Kernel::plain("relu_squared")
     }
 
     fn reference(self, x: &Tensor) -> Result<Tensor> {

@@ -20,6 +20,11 @@ impl Pointwise for Silu {
         (gate(x, s.value), s.value + hold(x) * s.slope)
     }
 
+    #[cfg(feature = "cuda")]
+    fn kernel(self) -> crate::cuda::Kernel {
+        crate::cuda::Kernel::plain("silu")
+    }
+
     fn reference(self, x: &Tensor) -> Result<Tensor> {
         x * candle_nn::ops::sigmoid(x)?
     }

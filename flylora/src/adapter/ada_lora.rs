@@ -4,10 +4,11 @@ use candle_core::{D, Device, Result, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use super::{Adapter, AdapterKind, Change, Merge};
+use crate::effective::LowRank;
 use crate::files::StateSource;
 use crate::frozen::{check_input, rows, with_last};
 use crate::init::{generator, normal};
-use crate::{Error, Place};
+use crate::{Error, FrozenLinear, Place};
 
 pub(super) const A: &str = "lora_A";
 pub(super) const B: &str = "lora_B";
@@ -236,6 +237,11 @@ impl Adapter for AdaLoraAdapter {
         let weights = (self.e.squeeze(D::Minus1)? * self.config.scale())?; // (r)
         let low = flat.matmul(&self.a.t()?)?.broadcast_mul(&weights)?; // (m, r)
         low.matmul(&self.b.t()?)?.reshape(with_last(x.shape(), self.out_features()))?.to_dtype(x.dtype())
+    }
+
+    fn layer(&self, base: &FrozenLinear, x: &Tensor) -> Result<Option<Tensor>> {
+        let (a, b) = (self.a.broadcast_mul(&self.e)?, self.b.as_tensor().clone()); // E on the smaller side of A
+        LowRank { a, b, scale: self.config.scale(), origin: None }.layer(base, x)
     }
 
     fn delta_weight(&self) -> Result<Tensor> {

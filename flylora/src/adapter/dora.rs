@@ -145,6 +145,18 @@ impl Adapter for DoraAdapter {
         delta.reshape(with_last(x.shape(), self.out_features()))?.to_dtype(x.dtype())
     }
 
+    fn layer(&self, base: &FrozenLinear, x: &Tensor) -> Result<Option<Tensor>> {
+        if self.magnitude.dtype() != x.dtype() {
+            return Ok(None);
+        }
+        let Some(direction) = self.lora.layer(&base.without_bias(), x)? else { return Ok(None) };
+        let scaled = direction.broadcast_mul(&self.magnitude.div(&self.norms()?)?)?;
+        Ok(Some(match base.bias() {
+            None => scaled,
+            Some(bias) => scaled.broadcast_add(bias)?,
+        }))
+    }
+
     fn delta_weight(&self) -> Result<Tensor> {
         let weight = self.base.weight()?.to_dtype(self.magnitude.dtype())?;
         let ratio = self.magnitude.as_detached_tensor().div(&self.norms()?)?.unsqueeze(1)?; // (out, 1)

@@ -5,6 +5,8 @@ use candle_core::{D, DType, Device, Result, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use super::{Adapter, AdapterKind, B, Change, Merge, Step};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::files::StateSource;
 use crate::frozen::{check_input, rows, with_last};
 use crate::init::fnv1a;
@@ -152,7 +154,9 @@ impl FlyLoraConfig {
 /// No constant weight does what the routing does, so [`merge`](crate::AdapterLinear::merge) says `Unsupported`;
 /// [`merge_for`](crate::AdapterLinear::merge_for) merges the nearest one and measures the error.
 ///
-/// On the CPU (f32 and f64) the products skip the zeros and the ranks that are not used. Elsewhere they are dense.
+/// On the CPU (f32 and f64) the products skip the zeros and the ranks that are not used. On CUDA (f32, bf16 and f16, up to
+/// 64 ranks) one kernel makes `y` from the nonzeros and routes, and the products with B are dense over the ranks: there
+/// they take no longer than reading x. Elsewhere all products are dense.
 ///
 /// # References
 ///
@@ -190,7 +194,7 @@ struct State {
     projection: RwLock<Arc<Projection>>,
     /// `d`: (r), f32.
     balance: Var,
-    /// How many rows made use of each rank in the last forward pass: (r), f32.
+    /// How many rows made use of each rank in the last forward pass: (r), f32 or u32.
     counts: Mutex<Option<Tensor>>,
 }
 
@@ -199,11 +203,28 @@ struct Projection {
     sparse: Arc<SparseMatrix>,
     /// With the zeros, where there is no kernel for it.
     dense: OnceLock<FrozenLinear>,
+    #[cfg(feature = "cuda")]
+    on_cuda: OnceLock<Arc<cuda::Sparse>>,
 }
 
 impl Projection {
     fn new(sparse: SparseMatrix) -> Arc<Self> {
-        Arc::new(Self { sparse: Arc::new(sparse), dense: OnceLock::new() })
+        Arc::new(Self {
+            sparse: Arc::new(sparse),
+            dense: OnceLock::new(),
+            #[cfg(feature = "cuda")]
+            on_cuda: OnceLock::new(),
+        })
+    }
+
+    /// On the device of `like`.
+    #[cfg(feature = "cuda")]
+    fn on_cuda(&self, like: &Tensor) -> Result<Arc<cuda::Sparse>> {
+        if let Some(sparse) = self.on_cuda.get() {
+            return Ok(Arc::clone(sparse));
+        }
+        let sparse = Arc::new(cuda::Sparse::new(&self.sparse, like)?);
+        Ok(Arc::clone(self.on_cuda.get_or_init(|| sparse)))
     }
 
     fn dense(&self, dtype: DType, device: &Device) -> Result<FrozenLinear> {
@@ -280,6 +301,79 @@ impl FlyLoraAdapter {
         self.reshaped(x, |flat| self.by_dense(flat))
     }
 
+    /// What the routing makes of x: the values `y = A x` of the ranks that each row makes use of, and 0 for the others.
+    /// x: (..., in), returns (rows, r), f32 (f64 for an f64 adapter on the CPU), outside of any graph. The balance does
+    /// not go by it.
+    ///
+    /// # Errors
+    ///
+    /// As [`delta`](Adapter::delta).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use flylora::{FlyLoraAdapter, FlyLoraConfig, Place};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let place = Place::alone("q_proj", DType::F32, &Device::Cpu);
+    /// let adapter = FlyLoraAdapter::new(64, 48, &FlyLoraConfig::default().with_ranks(16, 3), &place)?;
+    /// let used = adapter.used(&Tensor::randn(0f32, 1.0, (5, 64), &Device::Cpu)?)?; // (5, 16)
+    /// let counts = used.ne(0.0)?.to_dtype(DType::F32)?.sum(1)?.to_vec1::<f32>()?;
+    /// assert_eq!(counts, [3.0; 5]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn used(&self, x: &Tensor) -> Result<Tensor> {
+        check_input(x, self.in_features)?;
+        let flat = x.detach().reshape((rows(x.shape()), self.in_features))?;
+        #[cfg(feature = "cuda")]
+        if cuda::has_kernels(&flat, self.config.r) && self.b.dtype() != DType::F64 {
+            return cuda::used(&flat, &*self.projection().on_cuda(x)?, &self.routed());
+        }
+        let flat = flat.to_dtype(self.b.dtype())?;
+        let y = if self.has_cpu_kernel(&flat) {
+            project(&flat, &self.projection().sparse)?
+        } else {
+            self.projection().dense(flat.dtype(), flat.device())?.forward(&flat)?
+        };
+        let mask = self.mask(&self.scores(&y)?)?.to_dtype(y.dtype())?;
+        let used = (y * mask)?;
+        if used.dtype() == DType::F64 { Ok(used) } else { used.to_dtype(DType::F32) }
+    }
+
+    /// How the CUDA kernels choose.
+    #[cfg(feature = "cuda")]
+    fn routed(&self) -> cuda::Routed {
+        cuda::Routed {
+            k: self.config.k,
+            magnitude: self.config.routing == Routing::Magnitude,
+            balance: self.state.balance.as_detached_tensor(),
+            scale: self.config.scale(),
+        }
+    }
+
+    /// The change by the CUDA kernels, with the layer or alone; `None` where there are none for x.
+    #[cfg(feature = "cuda")]
+    fn by_kernels(&self, base: Option<&FrozenLinear>, x: &Tensor) -> Result<Option<Tensor>> {
+        check_input(x, self.in_features)?;
+        if let Some(nothing) = cuda::nothing(x, self.out_features())? {
+            return Ok(Some(nothing));
+        }
+        if !cuda::has_kernels(x, self.config.r) || self.b.dtype() == DType::F64 {
+            return Ok(None);
+        }
+        let sparse = self.projection().on_cuda(x)?;
+        let (y, counts) = cuda::routed_layer(base, x, self.b.as_tensor(), sparse, self.routed())?;
+        self.count(counts);
+        Ok(Some(y))
+    }
+
+    /// Whether there are loops for x, which has been converted to the dtype of the variable.
+    fn has_cpu_kernel(&self, x: &Tensor) -> bool {
+        x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::F64)
+    }
+
     fn projection(&self) -> Arc<Projection> {
         Arc::clone(&self.state.projection.read().unwrap_or_else(PoisonError::into_inner))
     }
@@ -350,8 +444,22 @@ impl Adapter for FlyLoraAdapter {
     }
 
     fn delta(&self, x: &Tensor) -> Result<Tensor> {
-        let has_kernel = x.device().is_cpu() && matches!(self.b.dtype(), DType::F32 | DType::F64);
-        self.reshaped(x, |flat| if has_kernel { self.by_sparse(flat) } else { self.by_dense(flat) })
+        #[cfg(feature = "cuda")]
+        if let Some(delta) = self.by_kernels(None, x)? {
+            return Ok(delta);
+        }
+        self.reshaped(
+            x,
+            |flat| if self.has_cpu_kernel(flat) { self.by_sparse(flat) } else { self.by_dense(flat) },
+        )
+    }
+
+    #[cfg(feature = "cuda")]
+    fn layer(&self, base: &FrozenLinear, x: &Tensor) -> Result<Option<Tensor>> {
+        if base.quantized_weight().is_some() || x.dtype() != base.dtype() {
+            return Ok(None);
+        }
+        self.by_kernels(Some(base), x)
     }
 
     /// `alpha / r B A`, as if every rank were used.
@@ -389,6 +497,7 @@ impl Adapter for FlyLoraAdapter {
     fn after_step(&self, _: Step, _: &GradStore) -> crate::Result<()> {
         let counts = self.state.counts.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(counts) = counts.filter(|_| self.config.balance_rate > 0.0) else { return Ok(()) };
+        let counts = counts.to_dtype(DType::F32)?;
         let below_mean = counts.broadcast_sub(&counts.mean(0)?)?.neg()?.sign()?; // 1 where used less than the mean
         let moved = (self.state.balance.as_detached_tensor() + (below_mean * self.config.balance_rate)?)?;
         Ok(self.state.balance.set(&moved)?)

@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::VarBuilder;
 
 use super::{Adapter, AdapterKind, Change, Merge};
+use crate::effective::LowRank;
 use crate::files::StateSource;
 use crate::frozen::{check_input, rows, with_last};
 use crate::init::{generator, kaiming_uniform, normal};
@@ -255,6 +256,15 @@ impl Adapter for LoraAdapter {
         // One matrix of rows: candle's matmul over batches would repeat A and B for each.
         let flat = x.reshape((rows(x.shape()), self.in_features()))?.to_dtype(self.a.dtype())?; // (m, in)
         self.product(&flat)?.reshape(with_last(x.shape(), self.out_features()))?.to_dtype(x.dtype())
+    }
+
+    fn layer(&self, base: &FrozenLinear, x: &Tensor) -> Result<Option<Tensor>> {
+        let origin = match self.origin() {
+            None => None,
+            Some(origin) => Some((origin.a.weight()?, origin.b.weight()?)),
+        };
+        let (a, b) = (self.a.as_tensor().clone(), self.b.as_tensor().clone());
+        LowRank { a, b, scale: self.scale(), origin }.layer(base, x)
     }
 
     fn delta_weight(&self) -> Result<Tensor> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var};
 
+use crate::FrozenLinear;
 use crate::files::StateSource;
 
 mod ada_lora;
@@ -67,6 +68,17 @@ pub trait Adapter: Debug + Send + Sync {
     fn delta_beside(&self, x: &Tensor, y: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let _ = (y, bias);
         self.delta(x)
+    }
+
+    /// The layer's whole output, `W x + b + delta(x)`, where the kind has a cheaper way to it than by
+    /// [`delta`](Self::delta); else `None`, as by default. x: (..., in), returns (..., out).
+    ///
+    /// # Errors
+    ///
+    /// As [`delta`](Self::delta).
+    fn layer(&self, base: &FrozenLinear, x: &Tensor) -> Result<Option<Tensor>> {
+        let _ = (base, x);
+        Ok(None)
     }
 
     /// What merging adds to the layer's weight: (out, in), in the dtype of the adapter.
@@ -176,6 +188,10 @@ macro_rules! through_a_pointer {
 
             fn delta_beside(&self, x: &Tensor, y: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
                 (**self).delta_beside(x, y, bias)
+            }
+
+            fn layer(&self, base: &FrozenLinear, x: &Tensor) -> Result<Option<Tensor>> {
+                (**self).layer(base, x)
             }
 
             fn delta_weight(&self) -> Result<Tensor> {

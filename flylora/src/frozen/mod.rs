@@ -156,6 +156,10 @@ impl FrozenLinear {
     /// [`Error::Shape`] or [`Error::DType`] where x does not fit, inside a [`candle_core::Error`], and candle's own.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         check_input(x, self.in_features())?;
+        #[cfg(feature = "cuda")]
+        if let Some(nothing) = crate::cuda::nothing(x, self.out_features())? {
+            return Ok(nothing);
+        }
         match &self.weight {
             Weight::Dense(weight) if x.dtype() != weight.dtype() => {
                 let expected = format!("{:?}, that of the frozen weight", weight.dtype());
@@ -252,7 +256,8 @@ pub(crate) fn with_last(shape: &Shape, last: usize) -> Vec<usize> {
     dims
 }
 
-struct Frozen(FrozenLinear);
+/// The layer as an operation on x alone; x contiguous.
+pub(crate) struct Frozen(pub(crate) FrozenLinear);
 
 fn elsewhere() -> candle_core::Error {
     candle_core::Error::Msg("the input is on another device than the frozen weight".into())

@@ -1,6 +1,6 @@
 //! One transformer block: attention and feed-forward, each behind a norm and a residual sum.
 
-use candle_core::{Result, Tensor};
+use candle_core::{D, Result, Tensor};
 use candle_nn::VarBuilder;
 use era_act::Activation;
 
@@ -55,15 +55,28 @@ impl Block {
             let settings = DecoderSettings { heads: self.heads, activation: self.activation, eps: self.eps };
             return decoder_block(x, &weights, settings, Some(rope), path);
         }
+        self.feed_forward(x, &self.attention(x, rope, path)?, path)
+    }
+
+    /// What the attention adds to x.
+    fn attention(&self, x: &Tensor, rope: &Rope, path: Path) -> Result<Tensor> {
         let n = rms_norm(x, &self.norm_attention, self.eps, path)?;
-        let attention = if let (Some(qkv), Some(output)) = (self.qkv.plain(), self.output.plain()) {
-            self_attention(&n, qkv, output, self.heads, Some(rope), path)?
-        } else {
-            let qkv = self.qkv.forward(&n, path)?;
-            let attention = causal_attention(&qkv, self.heads, Some(rope), path)?;
-            self.output.forward(&attention, path)?
-        };
-        self.feed_forward(x, &attention, path)
+        if let (Some(qkv), Some(output)) = (self.qkv.plain(), self.output.plain()) {
+            return self_attention(&n, qkv, output, self.heads, Some(rope), path);
+        }
+        let qkv = self.qkv.forward(&n, path)?;
+        let attention = causal_attention(&qkv, self.heads, Some(rope), path)?;
+        self.output.forward(&attention, path)
+    }
+
+    /// As [`Block::forward`], and what goes into the activation: (batch, t, ffn).
+    pub(super) fn forward_and_gates(&self, x: &Tensor, rope: &Rope, path: Path) -> Result<(Tensor, Tensor)> {
+        let attention = self.attention(x, rope, path)?;
+        let (x, n) = residual_rms_norm(x, &attention, &self.norm_feed_forward, self.eps, path)?;
+        let gate_up = self.gate_up.forward(&n, path)?; // (batch, t, 2 ffn)
+        let inner = self.activation.gated(&gate_up)?;
+        let gates = gate_up.narrow(D::Minus1, 0, inner.dim(D::Minus1)?)?;
+        Ok(((x + self.down.forward(&inner, path)?)?, gates))
     }
 
     /// The parameters, where no projection has an adapter.

@@ -231,6 +231,39 @@ impl VesperLM {
         Ok(linear_cross_entropy(&hidden, self.output_weight(), &targets, CrossEntropy::default(), self.path)?)
     }
 
+    /// What goes into the activation of each block's feed-forward, before the gate's values scale the others: for looking
+    /// at what an activation does in a trained model, as which units are never used.
+    ///
+    /// ```text
+    /// ids: (batch, t), u32    result: for each block (batch, t, ffn), in the dtype of the computation
+    /// ```
+    ///
+    /// # Errors
+    /// As [`VesperLM::forward`].
+    ///
+    /// # Examples
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::VarMap;
+    /// use vesper_model::{VesperConfig, VesperLM};
+    /// let config = VesperConfig::preset("nano")?.with_vocab(64);
+    /// let model = VesperLM::initialize(&config, &VarMap::new(), 0, DType::F32, &Device::Cpu)?;
+    /// let gates = model.gates(&Tensor::new(&[[1u32, 2, 3]], &Device::Cpu)?)?;
+    /// assert_eq!(gates.len(), config.num_hidden_layers);
+    /// assert_eq!(gates[0].dims(), [1, 3, config.intermediate_size]);
+    /// # Ok::<(), vesper_model::ModelError>(())
+    /// ```
+    pub fn gates(&self, ids: &Tensor) -> Result<Vec<Tensor>> {
+        let mut h = self.embedded(ids)?;
+        let mut all = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            let (next, gates) = block.forward_and_gates(&h, &self.rope, self.path)?;
+            h = next;
+            all.push(gates);
+        }
+        Ok(all)
+    }
+
     /// A decoding session of up to `capacity` tokens with its own key-value cache; `capacity` is limited to the
     /// model's `max_position_embeddings`.
     ///
@@ -242,11 +275,7 @@ impl VesperLM {
 
     /// ids (batch, t) to the normalised last hidden states (batch, t, hidden)
     fn hidden(&self, ids: &Tensor) -> Result<Tensor> {
-        let (_, t) = ids.dims2()?;
-        if t > self.rope.positions() {
-            return Err(ModelError::SequenceTooLong { got: t, limit: self.rope.positions() });
-        }
-        let mut h = embedding(&self.embed, ids, self.path)?.to_dtype(self.compute)?;
+        let mut h = self.embedded(ids)?;
         for block in &self.blocks {
             h = match self.activations {
                 Activations::Keep => block.forward(&h, &self.rope, self.path)?,
@@ -257,6 +286,15 @@ impl VesperLM {
             };
         }
         self.last_norm(&h)
+    }
+
+    /// ids (batch, t) to what the first block takes (batch, t, hidden)
+    fn embedded(&self, ids: &Tensor) -> Result<Tensor> {
+        let (_, t) = ids.dims2()?;
+        if t > self.rope.positions() {
+            return Err(ModelError::SequenceTooLong { got: t, limit: self.rope.positions() });
+        }
+        Ok(embedding(&self.embed, ids, self.path)?.to_dtype(self.compute)?)
     }
 
     fn last_norm(&self, h: &Tensor) -> Result<Tensor> {

@@ -127,7 +127,7 @@ fn on_cuda(
     settings: DecoderSettings,
     positions: Option<&Rope>,
 ) -> Result<Option<Tensor>> {
-    use super::cuda::{attention, decoder, feed_forward::Kind};
+    use super::cuda::{attention, decoder};
     use super::{attention::CausalAttention, check_dtypes, check_sizes};
     let DecoderSettings { heads, activation, .. } = settings;
     let ((b, t, d), (packed, ffn)) = (x.dims3()?, (heads.packed(), weights.down.dim(1)?));
@@ -136,7 +136,7 @@ fn on_cuda(
         && weights.qkv.dims() == [packed, d]
         && weights.out.dims() == [d, heads.query * heads.dim]
         && weights.gate_up.dims() == [2 * ffn, d];
-    let Some(kind) = Kind::of(&activation) else { return Ok(None) };
+    activation.validate()?;
     if !fits || b * t * d * ffn == 0 || !attention::supports(heads, x.dtype()) {
         return Ok(None);
     }
@@ -145,5 +145,5 @@ fn on_cuda(
     }
     check_sizes("decoder_block", &[x.dims(), &[b, t, packed], &[b, t, 2 * ffn]])?;
     CausalAttention::new(heads, positions, t)?; // checks the positions
-    decoder::decoder_block(x, weights, settings, positions, kind).map(Some)
+    decoder::decoder_block(x, weights, settings, positions).map(Some)
 }

@@ -69,11 +69,8 @@ pub fn gated_feed_forward(
         }
         #[cfg(feature = "cuda")]
         Backend::Cuda => {
-            use super::cuda::feed_forward::{Kind, gated_feed_forward};
-            if let Some(kind) = Kind::of(&activation) {
-                let (gate_up, down) = (gate_up.to_dtype(x.dtype())?, down.to_dtype(x.dtype())?);
-                return gated_feed_forward(x, &gate_up, &down, kind);
-            }
+            let (gate_up, down) = (gate_up.to_dtype(x.dtype())?, down.to_dtype(x.dtype())?);
+            return super::cuda::feed_forward::gated_feed_forward(x, &gate_up, &down, activation);
         }
         Backend::Reference => {}
     }

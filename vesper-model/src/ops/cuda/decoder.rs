@@ -4,10 +4,10 @@ use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail,
 };
+use era_act::Activation;
 
 use super::attention::Attention;
 use super::blas::{Matrix, product};
-use super::feed_forward::{GatedFeedForward, Kind};
 use super::launch::{Element, Held, aligned, allocate, by_dtype, from_storage, not_here, tensor, wrap};
 use super::residual::ResidualSum;
 use super::{rms_norm, rope};
@@ -22,14 +22,13 @@ pub(in crate::ops) fn decoder_block(
     weights: &DecoderWeights,
     settings: DecoderSettings,
     positions: Option<&Rope>,
-    kind: Kind,
 ) -> Result<Tensor> {
     let (x, dtype) = (aligned(x)?, x.dtype());
     let wanted = weights.all().map(|weight| weight.track_op().then(|| weight.dtype()));
     let block = Block {
         eps: settings.eps,
         attention: Attention { heads: settings.heads, rope: positions.cloned() },
-        gated: GatedFeedForward::new(kind),
+        activation: settings.activation,
         weights: weights.try_map(|weight| aligned(&weight.detach().to_dtype(dtype)?))?,
         wanted,
     };
@@ -48,7 +47,7 @@ pub(in crate::ops) fn decoder_block(
 struct Block {
     eps: f64,
     attention: Attention,
-    gated: GatedFeedForward,
+    activation: Activation,
     /// In the dtype of x.
     weights: DecoderWeights,
     /// The dtypes of the weights that have a gradient, in the order of [`DecoderWeights::all`].
@@ -99,8 +98,8 @@ impl Block {
         let (sum, n_feed_forward) = (from_storage(sum, (rows, d)), from_storage(n_feed_forward, (rows, d)));
         drop(attention);
 
-        let packed = times_transposed(&n_feed_forward, &w.gate_up)?;
-        let inner = from_storage(self.gated.gate::<T>(&packed, rows, ffn)?, (rows, ffn));
+        let packed = from_storage(times_transposed(&n_feed_forward, &w.gate_up)?, (rows, 2 * ffn));
+        let inner = self.activation.gated(&packed)?;
         let y = self.sum_with_product::<T>(device, &sum, &inner, &w.down)?;
         let saved = Saved {
             n_attention,
@@ -109,7 +108,7 @@ impl Block {
             logs: tensor(logs, device, (b, heads.query, t)),
             sum,
             n_feed_forward,
-            packed: from_storage(packed, (rows, 2 * ffn)),
+            packed,
         };
         Ok((y, saved))
     }
@@ -143,12 +142,13 @@ impl Block {
         let [norm_attention, qkv, out, norm_feed_forward, gate_up, down] = self.wanted;
 
         let dinner = dy.matmul(&w.down)?;
-        let (dpacked, inner) = self.gated.gate_backward::<T>(&saved.packed, &dinner, down.is_some())?;
-        drop(dinner);
-        let down = match inner {
-            Some(inner) => gradient::<T>(dy, &inner, down)?,
-            None => None,
+        let (dpacked, down) = if down.is_some() {
+            let (dpacked, inner) = self.activation.gated_backward_and_value(&saved.packed, &dinner)?;
+            (dpacked, gradient::<T>(dy, &inner, down)?)
+        } else {
+            (self.activation.gated_backward(&saved.packed, &dinner)?, None)
         };
+        drop(dinner);
         let gate_up = gradient::<T>(&dpacked, &saved.n_feed_forward, gate_up)?;
         let dn = dpacked.matmul(&w.gate_up)?;
         drop(dpacked);

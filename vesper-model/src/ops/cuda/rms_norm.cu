@@ -78,6 +78,13 @@ __device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *
                 now_g[j] = g[j];
             }
             if (AHEAD) fetch(row + warps);
+            Vec<T, V> more[K];
+            if (base)
+#pragma unroll
+                for (int j = 0; j < J; j++) {
+                    const uint32_t i = (j * 32 + lane) * V;
+                    if (i < p.d) more[j] = load<T, V>(base + row * p.d + i);
+                }
 #pragma unroll
             for (int offset = 16; offset > 0; offset /= 2) {
                 squares += __shfl_xor_sync(0xffffffffu, squares, offset);
@@ -90,13 +97,12 @@ __device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *
                 const uint32_t i = (j * 32 + lane) * V;
                 if (i < p.d) {
                     const Vec<T, V> b = load<T, V>(w + i);
-                    Vec<T, V> out{};
-                    if (base) out = load<T, V>(base + row * p.d + i);
+                    Vec<T, V> out;
 #pragma unroll
                     for (int k = 0; k < V; k++) {
                         const float xv = to_float(now_a[j].v[k]), gv = to_float(now_g[j].v[k]);
                         const float to_x = r * (to_float(b.v[k]) * gv - xv * dot);
-                        out.v[k] = from_float<T>(base ? to_float(out.v[k]) + to_x : to_x);
+                        out.v[k] = from_float<T>(base ? to_float(more[j].v[k]) + to_x : to_x);
                         dw[j][k] += xv * r * gv;
                     }
                     store<T, V>(dx + row * p.d + i, out);

@@ -1,0 +1,261 @@
+//! Products with a matrix of few ranks, by the kernels of `skinny.cu`.
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use candle_core::{CudaStorage, Layout, Result, Tensor, bail};
+
+use super::launch::{Element, Held, Module, allocate, by_dtype, config, launch, size, tensor, view, wrap};
+
+/// The largest rank that there are kernels for.
+pub(crate) const MOST_RANKS: usize = 64;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Params {
+    rows: u64,
+    columns: u32,
+    r: u32,
+    stride_j: u64,
+    stride_c: u64,
+    scale: f32,
+    wide: u32,
+    parts: u32,
+    band: u32,
+    adds: u32,
+    unused: u32,
+}
+
+const _: () = assert!(size_of::<Params>() == 56);
+// SAFETY: plain numbers in the layout of `SkinnyParams`.
+unsafe impl DeviceRepr for Params {}
+
+/// How a matrix of few ranks lies in memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Side {
+    /// (r, columns), as `A`.
+    Ranks,
+    /// (columns, r), as `B`.
+    Columns,
+}
+
+impl Side {
+    fn strides(self, r: usize, columns: usize) -> (u64, u64) {
+        match self {
+            Self::Ranks => (columns as u64, 1),
+            Self::Columns => (1, r as u64),
+        }
+    }
+}
+
+/// A matrix of few ranks: contiguous, f32.
+#[derive(Clone, Copy)]
+pub(super) struct Factor<'a> {
+    pub(super) parts: (&'a CudaStorage, &'a Layout),
+    pub(super) side: Side,
+}
+
+impl Factor<'_> {
+    /// Ranks and columns.
+    fn dims(&self) -> Result<(usize, usize)> {
+        let (first, second) = self.parts.1.shape().dims2()?;
+        Ok(match self.side {
+            Side::Ranks => (first, second),
+            Side::Columns => (second, first),
+        })
+    }
+}
+
+/// The rank that the kernel for rank `r` is compiled for.
+fn compiled(r: usize) -> Result<usize> {
+    match [8, 16, 32, MOST_RANKS].into_iter().find(|compiled| r <= *compiled) {
+        Some(compiled) => Ok(compiled),
+        None => bail!("no CUDA kernel for rank {r}, only up to {MOST_RANKS}"),
+    }
+}
+
+fn params<T: Element>(rows: usize, (r, columns): (usize, usize), side: Side, scale: f64) -> Result<Params> {
+    let (stride_j, stride_c) = side.strides(r, columns);
+    Ok(Params {
+        rows: rows as u64,
+        columns: size(columns)?,
+        r: size(r)?,
+        stride_j,
+        stride_c,
+        scale: scale as f32,
+        wide: columns.is_multiple_of(T::WIDE).into(),
+        parts: 0,
+        band: 0,
+        adds: 0,
+        unused: 0,
+    })
+}
+
+/// Columns that a thread keeps, as in the kernels.
+fn kept<T: Element>(compiled: usize) -> usize {
+    match compiled {
+        64 => 2,
+        32 => 4,
+        _ => T::WIDE,
+    }
+}
+
+/// Blocks over the columns, of how many threads: of few idle ones.
+fn over_columns(vectors: usize) -> (usize, usize) {
+    let idle = |x: &usize| (vectors.next_multiple_of(*x), usize::MAX - x);
+    let threads = (1..=8).map(|warps| 32 * warps).min_by_key(idle).unwrap_or(256);
+    (vectors.div_ceil(threads).max(1), threads)
+}
+
+/// Rows of a band, a multiple of 32, for about `blocks` blocks in all; and the number of bands.
+fn bands(rows: usize, blocks: usize, columns: usize) -> (usize, usize) {
+    let least = rows.div_ceil(65_535);
+    let band = (rows * columns).div_ceil(blocks).max(least).next_multiple_of(32).max(32);
+    (band, rows.div_ceil(band).max(1))
+}
+
+/// `scale x M^T` for x (rows, columns): (rows, r), f32; 0 where `mask`, (rows, 32-bit words), has no bit.
+pub(super) fn project(
+    (x, layout): (&CudaStorage, &Layout),
+    rows: usize,
+    factor: Factor<'_>,
+    mask: Option<(&CudaStorage, &Layout)>,
+    scale: f64,
+) -> Result<Tensor> {
+    fn run<T: Element>(
+        (x, layout): (&CudaStorage, &Layout),
+        rows: usize,
+        factor: Factor<'_>,
+        mask: Option<(&CudaStorage, &Layout)>,
+        scale: f64,
+    ) -> Result<Tensor> {
+        let (device, dims) = (x.device(), factor.dims()?);
+        let compiled = compiled(dims.0)?;
+        let params = params::<T>(rows, dims, factor.side, scale)?;
+        let block = 8 * if compiled <= 32 { 4 } else { 2 };
+        let config = config((rows.div_ceil(block), 1), (256, 1), 0)?;
+        let name = format!("project_{}_{compiled}", T::NAME);
+        let (x, m) = (view::<T>(x, layout)?, view::<f32>(factor.parts.0, factor.parts.1)?);
+        let mut h = allocate::<f32>(device, rows * dims.0)?;
+        match mask {
+            Some((mask, layout)) => {
+                let mask = view::<u32>(mask, layout)?;
+                launch!(device, Module::Skinny, &name, config, &x, &m, &mask, &mut h, &params);
+            }
+            None => launch!(device, Module::Skinny, &name, config, &x, &m, &0u64, &mut h, &params),
+        }
+        Ok(tensor(wrap(h, device), (rows, dims.0)))
+    }
+    by_dtype!(x.dtype(), T => run::<T>((x, layout), rows, factor, mask, scale))
+}
+
+/// What [`expand`] adds to.
+pub(super) enum Base<'a> {
+    Nothing,
+    /// Another matrix of the same shape.
+    Other(&'a CudaStorage, &'a Layout),
+    /// What is in the output, from its first element on.
+    Output,
+}
+
+/// `y = base + scale h M` in place; h: (rows, r), f32, y: (rows, columns).
+pub(super) fn expand(
+    y: &mut CudaStorage,
+    base: &Base<'_>,
+    h: &Tensor,
+    factor: Factor<'_>,
+    scale: f64,
+) -> Result<()> {
+    fn run<T: Element>(
+        y: &mut CudaStorage,
+        base: &Base<'_>,
+        h: &Tensor,
+        factor: Factor<'_>,
+        scale: f64,
+    ) -> Result<()> {
+        let (device, (rows, r)) = (y.device().clone(), h.dims2()?);
+        let dims = factor.dims()?;
+        let compiled = compiled(r)?;
+        let (across, threads) = over_columns(dims.1.div_ceil(kept::<T>(compiled)));
+        let (band, down) = bands(rows, 512, across);
+        let params = Params {
+            band: size(band)?,
+            adds: matches!(base, Base::Output).into(),
+            ..params::<T>(rows, dims, factor.side, scale)?
+        };
+        let y = y.as_cuda_slice_mut::<T>()?;
+        if dims.0 != r || y.len() < rows * dims.1 {
+            bail!("{r} ranks of {rows} rows do not fit {dims:?} and an output of {} elements", y.len());
+        }
+        let config = config((across, down), (threads, 1), 0)?;
+        let name = format!("expand_{}_{compiled}", T::NAME);
+        let h = Held::new(h);
+        let (h, layout) = h.parts()?;
+        let (h, m) = (view::<f32>(h, layout)?, view::<f32>(factor.parts.0, factor.parts.1)?);
+        match base {
+            Base::Other(base, layout) => {
+                let base = view::<T>(base, layout)?;
+                launch!(device, Module::Skinny, &name, config, &base, &h, &m, y, &params);
+            }
+            _ => launch!(device, Module::Skinny, &name, config, &0u64, &h, &m, y, &params),
+        }
+        Ok(())
+    }
+    by_dtype!(y.dtype(), T => run::<T>(y, base, h, factor, scale))
+}
+
+/// A new matrix `base + scale h M`, or without a base: (rows, columns) in the dtype of `like`.
+pub(super) fn expanded(
+    like: &CudaStorage,
+    base: &Base<'_>,
+    h: &Tensor,
+    factor: Factor<'_>,
+    scale: f64,
+) -> Result<CudaStorage> {
+    let (device, rows, (_, columns)) = (like.device(), h.dim(0)?, factor.dims()?);
+    let mut y = by_dtype!(like.dtype(), T => wrap(allocate::<T>(device, rows * columns)?, device));
+    expand(&mut y, base, h, factor, scale)?;
+    Ok(y)
+}
+
+/// `scale h^T x`, the gradient of a factor: h (rows, r) in f32, x (rows, columns); f32, as `side` says.
+pub(super) fn outer(
+    (x, layout): (&CudaStorage, &Layout),
+    h: &Tensor,
+    columns: usize,
+    side: Side,
+    scale: f64,
+) -> Result<Tensor> {
+    fn run<T: Element>(
+        (x, layout): (&CudaStorage, &Layout),
+        h: &Tensor,
+        columns: usize,
+        side: Side,
+        scale: f64,
+    ) -> Result<Tensor> {
+        let (device, (rows, r)) = (x.device(), h.dims2()?);
+        let compiled = compiled(r)?;
+        let (across, threads) = over_columns(columns.div_ceil(kept::<T>(compiled)));
+        let (band, parts) = bands(rows, 400, across);
+        let params = Params {
+            band: size(band)?,
+            parts: size(parts)?,
+            ..params::<T>(rows, (r, columns), side, scale)?
+        };
+        let name = format!("outer_{}_{compiled}", T::NAME);
+        let (x, h) = (view::<T>(x, layout)?, Held::new(h));
+        let (h, lh) = h.parts()?;
+        let h = view::<f32>(h, lh)?;
+        let mut partial = allocate::<f32>(device, parts * r * columns)?;
+        let by_bands = config((across, parts), (threads, 1), 0)?;
+        launch!(device, Module::Skinny, &name, by_bands, &x, &h, &mut partial, &params);
+        let mut out = allocate::<f32>(device, r * columns)?;
+        let by_values = config(((r * columns).div_ceil(32), 1), (32, 16), 0)?;
+        launch!(device, Module::Skinny, "reduce", by_values, &partial, &mut out, &params);
+        let shape = match side {
+            Side::Ranks => (r, columns),
+            Side::Columns => (columns, r),
+        };
+        Ok(tensor(wrap(out, device), shape))
+    }
+    by_dtype!(x.dtype(), T => run::<T>((x, layout), h, columns, side, scale))
+}

@@ -1,0 +1,134 @@
+use candle_core::{DType, Device, Tensor};
+use flylora::{
+    AdaLoraConfig, Adapter, AdapterKind, AnyLinear, FrozenLinear, LoraConfig, LoraInit, MaskedLoraConfig,
+    Place,
+};
+
+use crate::common::noise;
+use crate::{all, allowed, compare, gpu, host};
+
+/// A layer with all its parameters away from where they start; weight and x of `dtype`, parameters of `own`.
+fn layer(
+    kind: &AdapterKind,
+    (inputs, outputs): (usize, usize),
+    (dtype, own): (DType, DType),
+    bias: bool,
+    device: &Device,
+) -> AnyLinear {
+    // Made in one dtype on the CPU, so that every device gets the same start.
+    let weight = noise(&[outputs, inputs], 0.3, dtype, 1);
+    let bias = bias.then(|| noise(&[outputs], 0.5, dtype, 2));
+    let there = |t: &Tensor, dtype: DType| t.to_dtype(dtype).unwrap().to_device(device).unwrap();
+    let here = FrozenLinear::new(weight.to_dtype(DType::F32).unwrap(), None).unwrap();
+    let start = kind.build(&here, &Place::alone("layer", DType::F32, &Device::Cpu)).unwrap();
+    let kept = if device.is_cpu() { DType::F64 } else { dtype };
+    let base = FrozenLinear::new(there(&weight, kept), bias.map(|b| there(&b, kept))).unwrap();
+    let own = if device.is_cpu() { DType::F64 } else { own };
+    let layer = AnyLinear::build(base, kind, &Place::alone("layer", own, device)).unwrap();
+    for (i, ((_, var), (_, start))) in layer.parameters().into_iter().zip(start.parameters()).enumerate() {
+        let moved = (start.as_tensor() + noise(start.dims(), 0.2, DType::F32, 10 + i as u64)).unwrap();
+        var.set(&there(&moved, own)).unwrap();
+    }
+    layer
+}
+
+fn kinds() -> Vec<AdapterKind> {
+    let lora = |r| LoraConfig::default().with_r(r).with_alpha(12.0);
+    vec![
+        AdapterKind::Lora(lora(8)),
+        AdapterKind::Lora(lora(1)),
+        AdapterKind::Lora(lora(13)),
+        AdapterKind::Lora(lora(30)),
+        AdapterKind::Lora(lora(64)),
+        AdapterKind::Dora(lora(6)),
+        AdapterKind::AdaLora(AdaLoraConfig::default().with_init_r(10)),
+    ]
+}
+
+#[test]
+fn every_kind_equals_itself_in_f64_on_the_cpu_in_value_and_all_gradients() {
+    let name = "every_kind_equals_itself_in_f64_on_the_cpu_in_value_and_all_gradients";
+    let Some((_lock, device)) = gpu(name) else { return };
+    // Few rows and many, widths that are and are not multiples of a vector, more than one block of each.
+    let sizes =
+        [(1, 64, 72), (5, 67, 129), (300, 96, 130), (1000, 131, 64), (4099, 768, 320), (700, 65, 1283)];
+    for kind in kinds() {
+        for (rows, inputs, outputs) in sizes {
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
+                let bias = rows % 2 == 1;
+                let x = noise(&[rows, inputs], 1.0, dtype, 3);
+                let size = (inputs, outputs);
+                let there = layer(&kind, size, (dtype, DType::F32), bias, &Device::Cpu);
+                let want = all(&there, &host(&x), |x| there.forward(x));
+                let here = layer(&kind, size, (dtype, DType::F32), bias, &device);
+                let got = all(&here, &x, |x| here.forward(x));
+                let r = there.parameters()[0].1.dims()[0];
+                let what = format!("{kind} {r}, {rows} rows of {inputs} to {outputs} in {dtype:?}");
+                // DoRA over a half type is a composition of several roundings.
+                let slack = if matches!(kind, AdapterKind::Dora(_)) { 3.0 } else { 1.0 };
+                compare(&what, &got, &want, slack * allowed(dtype));
+            }
+        }
+    }
+}
+
+#[test]
+fn other_starts_kinds_and_dtypes_of_parameters_go_their_old_way() {
+    let Some((_lock, device)) = gpu("other_starts_kinds_and_dtypes_of_parameters_go_their_old_way") else {
+        return;
+    };
+    let pissa = LoraConfig::default().with_r(4).with_init(LoraInit::Pissa { iterations: None });
+    let masked = AdapterKind::MaskedLora(MaskedLoraConfig::default());
+    let wide = AdapterKind::Lora(LoraConfig::default().with_r(70));
+    for (kind, own, dtype) in [
+        (AdapterKind::Lora(pissa), DType::F32, DType::F32),
+        (masked, DType::F32, DType::F32),
+        (wide, DType::F32, DType::F32),
+        (AdapterKind::Lora(LoraConfig::default()), DType::BF16, DType::BF16),
+        (AdapterKind::Lora(LoraConfig::default()), DType::F64, DType::F64),
+    ] {
+        for rows in [3, 500] {
+            let x = noise(&[rows, 80], 1.0, dtype, 3);
+            let there = layer(&kind, (80, 96), (dtype, own), true, &Device::Cpu);
+            let want = all(&there, &host(&x), |x| there.forward(x));
+            let here = layer(&kind, (80, 96), (dtype, own), true, &device);
+            let got = all(&here, &x, |x| here.forward(x));
+            // Its own parameters in bf16 are rounded to it.
+            let allowed = if own == DType::BF16 { 1e-2 } else { 1e-5 };
+            compare(&format!("{kind} in {own:?}, {rows} rows"), &got, &want, allowed);
+        }
+    }
+}
+
+#[test]
+fn layouts_and_runs_do_not_change_the_bits_and_no_rows_give_no_rows() {
+    let Some((_lock, device)) = gpu("layouts_and_runs_do_not_change_the_bits_and_no_rows_give_no_rows")
+    else {
+        return;
+    };
+    for dtype in [DType::F32, DType::BF16] {
+        for kind in
+            [AdapterKind::Lora(LoraConfig::default()), AdapterKind::Lora(LoraConfig::default().with_r(20))]
+        {
+            let here = layer(&kind, (96, 64), (dtype, DType::F32), false, &device);
+            for batch in [4, 40] {
+                let x = noise(&[96, batch, 12], 1.0, dtype, 5);
+                let turned = |x: &Tensor| here.forward(&x.permute((1, 2, 0))?);
+                let got = all(&here, &x, turned);
+                let plain = x.permute((1, 2, 0)).unwrap().contiguous().unwrap();
+                let want = all(&here, &plain, |x| here.forward(x));
+                let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+                for ((name, got), (_, want)) in got.iter().zip(&want) {
+                    let want = if name == "dx" { want.permute((2, 0, 1)).unwrap() } else { want.clone() };
+                    assert_eq!(bits(got), bits(&want), "{name}, {dtype:?}, {batch}");
+                }
+                for ((name, once), (_, twice)) in got.iter().zip(all(&here, &x, turned)) {
+                    assert_eq!(bits(once), bits(&twice), "{name}, {dtype:?}, {batch}");
+                }
+            }
+            let none = Tensor::zeros((1, 96), dtype, &device).unwrap().narrow(0, 0, 0).unwrap();
+            assert_eq!(here.forward(&none).unwrap().dims(), [0, 64]);
+            assert_eq!(here.base().forward(&none).unwrap().dims(), [0, 64]);
+        }
+    }
+}
