@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Shape, Tensor};
 
-use super::pack::Piece;
+use super::pack::Rows;
 use super::{Batch, PackedBatch};
 use crate::error::Result;
 use crate::tokens::{IGNORE, Tokens};
@@ -63,7 +63,7 @@ pub struct HostPackedBatch {
 
 impl HostPackedBatch {
     /// Puts rows of pieces side by side.
-    pub(super) fn gather(tokens: &Tokens, seq: usize, rows: &[Vec<Piece>]) -> Result<Self> {
+    pub(super) fn gather(tokens: &Tokens, seq: usize, rows: &Rows) -> Result<Self> {
         let size = rows.len() * seq;
         let mut window = vec![0; seq + 1];
         let mut batch = Self {
@@ -78,13 +78,17 @@ impl HostPackedBatch {
             tokens: 0,
             counted: 0,
         };
-        for (row, pieces) in rows.iter().enumerate() {
-            for (segment, piece) in (1..).zip(pieces) {
+        let ignores = tokens.has_ignored();
+        for row in 0..rows.len() {
+            for (segment, piece) in (1..).zip(rows.row(row)) {
                 let window = window.get_mut(..=piece.len).unwrap_or_default();
-                tokens.read_into(piece.start, window)?;
+                tokens.read_stored(piece.start, window)?;
                 batch.inputs.extend_from_slice(window.get(..piece.len).unwrap_or_default());
                 let targets = window.get_mut(1..).unwrap_or_default();
-                batch.counted += piece.len - ignore(tokens, piece.start + 1, targets)?;
+                batch.counted += piece.len;
+                if ignores {
+                    batch.counted -= ignore_stored(tokens, piece.start + 1, targets)?;
+                }
                 batch.targets.extend_from_slice(targets);
                 batch.tokens += piece.len;
                 batch.end_segment(piece.len, segment);
@@ -128,6 +132,16 @@ impl HostPackedBatch {
 fn ignore(tokens: &Tokens, start: usize, targets: &mut [u32]) -> Result<usize> {
     let mut count = 0;
     tokens.for_each_ignored(start..start + targets.len(), |range| {
+        count += range.len();
+        targets.get_mut(range.start - start..range.end - start).unwrap_or_default().fill(IGNORE);
+    })?;
+    Ok(count)
+}
+
+/// The same for positions in what the tokens are a view of.
+fn ignore_stored(tokens: &Tokens, start: usize, targets: &mut [u32]) -> Result<usize> {
+    let mut count = 0;
+    tokens.for_each_ignored_stored(start..start + targets.len(), &mut |range| {
         count += range.len();
         targets.get_mut(range.start - start..range.end - start).unwrap_or_default().fill(IGNORE);
     })?;

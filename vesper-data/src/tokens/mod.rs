@@ -255,12 +255,37 @@ impl Tokens {
         if index >= self.documents {
             return Err(none());
         }
-        let run = self.runs.partition_point(|run| run.first <= index).saturating_sub(1);
-        let whole = self.run(run).ok_or_else(none)?;
-        let stored = self.storage.document(whole.run.document + (index - whole.run.first))?;
-        let inside = |position: usize| position.clamp(whole.run.start, whole.storage_end());
-        let view = |position: usize| inside(position) - whole.run.start + whole.run.offset;
+        let (whole, stored) = self.stored(index).ok_or_else(none)??;
+        let view = |position: usize| position - whole.run.start + whole.run.offset;
         Ok(view(stored.start)..view(stored.end))
+    }
+
+    /// Where document `index` is in the storage, or the part of it that the view has.
+    pub(crate) fn stored_document(&self, index: usize) -> Result<Range<usize>> {
+        let none = || self.no_range(&(index..index.saturating_add(1)));
+        self.stored(index).ok_or_else(none)?.map(|(_, stored)| stored)
+    }
+
+    /// The run of document `index`, and where the document is in the storage.
+    fn stored(&self, index: usize) -> Option<Result<(Whole, Range<usize>)>> {
+        let whole = self.run(self.runs.partition_point(|run| run.first <= index).saturating_sub(1))?;
+        let stored = self.storage.document(whole.run.document + (index - whole.run.first));
+        let inside = move |position: usize| position.clamp(whole.run.start, whole.storage_end());
+        Some(stored.map(|stored| (whole, inside(stored.start)..inside(stored.end))))
+    }
+
+    /// Copies the ids from the storage's position `start` on, which must exist, into `out`.
+    pub(crate) fn read_stored(&self, start: usize, out: &mut [u32]) -> Result<()> {
+        self.storage.read(start, out)
+    }
+
+    /// Hands the parts of the storage's `range` that the loss leaves out to `f`, in order.
+    pub(crate) fn for_each_ignored_stored(
+        &self,
+        range: Range<usize>,
+        f: &mut dyn FnMut(Range<usize>),
+    ) -> Result<()> {
+        self.storage.ignored(range, f)
     }
 
     /// The documents in order.
