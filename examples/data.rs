@@ -24,7 +24,7 @@ fn data(command: Command) -> Result<ExitCode> {
             say!("{}: {}", opened.cache.path().display(), opened.status);
             let skipped = match opened.cache.skipped_records() {
                 0 => String::new(),
-                skipped => format!(", {skipped} broken records passed over"),
+                skipped => format!(", broken records passed over: {skipped}"),
             };
             say!("{documents} documents, {tokens} tokens{skipped}, {:.1} s", opened.seconds);
             if opened.cache.unknown_tokens() > 0 {

@@ -91,16 +91,21 @@ fn remark(sources: &Sources, cache: &TokenCache, mut report: ReadReport) -> Resu
             }
         }
     }
-    for message in report.messages() {
-        crate::note!("skipped: {message}");
-    }
+    say_remarks(&report);
     if counts.skipped > REMARKS {
         crate::note!("skipped: {} records in all", counts.skipped);
+    }
+    Ok(())
+}
+
+/// Says what a report has: broken records that were passed over, and remarks on others.
+pub fn say_remarks(report: &ReadReport) {
+    for message in report.messages() {
+        crate::note!("skipped: {message}");
     }
     for note in report.notes() {
         crate::note!("note: {note}");
     }
-    Ok(())
 }
 
 /// How many messages of each kind a report keeps.

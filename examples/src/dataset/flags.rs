@@ -311,6 +311,9 @@ pub struct Clean {
     /// Files and folders
     #[arg(value_name = "PATH", required = true)]
     pub paths: Vec<PathBuf>,
+    /// How the files are read
+    #[command(flatten)]
+    pub read: Read,
     /// The JSONL file to write
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,

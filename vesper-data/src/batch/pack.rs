@@ -36,6 +36,11 @@ impl Rows {
         self.ends.get(index).and_then(|&end| self.pieces.get(start..end)).unwrap_or_default()
     }
 
+    /// The pieces of all rows.
+    pub(super) fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
     pub(super) fn push(&mut self, row: &[Piece]) {
         self.pieces.extend_from_slice(row);
         self.ends.push(self.pieces.len());

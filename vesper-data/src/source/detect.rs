@@ -79,16 +79,23 @@ fn by_content(input: &mut Input) -> Result<FormatKind> {
     Ok(match (name, extension(&path).as_deref()) {
         (Some(FormatKind::Text), Some("md")) => FormatKind::Text,
         (Some(FormatKind::Text), _) => {
-            if is_dialogue(input.peek(PEEK_TEXT)?) {
+            let start = input.peek(PEEK_TEXT)?;
+            if is_dialogue(start) {
                 FormatKind::Dialogue
-            } else {
+            } else if looks_like_json(start) {
                 // Records are no text, whatever the file is called.
                 records(input.peek(PEEK_JSON)?).unwrap_or(FormatKind::Text)
+            } else {
+                FormatKind::Text
             }
         }
         // A name for lists of records, and for lines of them.
         (Some(FormatKind::Jsonl), Some("json")) => json(input.peek(PEEK_JSON)?).unwrap_or(FormatKind::Json),
         (Some(FormatKind::Jsonl), _) => {
+            // Nearly always the first line is enough.
+            if json(input.peek(PEEK_TEXT)?) == Some(FormatKind::Jsonl) {
+                return Ok(FormatKind::Jsonl);
+            }
             let start = input.peek(PEEK_JSON)?;
             match json(start) {
                 Some(FormatKind::Squad) => FormatKind::Squad,
@@ -125,7 +132,7 @@ fn is_dialogue(start: &[u8]) -> bool {
 /// The format of what is without doubt records, and no text: two lines that are an object each, or questions on
 /// paragraphs.
 fn records(start: &[u8]) -> Option<FormatKind> {
-    if !looks_like_json(start) || is_list(start) {
+    if is_list(start) {
         return None;
     }
     let is_object = |line: &[u8]| {

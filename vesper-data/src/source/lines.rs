@@ -181,7 +181,10 @@ mod tests {
     #[test]
     fn a_part_ends_before_white_space_and_within_no_separator_or_character() {
         let parts = |text: &str| {
-            all(text.as_bytes(), |lines| lines.next_text_part(26)).into_iter().map(|(_, text)| text).collect::<Vec<_>>()
+            all(text.as_bytes(), |lines| lines.next_text_part(26))
+                .into_iter()
+                .map(|(_, text)| text)
+                .collect::<Vec<_>>()
         };
         assert_eq!(parts("one two three four five six\n"), ["one two three four five", " six\n"]);
         assert_eq!(parts(&"é".repeat(20)), ["é".repeat(12), "é".repeat(8)]);
