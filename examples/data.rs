@@ -22,7 +22,11 @@ fn data(command: Command) -> Result<ExitCode> {
             let opened = access::open(&text)?;
             let (documents, tokens) = (opened.cache.document_count(), opened.cache.len());
             say!("{}: {}", opened.cache.path().display(), opened.status);
-            say!("{documents} documents, {tokens} tokens, {:.1} s", opened.seconds);
+            let skipped = match opened.cache.skipped_records() {
+                0 => String::new(),
+                skipped => format!(", broken records passed over: {skipped}"),
+            };
+            say!("{documents} documents, {tokens} tokens{skipped}, {:.1} s", opened.seconds);
             if opened.cache.unknown_tokens() > 0 {
                 note!("warning: the tokenizer does not know {} of the tokens", opened.cache.unknown_tokens());
             }
@@ -30,13 +34,13 @@ fn data(command: Command) -> Result<ExitCode> {
         Command::Inspect(inspect) => describe(&inspect)?,
         Command::Stats(flags) => {
             let stats = Stats::of(&flags)?;
+            if let Some(path) = &flags.svg {
+                stats.draw(path)?;
+            }
             if flags.json {
                 say!("{}", serde_json::to_string_pretty(&stats)?);
             } else {
                 stats.print();
-            }
-            if let Some(path) = &flags.svg {
-                stats.draw(path)?;
             }
         }
         Command::Sample(flags) => {
@@ -67,7 +71,11 @@ fn data(command: Command) -> Result<ExitCode> {
 }
 
 fn describe(inspect: &Inspect) -> Result<()> {
+    let mut caches = Vec::new();
     for path in &inspect.caches {
+        caches.extend(access::caches(path)?);
+    }
+    for path in &caches {
         let lines = access::describe(path)?;
         if inspect.json {
             let object: serde_json::Map<String, serde_json::Value> =

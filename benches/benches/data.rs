@@ -153,18 +153,22 @@ fn read(folder: &Path, effort: &Effort) -> std::result::Result<Value, Box<dyn Er
     let windows_s =
         median(5, || (0..effort.batches).try_for_each(|_| windows.next_batch(&Device::Cpu).map(drop)))?;
     let (train, _) = tokens.split_documents(0.05, 1)?;
-    let mut views = BatchSampler::new(train, config.clone())?;
+    let mut views = BatchSampler::new(train.clone(), config.clone())?;
     let views_s =
         median(5, || (0..effort.batches).try_for_each(|_| views.next_batch(&Device::Cpu).map(drop)))?;
-    let mut packed = PackedSampler::new(tokens.clone(), config.clone())?;
     let mut real = 0;
-    let packed_s = median(5, || {
-        real = 0;
-        for _ in 0..effort.batches {
-            real += packed.next_batch(&Device::Cpu)?.tokens;
-        }
-        Ok(())
-    })?;
+    let mut pack = |tokens| {
+        let mut packed = PackedSampler::new(tokens, config.clone())?;
+        median(5, || {
+            real = 0;
+            for _ in 0..effort.batches {
+                real += packed.next_batch(&Device::Cpu)?.tokens;
+            }
+            Ok(())
+        })
+    };
+    let packed_views_s = pack(train)?;
+    let packed_s = pack(tokens.clone())?;
     let filled = real as f64 * 4.0 / inputs;
     let mut ahead = Prefetch::new(BatchSampler::new(tokens, config)?, 4)?;
     let ahead_s =
@@ -189,13 +193,14 @@ fn read(folder: &Path, effort: &Effort) -> std::result::Result<Value, Box<dyn Er
     );
     println!(
         "batches of {} x {}, GB/s of input ids: windows {:.2}, of a view by document {:.2}, packed {:.2} ({:.1} % \
-         filled), prefetched {:.2}; {:.1} us for a batch that is ready",
+         filled), of a view {:.2}, prefetched {:.2}; {:.1} us for a batch that is ready",
         effort.batch,
         effort.seq,
         inputs / windows_s / GB,
         inputs / views_s / GB,
         inputs / packed_s / GB,
         filled * 100.0,
+        inputs / packed_views_s / GB,
         inputs / ahead_s / GB,
         wait * 1e6,
     );
@@ -211,6 +216,7 @@ fn read(folder: &Path, effort: &Effort) -> std::result::Result<Value, Box<dyn Er
         "windows_gb_per_s": inputs / windows_s / GB,
         "windows_of_a_view_by_document_gb_per_s": inputs / views_s / GB,
         "packed_gb_per_s": inputs / packed_s / GB,
+        "packed_of_a_view_by_document_gb_per_s": inputs / packed_views_s / GB,
         "packed_filled": filled,
         "prefetched_gb_per_s": inputs / ahead_s / GB,
         "ready_batch_us": wait * 1e6,

@@ -74,10 +74,12 @@ pub enum DataError {
         expected: String,
     },
     /// A file, or a whole data set, holds no text.
-    #[error("{} holds no text", path.display())]
+    #[error("{} holds no text{why}", path.display())]
     NoText {
         /// The file, or the first of the paths of the data set.
         path: PathBuf,
+        /// What is wrong with its records, or nothing.
+        why: String,
     },
     /// A file is not UTF-8.
     #[error("{}, line {line}: invalid UTF-8 at byte {offset} of the file{hint}", path.display())]

@@ -15,9 +15,9 @@ pub use batch::{
     Batch, BatchSampler, EvalBatches, PackedBatch, PackedSampler, PackedState, Prefetch, SamplerConfig,
     SamplerState,
 };
-pub use cache::{BuildProgress, CacheBuilder, CacheKey, CacheStatus, TokenCache};
+pub use cache::{BuildProgress, CacheBuilder, CacheKey, CacheStatus, TextCounts, TokenCache};
 pub use error::{DataError, Place, Result};
-pub use source::{Document, Documents, Mixture, ReadSettings, Sources};
+pub use source::{Document, Documents, Mixture, ReadReport, ReadSettings, Sources};
 pub use tokenizer::{Encoded, TextTokenizer, TrainConfig};
 pub use tokens::Tokens;
 

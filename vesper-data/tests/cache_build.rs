@@ -9,9 +9,10 @@ use std::time::{Duration, SystemTime};
 
 use proptest::prelude::*;
 use vesper_data::cache::{BuildPhase, RebuildReason};
+use vesper_data::source::BrokenRecords;
 use vesper_data::{
-    BuildProgress, CacheBuilder, CacheKey, CacheStatus, DataError, Encoded, Result, Sources, TextTokenizer,
-    TokenCache,
+    BuildProgress, CacheBuilder, CacheKey, CacheStatus, DataError, Encoded, ReadReport, ReadSettings, Result,
+    Sources, TextTokenizer, TokenCache,
 };
 
 struct Project {
@@ -500,4 +501,44 @@ fn threads_that_build_the_same_cache_at_once_all_get_it() {
     assert!(opened.iter().all(|(tokens, _)| *tokens == opened[0].0));
     assert_eq!(opened.iter().filter(|(_, status)| *status == CacheStatus::Built).count(), 1);
     assert_eq!(opened.iter().filter(|(_, status)| *status == CacheStatus::Reused).count(), 5);
+}
+
+#[test]
+fn what_was_counted_while_the_text_was_read_is_in_the_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let squad = r#"{"data": [{"paragraphs": [{"context": "L'été finit.", "qas": [
+        {"id": "1", "question": "Quoi ?", "answers": [{"text": "L'été", "answer_start": 3}]},
+        {"id": "2", "question": "Qui ?", "answers": [], "is_impossible": true}]}]}]}"#;
+    std::fs::write(path("a.json"), squad).unwrap();
+    std::fs::write(path("b.jsonl"), "{\"text\": \"été\"}\nnonsense\n{\"text\": \"fin\"}\n").unwrap();
+    let settings = ReadSettings::default().with_broken(BrokenRecords::AtMost(5));
+    let sources = Sources::new([path("a.json"), path("b.jsonl")]).with_settings(settings);
+    let texts: Vec<String> = sources.documents().unwrap().map(|document| document.unwrap().text).collect();
+    let tokenizer = TextTokenizer::train_bpe(texts.iter().map(Ok), 300).unwrap();
+    let report = ReadReport::default();
+    let open = |stop: bool| {
+        let mut left = if stop { 2 } else { u64::MAX };
+        let builder =
+            CacheBuilder::new().with_shard_tokens(1).with_report(report.clone()).on_progress(|_| {
+                left -= 1;
+                if left == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            });
+        builder.open_or_build(path("cache"), &sources, &tokenizer)
+    };
+    // A build that goes on counts everything once, whatever the report had counted before.
+    assert!(matches!(open(true), Err(DataError::Interrupted { .. })));
+    let (built, _) = open(false).unwrap();
+    let read = report.documents();
+    let (reused, status) = open(false).unwrap();
+    assert_eq!((status, report.documents()), (CacheStatus::Reused, read));
+    for cache in [built, reused] {
+        let counts = cache.text_counts();
+        assert_eq!(cache.document_count(), texts.len());
+        assert_eq!(counts.bytes, texts.iter().map(|text| text.len() as u64).sum::<u64>());
+        assert_eq!(counts.characters, texts.iter().map(|text| text.chars().count() as u64).sum::<u64>());
+        assert_eq!((counts.questions, counts.impossible, counts.wrong_offsets), (2, 1, 1));
+        assert_eq!((counts.skipped, cache.skipped_records(), cache.text_bytes()), (1, 1, counts.bytes));
+    }
+    assert!(report.messages()[0].ends_with("b.jsonl, line 2: invalid JSON at column 2: expected ident"));
 }

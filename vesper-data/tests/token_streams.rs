@@ -34,7 +34,7 @@ fn paths(source: &Path, files: usize) -> Vec<PathBuf> {
 fn texts(kind: &str, path: &Path) -> Vec<String> {
     let read = || std::fs::read_to_string(path).unwrap();
     match kind {
-        "text" | "jsonl" => {
+        "text" | "jsonl" | "documents" => {
             Documents::open(&[path.to_path_buf()]).unwrap().map(|d| d.unwrap().text).collect()
         }
         "conversations" => {

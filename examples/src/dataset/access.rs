@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::Value;
 use vesper_data::tokenizer::TrainProgress;
-use vesper_data::{Document, Documents, Sources, TextTokenizer, TokenCache, TrainConfig};
+use vesper_data::{CacheBuilder, Documents, ReadReport, Sources, TextTokenizer, TokenCache, TrainConfig};
 
 use crate::dataset::flags::Text;
 
@@ -62,34 +62,54 @@ pub fn documents(sources: &Sources) -> Result<Documents> {
     Ok(sources.documents()?)
 }
 
-/// Reads everything once and counts.
-///
-/// # Errors
-/// Names file and line of what cannot be read.
-pub fn counts(sources: &Sources) -> Result<Counts> {
-    let mut counts = Counts::default();
-    let mut documents = documents(sources)?;
-    for document in &mut documents {
-        let Document { text, .. } = document?;
-        counts.documents += 1;
-        counts.bytes += text.len() as u64;
-        counts.characters += text.chars().count() as u64;
+/// What the cache knows of its text.
+pub fn counts(cache: &TokenCache) -> Counts {
+    let text = cache.text_counts();
+    let of_questions = |number| (text.questions > 0).then_some(number);
+    Counts {
+        documents: cache.document_count() as u64,
+        records_skipped: text.skipped,
+        questions: of_questions(text.questions),
+        impossible_questions: of_questions(text.impossible),
+        wrong_answer_offsets: of_questions(text.wrong_offsets),
+        bytes: text.bytes,
+        characters: text.characters,
     }
-    let report = documents.report();
-    counts.records_skipped = report.skipped();
-    if report.questions() > 0 {
-        counts.questions = Some(report.questions());
-        counts.impossible_questions = Some(report.impossible());
-        counts.wrong_answer_offsets = Some(report.wrong_offsets());
+}
+
+/// Says what was passed over, and what was remarked. That stands in no cache: where it was reused, and there was
+/// something, the text is read again, as far as is needed.
+fn remark(sources: &Sources, cache: &TokenCache, mut report: ReadReport) -> Result<()> {
+    let counts = cache.text_counts();
+    if (report.documents(), report.skipped()) == (0, 0) && counts.skipped + counts.wrong_offsets > 0 {
+        let mut documents = sources.documents()?;
+        report = documents.report();
+        let (skipped, wrong) = (counts.skipped.min(REMARKS), counts.wrong_offsets.min(REMARKS));
+        while (report.messages().len() as u64) < skipped || (report.notes().len() as u64) < wrong {
+            if documents.next().transpose()?.is_none() {
+                break;
+            }
+        }
     }
+    say_remarks(&report);
+    if counts.skipped > REMARKS {
+        crate::note!("skipped: {} records in all", counts.skipped);
+    }
+    Ok(())
+}
+
+/// Says what a report has: broken records that were passed over, and remarks on others.
+pub fn say_remarks(report: &ReadReport) {
     for message in report.messages() {
         crate::note!("skipped: {message}");
     }
     for note in report.notes() {
         crate::note!("note: {note}");
     }
-    Ok(counts)
 }
+
+/// How many messages of each kind a report keeps.
+const REMARKS: u64 = 20;
 
 /// The tokens of text, from its cache where there is one.
 ///
@@ -104,9 +124,12 @@ pub fn open(text: &Text) -> Result<Opened> {
     let bar = bar(bytes, "tokenising");
     let counter = bar.clone();
     let observed = tokenizer.clone().with_observer(move |more| counter.inc(more.bytes));
-    let opened = TokenCache::open_or_build(&text.cache, &sources, &observed);
+    let report = ReadReport::default();
+    let builder = CacheBuilder::new().with_report(report.clone());
+    let opened = builder.open_or_build(&text.cache, &sources, &observed);
     bar.finish_and_clear();
     let (cache, status) = opened?;
+    remark(&sources, &cache, report)?;
     let seconds = started.elapsed().as_secs_f64();
     Ok(Opened { sources, tokenizer, cache, status: status.to_string(), seconds })
 }
@@ -156,6 +179,33 @@ fn bar(bytes: u64, message: &'static str) -> ProgressBar {
     bar
 }
 
+/// The caches at `path`: itself, or those in it, where it is what `--cache` names.
+///
+/// # Errors
+/// A path without a cache.
+pub fn caches(path: &Path) -> Result<Vec<PathBuf>> {
+    const MANIFEST: &str = "manifest.bin";
+    if !path.exists() {
+        bail!("{} does not exist", path.display());
+    }
+    if path.is_file() || path.join(MANIFEST).exists() {
+        return Ok(vec![path.to_path_buf()]);
+    }
+    let read = || format!("cannot read {}", path.display());
+    let mut inside = Vec::new();
+    for entry in std::fs::read_dir(path).with_context(read)? {
+        let child = entry.with_context(read)?.path();
+        if child.join(MANIFEST).exists() {
+            inside.push(child);
+        }
+    }
+    inside.sort();
+    if inside.is_empty() {
+        bail!("{} holds no token cache, or none that is complete: expected a {MANIFEST}", path.display());
+    }
+    Ok(inside)
+}
+
 /// What a cache says about itself, by name, once all of its checksums are verified.
 ///
 /// # Errors
@@ -163,7 +213,7 @@ fn bar(bytes: u64, message: &'static str) -> ProgressBar {
 pub fn describe(path: &Path) -> Result<Vec<(&'static str, Value)>> {
     let cache = TokenCache::open(path)?;
     cache.verify()?;
-    let key = cache.key();
+    let (key, text) = (cache.key(), cache.text_counts());
     let hex = |digest: [u8; 32]| digest.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
     Ok(vec![
         ("cache", cache.path().display().to_string().into()),
@@ -172,7 +222,9 @@ pub fn describe(path: &Path) -> Result<Vec<(&'static str, Value)>> {
         ("tokens", cache.len().into()),
         ("unknown_tokens", cache.unknown_tokens().into()),
         ("records_skipped", cache.skipped_records().into()),
-        ("bytes", cache.text_bytes().into()),
+        ("bytes", text.bytes.into()),
+        ("characters", text.characters.into()),
+        ("questions", text.questions.into()),
         ("vocab_size", key.vocab_size.into()),
         ("token_bytes", if key.vocab_size <= 1 << 16 { 2 } else { 4 }.into()),
         ("sources_sha256", hex(key.content).into()),

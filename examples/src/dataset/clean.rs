@@ -27,7 +27,9 @@ pub fn write(flags: &Flags) -> Result<Cleaned> {
     let cleanup = flags.cleanup();
     let mut cleaned = Cleaned::default();
     let mut failed = None;
-    let mut documents = access::documents(&Sources::new(&flags.paths))?;
+    let sources = Sources::new(&flags.paths).with_settings(flags.read.settings()?);
+    let mut documents = access::documents(&sources)?;
+    let report = documents.report();
     let written = files::replace(&flags.out, |file| {
         let mut out = BufWriter::new(file);
         for document in &mut documents {
@@ -60,7 +62,10 @@ pub fn write(flags: &Flags) -> Result<Cleaned> {
             "{}: questions with answers cannot be written as plain text: clean them in your own program, with Cleanup::clean_document",
             path.display()
         ),
-        None => written.map(|()| cleaned).context("--out"),
+        None => {
+            access::say_remarks(&report);
+            written.map(|()| cleaned).context("--out")
+        }
     }
 }
 

@@ -9,13 +9,13 @@ use vesper_data::french::{
     Apostrophes, Cleanup, Composition, Dashes, Ellipses, Invisible, Ligatures, Quotes, Spaces,
 };
 use vesper_data::sizing::{Law, LossFit};
-use vesper_data::source::{BrokenRecords, FormatKind, LossOn, SquadDocuments};
+use vesper_data::source::{BrokenRecords, FormatKind, Labels, LossOn, SquadDocuments, TextDocuments};
 use vesper_data::tokenizer::{Algorithm, TokenLayout};
 use vesper_data::{ReadSettings, TrainConfig};
 
 /// Look at text as a model will see it: tokens, statistics, samples, and what to train on it.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "data", version, about, long_about = None)]
+#[command(name = "data", version, long_about = None)]
 pub struct Flags {
     /// What to do
     #[command(subcommand)]
@@ -89,8 +89,15 @@ pub struct Read {
     /// What counts in the loss where there are answers: answers or everything [default: answers]
     #[arg(long, value_name = "PART", value_parser = named::<LossOn>)]
     pub loss: Option<LossOn>,
+    /// What a document of a plain text file is: separated (by <|endoftext|>; else the whole file) or lines
+    /// [default: separated]
+    #[arg(long, value_name = "KIND", value_parser = named::<TextDocuments>)]
+    pub text_documents: Option<TextDocuments>,
+    /// The words before turns, questions and answers: english or french [default: english]
+    #[arg(long, value_name = "LANGUAGE")]
+    pub labels: Option<Language>,
     /// How many broken records are passed over and reported before one is an error: a number or any
-    #[arg(long, value_name = "N", default_value = "1000", value_parser = broken)]
+    #[arg(long, value_name = "N", default_value = "1000", value_parser = broken, allow_hyphen_values = true)]
     pub broken: BrokenRecords,
 }
 
@@ -110,9 +117,23 @@ impl Read {
         }
         settings.squad = self.squad.unwrap_or_default();
         settings.loss = self.loss.unwrap_or_default();
+        settings.text_documents = self.text_documents.unwrap_or_default();
+        settings.labels = match self.labels {
+            Some(Language::French) => Labels::french(),
+            Some(Language::English) | None => Labels::default(),
+        };
         settings.validate()?;
         Ok(settings)
     }
+}
+
+/// A language of labels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Language {
+    /// User, Assistant, ...
+    English,
+    /// Utilisateur, Réponse, ...
+    French,
 }
 
 /// A number of broken records, or any.
@@ -194,8 +215,8 @@ impl Text {
 /// Flags of `inspect`.
 #[derive(Debug, Clone, Args)]
 pub struct Inspect {
-    /// Cache files
-    #[arg(value_name = "FILE", required = true)]
+    /// Folders of caches, or folders that hold caches
+    #[arg(value_name = "DIR", required = true)]
     pub caches: Vec<PathBuf>,
     /// One JSON object for each cache
     #[arg(long)]
@@ -290,6 +311,9 @@ pub struct Clean {
     /// Files and folders
     #[arg(value_name = "PATH", required = true)]
     pub paths: Vec<PathBuf>,
+    /// How the files are read
+    #[command(flatten)]
+    pub read: Read,
     /// The JSONL file to write
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,

@@ -86,7 +86,7 @@ impl Stats {
     /// Names what cannot be read or written.
     pub fn of(flags: &Flags) -> Result<Self> {
         let opened = access::open(&flags.text)?;
-        let counts = access::counts(&opened.sources)?;
+        let counts = access::counts(&opened.cache);
         let tokens = opened.cache.tokens();
         let vocab_size = opened.tokenizer.vocab_size();
         let by_id = counts_by_id(&tokens, vocab_size)?;

@@ -60,6 +60,58 @@ fn a_cache_is_built_once_and_says_what_it_is() {
 }
 
 #[test]
+fn broken_records_are_named_when_a_cache_is_built_and_when_it_is_reused() {
+    let folder = folder();
+    let dir = folder.path();
+    std::fs::write(dir.join("a.jsonl"), "{\"text\": \"one\"}\nnonsense\n{\"text\": \"two\"}\n").unwrap();
+    let args = ["build", "a.jsonl", "text.txt", "--vocab-size", "300", "--cache", "c"];
+    let stats = [&["stats"], &args[1..], &["--json"]].concat();
+    for (args, status) in
+        [(&args[..], ": built"), (&args[..], ": reused"), (&stats[..], "\"records_skipped\": 1")]
+    {
+        let output = output(command("data", dir, args));
+        assert!(output.code == Some(0) && output.stdout.contains(status), "{output:?}");
+        assert_eq!(output.stderr, "skipped: a.jsonl, line 2: invalid JSON at column 2: expected ident\n");
+        let passed_over = output.stdout.contains("broken records passed over: 1");
+        assert_eq!(passed_over, args[0] == "build", "{output:?}");
+    }
+    // The folder of caches stands for what is in it.
+    let object = json(&succeeds("data", dir, &["inspect", "c", "--json"]));
+    assert_eq!((&object["documents"], &object["records_skipped"]), (&3.into(), &1.into()));
+    fails("data", dir, &["inspect", "."], &["holds no token cache"]);
+    fails("data", dir, &["inspect", "none"], &["none does not exist"]);
+    fails("data", dir, &["build", "a.jsonl", "--broken", "-1"], &["'-1'", "a number, or any"]);
+    fails(
+        "data",
+        dir,
+        &["stats", "a.jsonl", "--vocab-size", "300", "--text-field", "body"],
+        &[
+            "holds no text: its 3 records are broken, the first: a.jsonl, line 1: the field \"body\" is missing",
+        ],
+    );
+    // Nothing is printed where the drawing fails.
+    let output =
+        output(command("data", dir, &["stats", "text.txt", "--vocab-size", "300", "--svg", "no/a.svg"]));
+    assert_eq!((output.code, output.stdout.as_str()), (Some(2), ""), "{output:?}");
+}
+
+#[test]
+fn text_is_read_by_lines_and_questions_get_french_words() {
+    let folder = folder();
+    let dir = folder.path();
+    std::fs::write(dir.join("lines.txt"), "un deux trois\n\nquatre cinq six\n").unwrap();
+    let line = ["stats", "lines.txt", "--vocab-size", "270", "--text-documents", "lines", "--json"];
+    assert_eq!(json(&succeeds("data", dir, &line))["documents"], 2);
+    let squad = r#"{"data": [{"paragraphs": [{"context": "Il dort.", "qas": [
+        {"id": "1", "question": "Que fait-il ?", "answers": [{"text": "dort", "answer_start": 3}]}]}]}]}"#;
+    std::fs::write(dir.join("q.json"), squad).unwrap();
+    let draw =
+        ["sample", "q.json", "--vocab-size", "290", "--labels", "french", "--count", "9", "--length", "99"];
+    assert!(succeeds("data", dir, &draw).contains("Réponse : dort"));
+    assert!(succeeds("data", dir, &["--help"]).starts_with("Look at text as a model will see it"));
+}
+
+#[test]
 fn samples_depend_on_the_seed_alone() {
     let folder = folder();
     let draw = |seed| {
@@ -123,6 +175,17 @@ fn french_text_is_cleaned_by_rules() {
     );
     let lines = std::fs::read_to_string(dir.join("b.jsonl")).unwrap();
     assert!(lines.contains("L’été\u{202f}!") && lines.contains("l’an"), "{lines}");
+
+    std::fs::write(dir.join("c.jsonl"), "{\"corps\": \"L’an\"}\n{}\n").unwrap();
+    let output =
+        output(command("data", dir, &["clean", "c.jsonl", "--out", "d.jsonl", "--text-field", "corps"]));
+    assert_eq!(output.stdout, "d.jsonl: 1 documents, 1 of them changed\n");
+    assert!(
+        output.stderr.starts_with("skipped: c.jsonl, line 2: the field \"corps\" is missing"),
+        "{output:?}"
+    );
+    assert_eq!(std::fs::read_to_string(dir.join("d.jsonl")).unwrap(), "{\"text\":\"L'an\"}\n");
+    std::fs::remove_file(dir.join("c.jsonl")).unwrap();
 
     std::fs::write(dir.join("bad.txt"), b"a\xff").unwrap();
     fails("data", dir, &["clean", "bad.txt", "--out", "c.jsonl"], &["bad.txt, line 1", "UTF-8"]);

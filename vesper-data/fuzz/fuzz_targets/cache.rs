@@ -61,7 +61,7 @@ fn seal(manifest: &mut [u8], shard: &mut [u8]) {
 /// The name that the manifest asks for.
 fn shard_name(manifest: &[u8]) -> String {
     let part = |from: usize, to: usize| manifest.get(from..to).unwrap_or_default();
-    let mut build = Sha256::new_with_prefix(b"vesper token cache 2");
+    let mut build = Sha256::new_with_prefix(b"vesper token cache 3");
     for bytes in [part(88, 120), part(120, 152), part(48, 56), part(80, 88)] {
         build.update(bytes);
     }

@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Shape, Tensor};
 
-use super::pack::Piece;
+use super::pack::Rows;
 use super::{Batch, PackedBatch};
 use crate::error::Result;
 use crate::tokens::{IGNORE, Tokens};
@@ -51,10 +51,9 @@ impl HostBatch {
 pub struct HostPackedBatch {
     rows: usize,
     seq: usize,
-    inputs: Vec<u32>,
-    targets: Vec<u32>,
-    positions: Vec<u32>,
-    segments: Vec<u32>,
+    /// Inputs, targets, positions and segments of all rows, one behind the other: one piece of memory, which an
+    /// allocator keeps at hand from one batch to the next, and one transfer to a device.
+    numbers: Vec<u32>,
     boundaries: Vec<u32>,
     longest: usize,
     tokens: usize,
@@ -63,59 +62,92 @@ pub struct HostPackedBatch {
 
 impl HostPackedBatch {
     /// Puts rows of pieces side by side.
-    pub(super) fn gather(tokens: &Tokens, seq: usize, rows: &[Vec<Piece>]) -> Result<Self> {
+    pub(super) fn gather(tokens: &Tokens, seq: usize, rows: &Rows) -> Result<Self> {
         let size = rows.len() * seq;
+        let mut numbers = Vec::with_capacity(4 * size);
+        // What follows the inputs of each piece.
+        let mut last = Vec::with_capacity(rows.pieces().len());
         let mut window = vec![0; seq + 1];
+        for row in 0..rows.len() {
+            for piece in rows.row(row) {
+                let window = window.get_mut(..=piece.len).unwrap_or_default();
+                tokens.read_stored(piece.start, window)?;
+                let (next, inputs) = window.split_last().unwrap_or((&0, &[]));
+                numbers.extend_from_slice(inputs);
+                last.push(*next);
+            }
+            numbers.resize((row + 1) * seq, 0);
+        }
         let mut batch = Self {
             rows: rows.len(),
             seq,
-            inputs: Vec::with_capacity(size),
-            targets: Vec::with_capacity(size),
-            positions: Vec::with_capacity(size),
-            segments: Vec::with_capacity(size),
-            boundaries: vec![0],
+            numbers,
+            boundaries: Vec::with_capacity(rows.pieces().len() + rows.len() + 1),
             longest: 0,
             tokens: 0,
             counted: 0,
         };
-        for (row, pieces) in rows.iter().enumerate() {
-            for (segment, piece) in (1..).zip(pieces) {
-                let window = window.get_mut(..=piece.len).unwrap_or_default();
-                tokens.read_into(piece.start, window)?;
-                batch.inputs.extend_from_slice(window.get(..piece.len).unwrap_or_default());
-                let targets = window.get_mut(1..).unwrap_or_default();
-                batch.counted += piece.len - ignore(tokens, piece.start + 1, targets)?;
-                batch.targets.extend_from_slice(targets);
-                batch.tokens += piece.len;
-                batch.end_segment(piece.len, segment);
-            }
-            let end = (row + 1) * seq;
-            let padding = end - batch.inputs.len();
-            if padding > 0 {
-                batch.inputs.resize(end, 0);
-                batch.targets.resize(end, IGNORE);
-                batch.end_segment(padding, 0);
-            }
-        }
+        batch.targets(tokens, rows, &last)?;
+        batch.places(rows);
         Ok(batch)
     }
 
-    fn end_segment(&mut self, len: usize, segment: u32) {
-        self.positions.extend(0..len as u32);
-        self.segments.resize(self.inputs.len(), segment);
-        self.boundaries.push(self.inputs.len() as u32);
-        self.longest = self.longest.max(len);
+    /// Appends the targets, which are the inputs one further.
+    fn targets(&mut self, tokens: &Tokens, rows: &Rows, last: &[u32]) -> Result<()> {
+        let size = self.numbers.len();
+        let ignores = tokens.has_ignored();
+        let mut last = last.iter();
+        for row in 0..rows.len() {
+            let mut at = row * self.seq;
+            for piece in rows.row(row) {
+                self.numbers.extend_from_within(at + 1..at + piece.len);
+                self.numbers.extend(last.next());
+                self.tokens += piece.len;
+                self.counted += piece.len;
+                if ignores {
+                    let targets = self.numbers.get_mut(size + at..).unwrap_or_default();
+                    self.counted -= ignore_stored(tokens, piece.start + 1, targets)?;
+                }
+                at += piece.len;
+            }
+            self.numbers.resize(size + (row + 1) * self.seq, IGNORE);
+        }
+        Ok(())
+    }
+
+    /// Appends the positions and the segments, and the boundaries between these.
+    fn places(&mut self, rows: &Rows) {
+        let size = self.rows * self.seq;
+        self.boundaries.push(0);
+        for row in 0..rows.len() {
+            let mut end = row * self.seq;
+            let padding = self.seq - rows.row(row).iter().map(|piece| piece.len).sum::<usize>();
+            for len in rows.row(row).iter().map(|piece| piece.len).chain((padding > 0).then_some(padding)) {
+                self.numbers.extend(0..len as u32);
+                self.longest = self.longest.max(len);
+                end += len;
+                self.boundaries.push(end as u32);
+            }
+        }
+        for row in 0..rows.len() {
+            let mut end = 3 * size + row * self.seq;
+            for (segment, piece) in (1..).zip(rows.row(row)) {
+                end += piece.len;
+                self.numbers.resize(end, segment);
+            }
+            self.numbers.resize(3 * size + (row + 1) * self.seq, 0);
+        }
     }
 
     /// Places the batch. Where that fails, it can be tried again.
     pub(super) fn place(&mut self, device: &Device) -> Result<PackedBatch> {
-        let shape = (self.rows, self.seq);
         let boundaries = self.boundaries.len();
+        let numbers = tensor(&mut self.numbers, (4, self.rows, self.seq), device)?;
         Ok(PackedBatch {
-            inputs: tensor(&mut self.inputs, shape, device)?,
-            targets: tensor(&mut self.targets, shape, device)?,
-            positions: tensor(&mut self.positions, shape, device)?,
-            segments: tensor(&mut self.segments, shape, device)?,
+            inputs: numbers.get(0)?,
+            targets: numbers.get(1)?,
+            positions: numbers.get(2)?,
+            segments: numbers.get(3)?,
             boundaries: tensor(&mut self.boundaries, boundaries, device)?,
             longest: self.longest,
             tokens: self.tokens,
@@ -128,6 +160,16 @@ impl HostPackedBatch {
 fn ignore(tokens: &Tokens, start: usize, targets: &mut [u32]) -> Result<usize> {
     let mut count = 0;
     tokens.for_each_ignored(start..start + targets.len(), |range| {
+        count += range.len();
+        targets.get_mut(range.start - start..range.end - start).unwrap_or_default().fill(IGNORE);
+    })?;
+    Ok(count)
+}
+
+/// The same for positions in what the tokens are a view of.
+fn ignore_stored(tokens: &Tokens, start: usize, targets: &mut [u32]) -> Result<usize> {
+    let mut count = 0;
+    tokens.for_each_ignored_stored(start..start + targets.len(), &mut |range| {
         count += range.len();
         targets.get_mut(range.start - start..range.end - start).unwrap_or_default().fill(IGNORE);
     })?;

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::host::HostPackedBatch;
 use super::order::ORDER;
-use super::pack::{BLOCK_DOCUMENTS, Block, PACKING, Piece};
+use super::pack::{BLOCK_DOCUMENTS, Block, PACKING, Piece, Rows};
 use super::prefetch::BatchSource;
 use super::sampler::SamplerConfig;
 use super::{check_names, check_numbers};
@@ -301,9 +301,9 @@ impl BatchSource for PackedSampler {
     fn prepare(&mut self) -> Result<HostPackedBatch> {
         let (before, after) = self.config.others();
         let mut place = self.place.clone();
-        let mut rows = Vec::with_capacity(self.config.batch);
+        let mut rows = Rows::default();
         self.advance(&mut place, before, |_| ())?;
-        self.advance(&mut place, self.config.batch, |row| rows.push(row.to_vec()))?;
+        self.advance(&mut place, self.config.batch, |row| rows.push(row))?;
         self.advance(&mut place, after, |_| ())?;
         let host = HostPackedBatch::gather(&self.tokens, self.config.seq, &rows)?;
         self.place = place;

@@ -14,9 +14,9 @@ use super::lock::Lock;
 use super::manifest::Manifest;
 use super::stamp::{Files, SourceStamp, content};
 use super::write::{Done, Plan, Writer};
-use super::{CacheKey, TokenCache};
+use super::{CacheKey, TextCounts, TokenCache};
 use crate::error::{DataError, Result};
-use crate::source::{Document, Sources};
+use crate::source::{Document, ReadReport, Sources};
 use crate::tokenizer::{Encoded, TextTokenizer};
 
 /// What [`TokenCache::open_or_build`] did.
@@ -119,6 +119,7 @@ type Callback<'a> = Box<dyn FnMut(&BuildProgress) -> ControlFlow<()> + 'a>;
 pub struct CacheBuilder<'a> {
     shard_tokens: u64,
     callback: Option<Callback<'a>>,
+    report: ReadReport,
 }
 
 impl fmt::Debug for CacheBuilder<'_> {
@@ -129,7 +130,7 @@ impl fmt::Debug for CacheBuilder<'_> {
 
 impl Default for CacheBuilder<'_> {
     fn default() -> Self {
-        Self { shard_tokens: 64 << 20, callback: None }
+        Self { shard_tokens: 64 << 20, callback: None, report: ReadReport::default() }
     }
 }
 
@@ -151,6 +152,14 @@ impl<'a> CacheBuilder<'a> {
     /// [`DataError::Interrupted`]; the shards that are finished stay for the next one.
     pub fn on_progress(mut self, f: impl FnMut(&BuildProgress) -> ControlFlow<()> + 'a) -> Self {
         self.callback = Some(Box::new(f));
+        self
+    }
+
+    /// Has what is read while a cache is built counted in `report`, of which the caller keeps a clone: which records
+    /// are broken, with file and line. A cache that is reused leaves it as it is; [`TokenCache::text_counts`] has the
+    /// counts of either.
+    pub fn with_report(mut self, report: ReadReport) -> Self {
+        self.report = report;
         self
     }
 
@@ -247,8 +256,9 @@ impl<'a> CacheBuilder<'a> {
             (None, 0) => CacheStatus::Built,
             (None, _) => CacheStatus::Continued,
         };
-        let mut documents = sources.documents()?;
-        let report = documents.report();
+        let report = self.report;
+        let before = TextCounts::of(&report);
+        let mut documents = sources.read(report.clone())?;
         let mut counted = documents.by_ref().inspect(|document: &Result<Document>| {
             if let Ok(document) = document {
                 bytes.fetch_add(document.text.len() as u64, Ordering::Relaxed);
@@ -269,8 +279,7 @@ impl<'a> CacheBuilder<'a> {
         let manifest = Manifest {
             settings: recipe.settings,
             files: digested.to_vec(),
-            text_bytes: bytes.load(Ordering::Relaxed),
-            skipped: report.skipped(),
+            text: TextCounts::of(&report).since(before),
             ..plan.manifest(done)
         };
         manifest.write(&folder)?;
@@ -324,6 +333,31 @@ impl TokenCache {
         tokenizer: &TextTokenizer,
     ) -> Result<(Self, CacheStatus)> {
         CacheBuilder::new().open_or_build(dir, sources, tokenizer)
+    }
+}
+
+impl TextCounts {
+    fn of(report: &ReadReport) -> Self {
+        Self {
+            bytes: report.bytes(),
+            characters: report.characters(),
+            skipped: report.skipped(),
+            questions: report.questions(),
+            impossible: report.impossible(),
+            wrong_offsets: report.wrong_offsets(),
+        }
+    }
+
+    /// What was counted after `before`.
+    fn since(self, before: Self) -> Self {
+        Self {
+            bytes: self.bytes.saturating_sub(before.bytes),
+            characters: self.characters.saturating_sub(before.characters),
+            skipped: self.skipped.saturating_sub(before.skipped),
+            questions: self.questions.saturating_sub(before.questions),
+            impossible: self.impossible.saturating_sub(before.impossible),
+            wrong_offsets: self.wrong_offsets.saturating_sub(before.wrong_offsets),
+        }
     }
 }
 

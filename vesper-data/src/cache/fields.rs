@@ -3,7 +3,7 @@
 use sha2::{Digest, Sha256};
 
 /// The version that this program writes, and the only one that it reads.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 /// Reads as another number where bytes were swapped.
 pub(super) const BYTE_ORDER: u32 = 0x0A0B_0C0D;
 /// The size of the headers of both kinds of file; the last 32 bytes are the SHA-256 of those before.

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
-use super::CacheKey;
 use super::fields::{Fields, HEADER_BYTES, Problem, VERSION, Width, check_digest, seal, unseal};
 use super::stamp::{SourceStamp, Stamp};
+use super::{CacheKey, TextCounts};
 use crate::error::{DataError, Result};
 
 /// The name of a cache's manifest in its folder.
@@ -43,8 +43,7 @@ pub(super) struct Manifest {
     pub(super) tokens: u64,
     pub(super) documents: u64,
     pub(super) unknown: u64,
-    pub(super) skipped: u64,
-    pub(super) text_bytes: u64,
+    pub(super) text: TextCounts,
     pub(super) shard_tokens: u64,
     /// How the sources were read; zeros where the cache was not made from files.
     pub(super) settings: [u8; 32],
@@ -62,14 +61,18 @@ impl Manifest {
             self.documents,
             self.key.vocab_size,
             self.unknown,
-            self.skipped,
-            self.text_bytes,
+            self.text.skipped,
+            self.text.bytes,
             self.shard_tokens,
         ] {
             body.extend_from_slice(&number.to_le_bytes());
         }
         for digest in [&self.key.content, &self.key.tokenizer, &self.settings] {
             body.extend_from_slice(digest);
+        }
+        let TextCounts { characters, questions, impossible, wrong_offsets, .. } = self.text;
+        for number in [characters, questions, impossible, wrong_offsets] {
+            body.extend_from_slice(&number.to_le_bytes());
         }
         let mut bytes = seal(MAGIC, self.width, &body).to_vec();
         for shard in &self.shards {
@@ -100,11 +103,19 @@ impl Manifest {
         let vocab_size = fields.u64()?;
         let unknown = fields.u64()?;
         let skipped = fields.u64()?;
-        let text_bytes = fields.u64()?;
+        let bytes_of_text = fields.u64()?;
         let shard_tokens = fields.u64()?;
         let content = fields.take()?;
         let tokenizer = fields.take()?;
         let settings = fields.take()?;
+        let text = TextCounts {
+            bytes: bytes_of_text,
+            characters: fields.u64()?,
+            skipped,
+            questions: fields.u64()?,
+            impossible: fields.u64()?,
+            wrong_offsets: fields.u64()?,
+        };
         let key = CacheKey { content, tokenizer, vocab_size };
 
         // Counts that the file cannot hold are refused before memory is taken for them.
@@ -161,19 +172,7 @@ impl Manifest {
                 )));
             }
         }
-        Ok(Self {
-            width,
-            key,
-            tokens,
-            documents,
-            unknown,
-            skipped,
-            text_bytes,
-            shard_tokens,
-            settings,
-            shards,
-            files,
-        })
+        Ok(Self { width, key, tokens, documents, unknown, text, shard_tokens, settings, shards, files })
     }
 
     /// Reads the manifest of the cache in `folder`; a file in its place is taken for one.
@@ -190,6 +189,10 @@ impl Manifest {
         Self::parse(&bytes).map_err(|problem| match problem {
             Problem::Version(found) => {
                 DataError::CacheVersion { path: path.to_path_buf(), found, supported: VERSION }
+            }
+            // Some file that was named: not one to be deleted.
+            Problem::Damage(problem) if path == folder => {
+                DataError::Unreadable { path: path.to_path_buf(), format: "a token cache", problem }
             }
             Problem::Damage(problem) => DataError::CacheDamaged { path: path.to_path_buf(), problem },
         })
@@ -219,8 +222,14 @@ mod tests {
             tokens: shards.iter().map(|shard| shard.tokens).sum(),
             documents: shards.iter().map(|shard| shard.documents).sum(),
             unknown: shards.iter().map(|shard| shard.unknown).sum(),
-            skipped: 5,
-            text_bytes: 99,
+            text: TextCounts {
+                bytes: 99,
+                characters: 98,
+                skipped: 5,
+                questions: 4,
+                impossible: 3,
+                wrong_offsets: 2,
+            },
             shard_tokens: 1 << 26,
             settings: [3; 32],
             shards,

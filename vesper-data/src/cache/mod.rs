@@ -43,6 +43,24 @@ pub struct CacheKey {
     pub vocab_size: u64,
 }
 
+/// What was counted while the text of a cache was read; all 0 where it was not made from text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TextCounts {
+    /// Bytes of the documents' text, without what file formats put around it.
+    pub bytes: u64,
+    /// Characters of these.
+    pub characters: u64,
+    /// Records that were broken and passed over.
+    pub skipped: u64,
+    /// Questions, of files and records with questions and answers on a text.
+    pub questions: u64,
+    /// Those of the questions that the text does not answer.
+    pub impossible: u64,
+    /// Answers that are not where the file says, but elsewhere in the text.
+    pub wrong_offsets: u64,
+}
+
 /// An open cache: cheap to clone, since the maps are shared.
 ///
 /// # Safety of the memory map
@@ -202,12 +220,32 @@ impl TokenCache {
 
     /// How many records of the sources were broken and passed over.
     pub fn skipped_records(&self) -> u64 {
-        self.inner.manifest.skipped
+        self.inner.manifest.text.skipped
+    }
+
+    /// What was counted while the text was read, so that it need not be read again for that.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use vesper_data::{Sources, TextTokenizer, TokenCache};
+    ///
+    /// # let folder = tempfile::tempdir()?;
+    /// let source = folder.path().join("a.txt");
+    /// std::fs::write(&source, "L'été.")?;
+    /// let tokenizer = TextTokenizer::train_bpe([Ok("L'été.")], 260)?;
+    /// let (cache, _) = TokenCache::open_or_build(folder.path(), &Sources::new([source]), &tokenizer)?;
+    /// let counts = cache.text_counts();
+    /// assert_eq!((counts.bytes, counts.characters, counts.skipped), (8, 6, 0));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn text_counts(&self) -> TextCounts {
+        self.inner.manifest.text
     }
 
     /// The bytes of the documents' text; 0 where the cache was not made from text.
     pub fn text_bytes(&self) -> u64 {
-        self.inner.manifest.text_bytes
+        self.inner.manifest.text.bytes
     }
 
     /// Whether the loss leaves out some of the tokens: see [`Encoded::loss`].
@@ -234,17 +272,17 @@ impl TokenCache {
         shards.get(after.checked_sub(1)?).filter(|shard| shard.documents().contains(&index))
     }
 
-    /// Where document `index`, which must exist, ends.
-    pub(crate) fn document_end(&self, index: usize) -> Result<usize> {
+    /// Where document `index`, which must exist, is.
+    pub(crate) fn document(&self, index: usize) -> Result<Range<usize>> {
         let shard = self.shard_of_document(index).ok_or_else(|| self.no_document(index))?;
-        let (end, _) = shard.document(index - shard.documents().start)?;
-        Ok(shard.tokens().start + end)
+        let (own, first) = (shard.document(index - shard.documents().start)?, shard.tokens().start);
+        Ok(first + own.start..first + own.end)
     }
 
     /// The hash of document `index`, which must exist.
     pub(crate) fn document_hash(&self, index: usize) -> Result<u64> {
         let shard = self.shard_of_document(index).ok_or_else(|| self.no_document(index))?;
-        shard.document(index - shard.documents().start).map(|(_, hash)| hash)
+        shard.document_hash(index - shard.documents().start)
     }
 
     fn no_document(&self, index: usize) -> DataError {

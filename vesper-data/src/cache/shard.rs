@@ -216,13 +216,25 @@ impl Shard {
         self.slice(range).as_chunks::<16>().0
     }
 
-    /// The end, in the shard's own positions, and the hash of the shard's document `index`.
-    pub(super) fn document(&self, index: usize) -> Result<(usize, u64)> {
+    /// Where the shard's document `index` is, in the shard's own positions.
+    pub(super) fn document(&self, index: usize) -> Result<Range<usize>> {
+        self.verify_index()?;
+        let pairs = self.pairs(&self.documents);
+        let end = |index: usize| pairs.get(index).map(|pair| pair_of(pair).0 as usize);
+        // A document is in one shard: the first begins where the shard does.
+        let start = index.checked_sub(1).and_then(end).unwrap_or(0);
+        end(index).map(|end| start..end).ok_or_else(|| self.no_document(index))
+    }
+
+    /// The hash of the shard's document `index`.
+    pub(super) fn document_hash(&self, index: usize) -> Result<u64> {
         self.verify_index()?;
         let pair = self.pairs(&self.documents).get(index);
-        let (end, hash) =
-            pair.map(pair_of).ok_or_else(|| self.damaged(&format!("it has no document {index}")))?;
-        Ok((end as usize, hash))
+        pair.map(|pair| pair_of(pair).1).ok_or_else(|| self.no_document(index))
+    }
+
+    fn no_document(&self, index: usize) -> DataError {
+        self.damaged(&format!("it has no document {index}"))
     }
 
     /// The first of the shard's documents that ends past the shard's own `position`.

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
-use super::CacheKey;
 use super::fields::{HEADER_BYTES, Width};
 use super::manifest::{Manifest, ShardEntry};
 use super::shard::{Shard, ShardHeader, file_name};
 use super::stamp::SourceStamp;
+use super::{CacheKey, TextCounts};
 use crate::error::{DataError, Result};
 use crate::tokenizer::Encoded;
 use crate::tokens::{document_hash, push_ignored};
@@ -32,7 +32,7 @@ pub(super) struct Plan {
 
 impl Plan {
     pub(super) fn new(folder: &Path, key: CacheKey, shard_tokens: u64) -> Self {
-        let mut build = Sha256::new_with_prefix(b"vesper token cache 2");
+        let mut build = Sha256::new_with_prefix(b"vesper token cache 3");
         build.update(key.content);
         build.update(key.tokenizer);
         build.update(key.vocab_size.to_le_bytes());
@@ -106,8 +106,7 @@ impl Plan {
             tokens: done.tokens,
             documents: done.documents,
             unknown: done.unknown,
-            skipped: 0,
-            text_bytes: 0,
+            text: TextCounts::default(),
             shard_tokens: self.shard_tokens,
             settings: [0; 32],
             shards: done.shards,

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use serde::de::IgnoredAny;
+
 use super::FormatKind;
 use super::dialogue::is_turn;
 use super::input::Input;
@@ -77,14 +79,30 @@ fn by_content(input: &mut Input) -> Result<FormatKind> {
     Ok(match (name, extension(&path).as_deref()) {
         (Some(FormatKind::Text), Some("md")) => FormatKind::Text,
         (Some(FormatKind::Text), _) => {
-            if is_dialogue(input.peek(PEEK_TEXT)?) {
+            let start = input.peek(PEEK_TEXT)?;
+            if is_dialogue(start) {
                 FormatKind::Dialogue
+            } else if looks_like_json(start) {
+                // Records are no text, whatever the file is called.
+                records(input.peek(PEEK_JSON)?).unwrap_or(FormatKind::Text)
             } else {
                 FormatKind::Text
             }
         }
         // A name for lists of records, and for lines of them.
         (Some(FormatKind::Jsonl), Some("json")) => json(input.peek(PEEK_JSON)?).unwrap_or(FormatKind::Json),
+        (Some(FormatKind::Jsonl), _) => {
+            // Nearly always the first line is enough.
+            if json(input.peek(PEEK_TEXT)?) == Some(FormatKind::Jsonl) {
+                return Ok(FormatKind::Jsonl);
+            }
+            let start = input.peek(PEEK_JSON)?;
+            match json(start) {
+                Some(FormatKind::Squad) => FormatKind::Squad,
+                Some(FormatKind::Json) if looks_like_json(start) && is_list(start) => FormatKind::Json,
+                _ => FormatKind::Jsonl,
+            }
+        }
         (Some(kind), _) => kind,
         (None, _) => {
             let start = input.peek(PEEK_JSON)?;
@@ -102,8 +120,7 @@ fn by_content(input: &mut Input) -> Result<FormatKind> {
 /// Whether the first lines of a text all begin with the name of a speaker.
 fn is_dialogue(start: &[u8]) -> bool {
     const LINES: usize = 4;
-    let start = start.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(start);
-    let mut lines = start
+    let mut lines = without_mark(start)
         .split(|byte| *byte == b'\n')
         .filter(|line| !line.trim_ascii().is_empty())
         .take(LINES)
@@ -112,9 +129,34 @@ fn is_dialogue(start: &[u8]) -> bool {
     lines.peek().is_some() && lines.all(|turn| turn)
 }
 
+/// The format of what is without doubt records, and no text: two lines that are an object each, or questions on
+/// paragraphs.
+fn records(start: &[u8]) -> Option<FormatKind> {
+    if is_list(start) {
+        return None;
+    }
+    let is_object = |line: &[u8]| {
+        line.trim_ascii_start().starts_with(b"{") && serde_json::from_slice::<IgnoredAny>(line).is_ok()
+    };
+    let mut lines =
+        without_mark(start).split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty());
+    if lines.next().is_some_and(is_object) && lines.next().is_some_and(is_object) {
+        return Some(FormatKind::Jsonl);
+    }
+    json(start).filter(|kind| *kind == FormatKind::Squad)
+}
+
+fn without_mark(start: &[u8]) -> &[u8] {
+    start.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(start)
+}
+
+fn is_list(start: &[u8]) -> bool {
+    without_mark(start).trim_ascii_start().starts_with(b"[")
+}
+
 /// Whether a text begins as lists of records and objects do.
 fn looks_like_json(start: &[u8]) -> bool {
-    let start = start.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(start).trim_ascii_start();
+    let start = without_mark(start).trim_ascii_start();
     let second = start.get(1..).unwrap_or_default().trim_ascii_start().first();
     match start.first() {
         Some(b'[') => second == Some(&b'{'),
@@ -225,7 +267,16 @@ mod tests {
             ("a.json", b"nonsense", Json),
             ("a.json", squad, Squad),
             ("a", squad, Squad),
-            ("a.jsonl", squad, Jsonl),
+            ("a.jsonl", squad, Squad),
+            ("a.jsonl", b"[\n  {\"text\": \"a\"}\n]\n", Json),
+            ("a.jsonl", b"[1, 2]\n[3]\n", Jsonl),
+            ("a.jsonl", b"{\"text\": \"a\"}\n", Jsonl),
+            ("a.jsonl", b"", Jsonl),
+            ("a.txt", squad, Squad),
+            ("a.txt", b"\xEF\xBB\xBF{\"text\": \"a\"}\r\n\r\n{\"text\": \"b\"}\r\n", Jsonl),
+            ("a.txt", b"{\"text\": \"a\"}\n{a set}\n", Text),
+            ("a.txt", b"[{\"text\": \"a\"}]", Text),
+            ("a.md", b"{\"text\": \"a\"}\n{\"text\": \"b\"}", Text),
             ("a", b"{\"text\": \"a\"}", Json),
             ("a", b"{\n  \"text\": \"a", Json),
             ("a", b"{\"text\": \"a", Jsonl),

@@ -39,7 +39,7 @@ pub(super) fn files(path: &Path, format: Option<FormatKind>, files: &mut Vec<Sou
     }
     // Only a regular file's length says that it is empty: a pipe's is always 0.
     if metadata.is_file() && metadata.len() == 0 {
-        return Err(DataError::NoText { path: path.to_path_buf() });
+        return Err(DataError::NoText { path: path.to_path_buf(), why: String::new() });
     }
     files.push(SourceFile { path: path.to_path_buf(), named: true });
     Ok(())

@@ -62,7 +62,15 @@ impl Documents {
 
     pub(super) fn of_files(files: Vec<SourceFile>, first: PathBuf, context: Context) -> Self {
         let report = context.report.clone();
-        let files = Files { rest: files.into(), current: None, first, any: false, skipped: 0, context };
+        let files = Files {
+            rest: files.into(),
+            current: None,
+            first,
+            any: false,
+            skipped: 0,
+            first_broken: None,
+            context,
+        };
         Self { reading: Reading::Files(files), report, counts: true, done: false }
     }
 
@@ -89,7 +97,7 @@ impl Iterator for Documents {
         };
         self.done = !matches!(item, Some(Ok(_)));
         if let (Some(Ok(document)), true) = (&item, self.counts) {
-            self.report.document(document.text.len());
+            self.report.document(&document.text);
         }
         item
     }
@@ -115,8 +123,9 @@ struct Files {
     /// The first path that was named, for the message when there is no text at all.
     first: PathBuf,
     any: bool,
-    /// The number of broken records so far.
+    /// The number of broken records so far, and the first of them.
     skipped: u64,
+    first_broken: Option<String>,
     context: Context,
 }
 
@@ -136,7 +145,14 @@ impl Files {
                     if self.any {
                         return Ok(None);
                     }
-                    return Err(DataError::NoText { path: self.first.clone() });
+                    let why = match &self.first_broken {
+                        Some(first) if self.skipped == 1 => format!(": its one record is broken: {first}"),
+                        Some(first) => {
+                            format!(": its {} records are broken, the first: {first}", self.skipped)
+                        }
+                        None => String::new(),
+                    };
+                    return Err(DataError::NoText { path: self.first.clone(), why });
                 };
                 let documents = open(&file.path, &self.context)?;
                 self.current = Some(OpenFile { file, documents, any: false });
@@ -153,7 +169,7 @@ impl Files {
                     self.skip(error)?;
                 }
                 None if current.file.named && !current.any => {
-                    return Err(DataError::NoText { path: current.file.path.clone() });
+                    return Err(DataError::NoText { path: current.file.path.clone(), why: String::new() });
                 }
                 None => self.current = None,
             }
@@ -174,6 +190,7 @@ impl Files {
             return Err(DataError::TooManyBroken { limit, last: Box::new(error) });
         }
         self.skipped += 1;
+        self.first_broken.get_or_insert_with(|| error.to_string());
         self.context.report.skip(&error);
         Ok(())
     }

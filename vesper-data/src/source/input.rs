@@ -5,8 +5,7 @@ use std::io::{BufRead, BufReader, Chain, Cursor, Read};
 use std::path::Path;
 use std::sync::Arc;
 
-use flate2::bufread::MultiGzDecoder;
-
+use super::gzip::GzipReader;
 use super::zstd::ZstdReader;
 use crate::error::{DataError, Result, one_line};
 
@@ -32,7 +31,7 @@ impl Input {
         let skippable = start.first().is_some_and(|first| first & 0xF0 == 0x50)
             && start.get(1..).is_some_and(|rest| rest.starts_with(ZSTD_SKIPPABLE));
         let (compression, reader): (_, Box<dyn BufRead + Send>) = if start.starts_with(GZIP) {
-            (Some("gzip"), Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(file))))
+            (Some("gzip"), Box::new(BufReader::with_capacity(BUFFER, GzipReader::new(file))))
         } else if start.starts_with(ZSTD) || skippable {
             (Some("zstd"), Box::new(BufReader::with_capacity(BUFFER, ZstdReader::new(file))))
         } else {

@@ -11,6 +11,7 @@ mod discover;
 mod documents;
 mod field;
 mod format;
+mod gzip;
 #[cfg(feature = "hub")]
 mod hub;
 mod input;

@@ -18,6 +18,7 @@ pub struct ReadReport(Arc<Counts>);
 struct Counts {
     documents: AtomicU64,
     bytes: AtomicU64,
+    characters: AtomicU64,
     skipped: AtomicU64,
     questions: AtomicU64,
     impossible: AtomicU64,
@@ -35,6 +36,11 @@ impl ReadReport {
     /// Bytes of text in the documents given.
     pub fn bytes(&self) -> u64 {
         self.0.bytes.load(Relaxed)
+    }
+
+    /// Characters of these.
+    pub fn characters(&self) -> u64 {
+        self.0.characters.load(Relaxed)
     }
 
     /// Broken records passed over.
@@ -62,14 +68,15 @@ impl ReadReport {
         self.0.wrong_offsets.load(Relaxed)
     }
 
-    /// The first 20 remarks on records that were used all the same, each with its file and line or row.
+    /// The first 20 remarks on records that were used all the same, or in pieces, each with its file and line or row.
     pub fn notes(&self) -> Vec<String> {
         copy(&self.0.notes)
     }
 
-    pub(super) fn document(&self, bytes: usize) {
+    pub(super) fn document(&self, text: &str) {
         self.0.documents.fetch_add(1, Relaxed);
-        self.0.bytes.fetch_add(bytes as u64, Relaxed);
+        self.0.bytes.fetch_add(text.len() as u64, Relaxed);
+        self.0.characters.fetch_add(text.chars().count() as u64, Relaxed);
     }
 
     pub(super) fn skip(&self, error: &DataError) {
@@ -84,6 +91,10 @@ impl ReadReport {
 
     pub(super) fn wrong_offset(&self, note: impl FnOnce() -> String) {
         self.0.wrong_offsets.fetch_add(1, Relaxed);
+        self.note(note);
+    }
+
+    pub(super) fn note(&self, note: impl FnOnce() -> String) {
         keep(&self.0.notes, note);
     }
 }

@@ -122,6 +122,9 @@ pub struct ReadSettings {
     /// The most bytes that a line, a JSON record or a document may have, at least 1: a longer one is a broken
     /// record, and is not read into memory. By default 1 GiB.
     pub max_record_bytes: u64,
+    /// The most bytes that a document of plain text may have, at least 1: a longer one is given in pieces, each a
+    /// document, that end after a line break, or before white space in a longer line. By default 64 MiB.
+    pub max_text_bytes: u64,
 }
 
 impl Default for ReadSettings {
@@ -136,6 +139,7 @@ impl Default for ReadSettings {
             labels: Labels::default(),
             broken: BrokenRecords::default(),
             max_record_bytes: 1 << 30,
+            max_text_bytes: 64 << 20,
         }
     }
 }
@@ -196,18 +200,23 @@ impl ReadSettings {
         Self { max_record_bytes, ..self }
     }
 
+    /// Sets [`ReadSettings::max_text_bytes`].
+    pub fn with_max_text_bytes(self, max_text_bytes: u64) -> Self {
+        Self { max_text_bytes, ..self }
+    }
+
     /// Checks every setting.
     ///
     /// # Errors
     ///
     /// [`DataError::Config`] names the one that is out of its range.
     pub fn validate(&self) -> Result<()> {
-        if self.max_record_bytes == 0 {
-            return Err(DataError::Config {
-                name: "max-record-bytes",
-                got: "0".to_owned(),
-                expected: "at least 1",
-            });
+        for (name, bytes) in
+            [("max-record-bytes", self.max_record_bytes), ("max-text-bytes", self.max_text_bytes)]
+        {
+            if bytes == 0 {
+                return Err(DataError::Config { name, got: "0".to_owned(), expected: "at least 1" });
+            }
         }
         let fields = match &self.fields {
             Fields::Auto => vec![],
@@ -225,6 +234,11 @@ impl ReadSettings {
     /// [`ReadSettings::max_record_bytes`] as a length in memory.
     pub(super) fn max_record(&self) -> usize {
         usize::try_from(self.max_record_bytes).unwrap_or(usize::MAX)
+    }
+
+    /// [`ReadSettings::max_text_bytes`] as a length in memory.
+    pub(super) fn max_text(&self) -> usize {
+        usize::try_from(self.max_text_bytes).unwrap_or(usize::MAX)
     }
 }
 
@@ -261,6 +275,10 @@ mod tests {
         assert_eq!(
             message(settings.clone().with_max_record_bytes(0)),
             "max-record-bytes is 0: expected at least 1"
+        );
+        assert_eq!(
+            message(settings.clone().with_max_text_bytes(0)),
+            "max-text-bytes is 0: expected at least 1"
         );
         for path in ["", "a..b", ".a", "/", "/a//b"] {
             let text = message(settings.clone().with_text(path));

@@ -115,7 +115,7 @@ impl Sources {
     }
 
     /// The documents, reported in `report`.
-    pub(super) fn read(&self, report: ReadReport) -> Result<Documents> {
+    pub(crate) fn read(&self, report: ReadReport) -> Result<Documents> {
         if let Some(mixture) = &self.mixture {
             let mixed = mixture.documents(&report)?;
             return Ok(Documents::of_mixture(mixed, report));

@@ -281,7 +281,9 @@ impl Encoded {
 mod tests {
     use super::*;
     use crate::tokenizer::Segments;
+    use crate::tokenizer::segment::LATER_RULES;
     use proptest::prelude::*;
+    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
     /// A Unigram tokenizer with Metaspace words, as SentencePiece's models have them.
     fn unigram(prepend_scheme: &str) -> TextTokenizer {
@@ -349,6 +351,32 @@ mod tests {
         tokenizer
     }
 
+    /// A byte-level BPE with one of the later rules, and tokens that reach over white space where rules are wrong.
+    fn later(rule: &str) -> TextTokenizer {
+        let mut vocab: Vec<String> = ByteLevel::alphabet().into_iter().map(String::from).collect();
+        vocab.sort_unstable();
+        let merges =
+            [["a", "b"], ["Ġ", "a"], ["Ġ", "b"], ["Ġa", "b"], ["b", "Ġ"], ["Ċ", "Ċ"], ["Ġ", "Ġ"], ["'", "s"]];
+        vocab.extend(merges.iter().map(|pair| pair.concat()));
+        let vocab: serde_json::Map<String, serde_json::Value> =
+            vocab.into_iter().enumerate().map(|(id, token)| (token, id.into())).collect();
+        let json = serde_json::json!({
+            "version": "1.0",
+            "added_tokens": [{"id": vocab.len(), "content": "<s>", "special": true, "lstrip": false, "rstrip": false,
+                "single_word": false, "normalized": false}],
+            "normalizer": {"type": "NFC"},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": false},
+                {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+            ]},
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": true},
+        });
+        let tokenizer =
+            TextTokenizer::new(serde_json::from_value(json).unwrap(), serde_json::Map::new()).unwrap();
+        assert_eq!(tokenizer.segments, Segments::LetterSpaces);
+        tokenizer
+    }
+
     fn document(text: &str, loss: Option<Vec<Range<usize>>>) -> Document {
         Document { text: text.to_owned(), path: std::path::Path::new("a.txt").into(), line: 1, loss }
     }
@@ -374,7 +402,7 @@ mod tests {
 
         #[test]
         fn cut_bytes_have_the_ids_of_the_whole(
-            text in "([ab'.é\u{301}\u{a0}\u{2028}0-1 \n\r\t]|<[|]endoftext[|]>|\n)*",
+            text in "([ab'.é\u{301}\u{a0}\u{2028}0-1 \n\r\t]|<[|]endoftext[|]>|\n| )*",
             bytes in 1..12_usize,
             numbers in prop::collection::vec(any::<usize>(), 0..6),
         ) {
@@ -388,6 +416,24 @@ mod tests {
                 let [pieces, whole] = both(tokenizer, &document(&text, Some(loss.clone())), bytes);
                 assert_eq!(pieces, whole, "{text:?} {loss:?}");
                 assert_eq!(pieces.ids, plain.ids);
+            });
+        }
+
+        #[test]
+        fn cut_bytes_of_later_rules_have_the_ids_of_the_whole(
+            text in "([abB'sé\u{301}\u{a0}0-1. \n\r/]|<s>| )*",
+            bytes in 1..12_usize,
+            numbers in prop::collection::vec(any::<usize>(), 0..6),
+        ) {
+            thread_local!(static TOKENIZERS: [TextTokenizer; 4] = LATER_RULES.map(later));
+            let loss = ranges(&text, numbers);
+            TOKENIZERS.with(|tokenizers| {
+                for tokenizer in tokenizers {
+                    let [plain, whole] = both(tokenizer, &document(&text, None), bytes);
+                    assert_eq!(plain, whole, "{text:?}");
+                    let [pieces, whole] = both(tokenizer, &document(&text, Some(loss.clone())), bytes);
+                    assert_eq!(pieces, whole, "{text:?} {loss:?}");
+                }
             });
         }
 

@@ -1,5 +1,5 @@
 //! Cutting a long text where the ids stay the same, so that one book is encoded by all threads and in little
-//! memory. Three kinds of tokenizer are known well enough for that.
+//! memory. Four kinds of tokenizer are known well enough for that.
 //!
 //! **Byte-level BPE.** GPT-2's rule cuts a text into words, which the model encodes one by one:
 //!
@@ -11,6 +11,13 @@
 //! match it, alone: one word ends before and one begins after it. The text up to and with the line break,
 //! taken for itself, ends in the same word; the text behind it begins with the same word; and no alternative
 //! looks further than one character past white space. So the two halves have together the words of the whole.
+//!
+//! A space between two such characters only ever begins a word, so the text may be cut before it: what comes before it
+//! ends a word whatever follows, and the rules look at nothing behind them.
+//!
+//! **Byte-level BPE with later rules** (Llama 3, Qwen 2, Mistral's Tekken and GPT-4o's kind). In their rules a space
+//! between two ASCII letters, too, is only ever the first character of a word, `[^\r\n\p{L}\p{N}]?\p{L}+`: the text may
+//! be cut before it.
 //!
 //! **Unigram with SentencePiece's normalisation** (CamemBERT and its kind). A line break becomes a space, each
 //! grapheme is normalised for itself, and each space begins a new word, "▁word". Where a line break stands
@@ -44,8 +51,12 @@ pub(super) struct Piece<'a> {
 /// Where a tokenizer's texts may be cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Segments {
-    /// After line breaks between two characters that are not white space.
+    /// After line breaks, and before spaces, between two characters that are not white space.
     ByteLevel,
+    /// After such line breaks only.
+    ByteLevelLines,
+    /// Before spaces between two ASCII letters.
+    LetterSpaces,
     /// In the place of line breaks or spaces between two ASCII letters or digits.
     SentencePiece,
     /// In the place of spaces between two ASCII letters or digits.
@@ -65,7 +76,13 @@ impl Segments {
             && words["add_prefix_space"] == false
             && words["use_regex"] == true;
         if byte_level && tokens.iter().all(stays_in_its_line) {
-            return Self::ByteLevel;
+            return if tokens.iter().all(has_no_space) { Self::ByteLevel } else { Self::ByteLevelLines };
+        }
+        let later_rules = model == "BPE"
+            && (description["normalizer"].is_null() || description["normalizer"]["type"] == "NFC")
+            && has_later_rules(words);
+        if later_rules && tokens.iter().all(|token| stays_in_its_line(token) && has_no_space(token)) {
+            return Self::LetterSpaces;
         }
         let sentence_piece = model == "Unigram"
             && words["type"] == "Metaspace"
@@ -100,8 +117,13 @@ impl Segments {
     /// The pieces before and behind the first place to cut that is at least `bytes` bytes into `text`.
     fn cut(self, text: &str, bytes: usize) -> Option<(&str, &str)> {
         let letter: fn(char) -> bool = |char| char.is_ascii_alphanumeric();
+        let dark: fn(char) -> bool = |char| !char.is_whitespace();
         let (breaks, fits): (fn(char) -> bool, _) = match self {
-            Self::ByteLevel => (|char| char == '\n', (|char| !char.is_whitespace()) as fn(char) -> bool),
+            Self::ByteLevel => (|char| matches!(char, '\n' | ' '), dark),
+            Self::ByteLevelLines => (|char| char == '\n', dark),
+            Self::LetterSpaces => {
+                (|char| char == ' ', (|char| char.is_ascii_alphabetic()) as fn(char) -> bool)
+            }
             Self::SentencePiece => (|char| matches!(char, '\n' | ' '), letter),
             Self::Spaces => (|char| char == ' ', letter),
             Self::Whole => return None,
@@ -111,11 +133,16 @@ impl Segments {
             from += 1;
         }
         for (at, _) in text.get(from..)?.match_indices(breaks) {
-            let (before, _) = text.split_at_checked(from + at)?;
+            let (before, from_break) = text.split_at_checked(from + at)?;
             let (with_break, after) = text.split_at_checked(from + at + 1)?;
             if before.chars().next_back().is_some_and(fits) && starts(after, fits) {
-                let keeps_break = self == Self::ByteLevel;
-                return Some((if keeps_break { with_break } else { before }, after));
+                return Some(match self {
+                    Self::ByteLevel | Self::ByteLevelLines if with_break.ends_with('\n') => {
+                        (with_break, after)
+                    }
+                    Self::ByteLevel | Self::ByteLevelLines | Self::LetterSpaces => (before, from_break),
+                    Self::SentencePiece | Self::Spaces | Self::Whole => (before, after),
+                });
             }
         }
         None
@@ -133,6 +160,30 @@ fn stays_in_its_line(token: &Value) -> bool {
     ["single_word", "lstrip", "rstrip"].iter().all(|&key| token[key] == false)
         && token["content"].as_str().is_some_and(|content| !content.contains('\n'))
 }
+
+fn has_no_space(token: &Value) -> bool {
+    token["content"].as_str().is_some_and(|content| !content.contains(' '))
+}
+
+/// Whether words are cut by rules in which a space between ASCII letters only begins a word, and then taken as bytes.
+fn has_later_rules(words: &Value) -> bool {
+    let Some([split, bytes]) = words["pretokenizers"].as_array().map(Vec::as_slice) else { return false };
+    split["type"] == "Split"
+        && split["behavior"] == "Isolated"
+        && split["invert"] == false
+        && split["pattern"]["Regex"].as_str().is_some_and(|rule| LATER_RULES.contains(&rule))
+        && bytes["type"] == "ByteLevel"
+        && bytes["add_prefix_space"] == false
+        && bytes["use_regex"] == false
+}
+
+/// The rules of Llama 3, of Qwen 2, of GPT-4o, and of Mistral's Tekken.
+pub(super) const LATER_RULES: [&str; 4] = [
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+];
 
 /// Whether a special token cannot hold, swallow, or stand right behind white space that is followed by a letter or a
 /// digit.
@@ -209,9 +260,18 @@ mod tests {
     }
 
     #[test]
-    fn cuts_are_after_line_breaks_between_words_only() {
+    fn cuts_are_between_words_only() {
         let split = |text, bytes| texts(Segments::ByteLevel, text, bytes);
-        assert_eq!(split("ab\ncd\n\nef \ngh\n ij\nk", 1), ["ab\n", "cd\n\nef \ngh\n ij\n", "k"]);
+        let lines = texts(Segments::ByteLevelLines, "ab\ncd\n\nef \ngh\n ij\nk l", 1);
+        assert_eq!(lines, ["ab\n", "cd\n\nef \ngh\n ij\n", "k l"]);
+        assert_eq!(
+            split("ab\ncd\n\nef \ngh\n ij, k. l\tm", 1),
+            ["ab\n", "cd\n\nef \ngh\n ij,", " k.", " l\tm"]
+        );
+        assert_eq!(
+            texts(Segments::LetterSpaces, "ab cd. d é f\ng  h i", 1),
+            ["ab", " cd. d é f\ng  h", " i"]
+        );
         assert_eq!(split("ab\ncd\nef", 4), ["ab\ncd\n", "ef"]);
         assert_eq!(split("éé\néé\n", 1), ["éé\n", "éé\n"]);
         assert_eq!(split("", 1), [""]);

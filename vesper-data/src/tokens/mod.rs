@@ -1,5 +1,6 @@
 //! A stream of token ids, in memory or in a cache.
 
+mod hints;
 mod loss;
 mod split;
 mod storage;
@@ -11,6 +12,7 @@ use std::sync::Arc;
 use crate::cache::TokenCache;
 use crate::error::{DataError, Result};
 use crate::tokenizer::Encoded;
+use hints::Hints;
 use storage::{Ids, Memory, Storage};
 
 pub use loss::IGNORE;
@@ -42,6 +44,9 @@ pub struct Tokens {
     runs: Arc<[Run]>,
     len: usize,
     documents: usize,
+    /// Where to look for the run of a position, and of a document.
+    by_position: Hints,
+    by_document: Hints,
 }
 
 /// Neighbouring tokens of the storage. A run ends where the next one of the view starts.
@@ -106,7 +111,18 @@ impl Tokens {
     fn whole(storage: Storage) -> Self {
         let (len, documents) = (storage.len(), storage.document_count());
         let run = Run { start: 0, offset: 0, document: 0, first: 0 };
-        Self { storage: Arc::new(storage), runs: [run].into(), len, documents }
+        Self::of_runs(Arc::new(storage), vec![run], len, documents)
+    }
+
+    fn of_runs(storage: Arc<Storage>, runs: Vec<Run>, len: usize, documents: usize) -> Self {
+        Self {
+            by_position: Hints::new(runs.iter().map(|run| run.offset), runs.len(), len),
+            by_document: Hints::new(runs.iter().map(|run| run.first), runs.len(), documents),
+            storage,
+            runs: runs.into(),
+            len,
+            documents,
+        }
     }
 
     /// The number of tokens.
@@ -139,7 +155,15 @@ impl Tokens {
 
     /// The number of the run with the token at `position`.
     fn run_at(&self, position: usize) -> usize {
-        self.runs.partition_point(|run| run.offset <= position).saturating_sub(1)
+        self.run_before(&self.by_position, position, |run| run.offset)
+    }
+
+    /// The number of the last run whose `key` is not above `wanted`.
+    fn run_before(&self, hints: &Hints, wanted: usize, key: fn(&Run) -> usize) -> usize {
+        let among = hints.among(wanted, self.runs.len());
+        let from = among.start;
+        let runs = self.runs.get(among).unwrap_or_default();
+        (from + runs.partition_point(|run| key(run) <= wanted)).saturating_sub(1)
     }
 
     /// Calls `f` with the parts of `range`, which must exist, in the storage and in the view.
@@ -255,12 +279,37 @@ impl Tokens {
         if index >= self.documents {
             return Err(none());
         }
-        let run = self.runs.partition_point(|run| run.first <= index).saturating_sub(1);
-        let whole = self.run(run).ok_or_else(none)?;
-        let stored = self.storage.document(whole.run.document + (index - whole.run.first))?;
-        let inside = |position: usize| position.clamp(whole.run.start, whole.storage_end());
-        let view = |position: usize| inside(position) - whole.run.start + whole.run.offset;
+        let (whole, stored) = self.stored(index).ok_or_else(none)??;
+        let view = |position: usize| position - whole.run.start + whole.run.offset;
         Ok(view(stored.start)..view(stored.end))
+    }
+
+    /// Where document `index` is in the storage, or the part of it that the view has.
+    pub(crate) fn stored_document(&self, index: usize) -> Result<Range<usize>> {
+        let none = || self.no_range(&(index..index.saturating_add(1)));
+        self.stored(index).ok_or_else(none)?.map(|(_, stored)| stored)
+    }
+
+    /// The run of document `index`, and where the document is in the storage.
+    fn stored(&self, index: usize) -> Option<Result<(Whole, Range<usize>)>> {
+        let whole = self.run(self.run_before(&self.by_document, index, |run| run.first))?;
+        let stored = self.storage.document(whole.run.document + (index - whole.run.first));
+        let inside = move |position: usize| position.clamp(whole.run.start, whole.storage_end());
+        Some(stored.map(|stored| (whole, inside(stored.start)..inside(stored.end))))
+    }
+
+    /// Copies the ids from the storage's position `start` on, which must exist, into `out`.
+    pub(crate) fn read_stored(&self, start: usize, out: &mut [u32]) -> Result<()> {
+        self.storage.read(start, out)
+    }
+
+    /// Hands the parts of the storage's `range` that the loss leaves out to `f`, in order.
+    pub(crate) fn for_each_ignored_stored(
+        &self,
+        range: Range<usize>,
+        f: &mut dyn FnMut(Range<usize>),
+    ) -> Result<()> {
+        self.storage.ignored(range, f)
     }
 
     /// The documents in order.

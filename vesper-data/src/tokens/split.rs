@@ -168,7 +168,7 @@ impl Builder {
 
     fn view(self, of: &Tokens) -> Tokens {
         let Self { runs, len, documents } = self;
-        Tokens { storage: Arc::clone(&of.storage), runs: runs.into(), len, documents }
+        Tokens::of_runs(Arc::clone(&of.storage), runs, len, documents)
     }
 }
 

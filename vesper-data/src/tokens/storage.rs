@@ -104,21 +104,17 @@ impl Storage {
 
     /// Where document `index`, which must exist, is.
     pub(super) fn document(&self, index: usize) -> Result<Range<usize>> {
-        let start = match index.checked_sub(1) {
-            Some(before) => self.document_end(before)?,
-            None => 0,
-        };
-        Ok(start..self.document_end(index)?)
-    }
-
-    fn document_end(&self, index: usize) -> Result<usize> {
         match self {
-            Self::Memory(memory) => memory.document_ends.get(index).copied().ok_or(DataError::Range {
-                start: index as u64,
-                end: index as u64 + 1,
-                len: memory.document_ends.len() as u64,
-            }),
-            Self::Cache(cache) => cache.document_end(index),
+            Self::Memory(memory) => {
+                let ends = &memory.document_ends;
+                let start = index.checked_sub(1).and_then(|before| ends.get(before)).copied().unwrap_or(0);
+                ends.get(index).map(|&end| start..end).ok_or(DataError::Range {
+                    start: index as u64,
+                    end: index as u64 + 1,
+                    len: ends.len() as u64,
+                })
+            }
+            Self::Cache(cache) => cache.document(index),
         }
     }
 

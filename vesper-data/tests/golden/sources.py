@@ -96,20 +96,23 @@ def digest(documents):
 
 stories = "parquet/tinystories-v2-gpt4/data/%s-00000-of-00001.parquet"
 novels = sorted(glob.glob(os.path.join(root, "french/novels/*.txt")))
-results = {
-    "french/novels": digest(d for path in novels for d in text_file(path)),
-    "tinystories/tinystories-v1-train-first2316.txt": digest(text_file("tinystories/tinystories-v1-train-first2316.txt")),
-    "instruct/wiki_demo.txt": digest((line, None) for line in read("instruct/wiki_demo.txt").split("\n") if line.strip()),
-    "instruct/c4_demo.jsonl": digest(jsonl("instruct/c4_demo.jsonl")),
-    "instruct/instruction-data-rasbt.json": digest(instructions("instruct/instruction-data-rasbt.json")),
-    "instruct/v1_sft_demo.jsonl": digest(chats("instruct/v1_sft_demo.jsonl")),
-    "french/dialogue": digest(dialogue("french/dialogue/rhapsodie.claire-like.txt")),
-    stories % "train": digest(parquet(stories % "train")),
-    stories % "validation": digest(parquet(stories % "validation")),
+# The documents of each source: pairs of a text and the byte ranges that are learned.
+DOCUMENTS = {
+    "french/novels": lambda: (d for path in novels for d in text_file(path)),
+    "tinystories/tinystories-v1-train-first2316.txt": lambda: text_file("tinystories/tinystories-v1-train-first2316.txt"),
+    "instruct/wiki_demo.txt": lambda: ((line, None) for line in read("instruct/wiki_demo.txt").split("\n") if line.strip()),
+    "instruct/c4_demo.jsonl": lambda: jsonl("instruct/c4_demo.jsonl"),
+    "instruct/instruction-data-rasbt.json": lambda: instructions("instruct/instruction-data-rasbt.json"),
+    "instruct/v1_sft_demo.jsonl": lambda: chats("instruct/v1_sft_demo.jsonl"),
+    "french/dialogue": lambda: dialogue("french/dialogue/rhapsodie.claire-like.txt"),
+    stories % "train": lambda: parquet(stories % "train"),
+    stories % "validation": lambda: parquet(stories % "validation"),
 }
 for name in ["dev-v1.1", "dev-v2.0-cs224n-half", "piaf-v1.1", "piaf-ml-small"]:
     path = f"squad/{name}.json"
-    results[path] = digest(squad(path, False))
-    results[path + " as paragraphs"] = digest(squad(path, True))
-json.dump(results, sys.stdout, indent=2)
-print()
+    DOCUMENTS[path] = lambda path=path: squad(path, False)
+    DOCUMENTS[path + " as paragraphs"] = lambda path=path: squad(path, True)
+
+if __name__ == "__main__":
+    json.dump({name: digest(documents()) for name, documents in DOCUMENTS.items()}, sys.stdout, indent=2)
+    print()

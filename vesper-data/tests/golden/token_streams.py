@@ -3,7 +3,7 @@ of the Rust crate), and the ids that it gives with tokenizers that this crate tr
 
 Run, with VESPER_DATA naming the folder of real data:
 
-    python3 token_streams.py > token_streams.json
+    python3 token_streams.py > token_streams.json    (needs pyarrow, too, for sources.py)
     python3 token_streams.py trained.json   # checks tokenizers that the crate trained and saved
 """
 
@@ -46,6 +46,28 @@ def contexts(path):
         yield from (paragraph["context"] for paragraph in article["paragraphs"])
 
 
+def documents(name):
+    """What sources.py reads from a source: records of every format as text."""
+    from sources import DOCUMENTS
+
+    yield from (text for text, _ in DOCUMENTS[name]())
+
+
+TABLE = "parquet/tinystories-v2-gpt4/data/%s-00000-of-00001.parquet"
+# Every format, as the crate reads it by itself.
+EVERY_FORMAT = [
+    "tinystories/tinystories-v1-train-first2316.txt",
+    "french/dialogue",
+    "instruct/c4_demo.jsonl",
+    "instruct/v1_sft_demo.jsonl",
+    "instruct/instruction-data-rasbt.json",
+    "squad/piaf-v1.1.json",
+    "squad/dev-v1.1.json",
+    "squad/dev-v2.0-cs224n-half.json",
+    TABLE % "train",
+    TABLE % "validation",
+]
+
 STREAMS = [
     ("tokenizers/camembert-base", "</s>", text, "french/novels", 3),
     ("tokenizers/camembert-base", "</s>", text, "french/debian/debian-faq-fr.txt", 1),
@@ -60,26 +82,32 @@ STREAMS = [
     ("models/stories260K", "</s>", text, "french/debian/debian-faq-fr.txt", 1),
     ("models/stories260K", "</s>", conversations, "french/dialogue/rhapsodie.claire-like.txt", 1),
 ]
+for source in EVERY_FORMAT:
+    for tokenizer, end in (("tokenizers/camembert-base", "</s>"), ("tokenizers/gpt2", SEPARATOR)):
+        STREAMS.append((tokenizer, end, documents, source, 1))
 
 
 def stream(root, tokenizer, end, kind, source, files):
     loaded = tokenizers.Tokenizer.from_file(str(root / tokenizer / "tokenizer.json"))
     end = loaded.token_to_id(end)
     path = root / source
-    paths = sorted(path.iterdir())[:files] if path.is_dir() else [path]
-    digest, documents, tokens = hashlib.sha256(), 0, 0
+    if kind is documents:
+        paths = [source]
+    else:
+        paths = sorted(path.iterdir())[:files] if path.is_dir() else [path]
+    digest, count, tokens = hashlib.sha256(), 0, 0
     for path in paths:
         for document in kind(path):
             ids = loaded.encode(document, add_special_tokens=False).ids + [end]
             digest.update(struct.pack(f"<{len(ids)}I", *ids))
-            documents += 1
+            count += 1
             tokens += len(ids)
     return {
         "tokenizer": tokenizer,
         "kind": kind.__name__,
         "source": source,
         "files": files,
-        "documents": documents,
+        "documents": count,
         "tokens": tokens,
         "sha256": digest.hexdigest(),
     }

@@ -96,6 +96,16 @@ fn a_broken_document_of_a_text_reaches_to_the_next_separator() {
 fn data_of_broken_records_alone_holds_no_text() {
     let result = read_with("a.jsonl", b"nonsense\n", with(BrokenRecords::Any));
     assert!(matches!(result, Err(DataError::NoText { .. })));
+    let message = |bytes: &[u8], settings| message_with("a.jsonl", bytes, settings);
+    let text = message(b"{\"a\": 1}\n", with(BrokenRecords::Any));
+    assert!(text.starts_with(" holds no text: its one record is broken: "), "{text}");
+    assert!(
+        text.ends_with("a.jsonl, line 1: the field \"text\" is missing (the fields are: \"a\")"),
+        "{text}"
+    );
+    let text = message(b"x\ny\n", with(BrokenRecords::AtMost(2)).with_text("b"));
+    assert!(text.starts_with(" holds no text: its 2 records are broken, the first: "), "{text}");
+    assert_eq!(message(b"\n", with(BrokenRecords::Any)), " holds no text");
 }
 
 #[test]

@@ -48,6 +48,11 @@ fn all_members_and_frames_of_a_file_are_read() {
     for bytes in [members, frames] {
         assert_eq!(read_file("a.jsonl.gz", &bytes).unwrap().len(), 2);
     }
+    // Zeros fill a file up; anything else behind a member is damage.
+    let padded = [gzip(first.as_bytes()), vec![0; 700], gzip(second.as_bytes()), vec![0; 70_000]].concat();
+    assert_eq!(read_file("a.jsonl.gz", &padded).unwrap().len(), 2);
+    let text = message("a.jsonl.gz", &[gzip(LINES.as_bytes()), b"\0more".to_vec()].concat());
+    assert!(text.contains("cannot be read as gzip: it is cut short or damaged"), "{text}");
 }
 
 #[test]

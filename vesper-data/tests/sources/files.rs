@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use proptest::prelude::{prop_assert, prop_assert_eq, proptest};
 use vesper_data::source::{BrokenRecords, FormatKind, TextDocuments, content_digest};
 use vesper_data::{DataError, Document, Documents, Place, ReadSettings, Result, Sources};
 
@@ -140,8 +141,58 @@ fn a_blank_file_after_a_good_one_is_still_reported_if_it_was_named() {
     let folder = folder(&[("a.txt", b"a"), ("b.txt", b"\n")]);
     let paths = [folder.path().join("a.txt"), folder.path().join("b.txt")];
     let result: Result<Vec<Document>> = Documents::open(&paths).unwrap().collect();
-    assert!(matches!(result, Err(DataError::NoText { path }) if path.ends_with("b.txt")));
+    assert!(matches!(result, Err(DataError::NoText { path, .. }) if path.ends_with("b.txt")));
     assert_eq!(texts(&read(folder.path()).unwrap()), ["a"]);
+}
+
+#[test]
+fn a_text_that_is_too_long_comes_in_pieces_and_says_so() {
+    let line = "L'été fut long, et l'hiver aussi.\n";
+    let text = format!("{}<|endoftext|>\nfin", line.repeat(5));
+    let folder = folder(&[("a.txt", text.as_bytes())]);
+    let settings = ReadSettings::default().with_max_text_bytes(80);
+    let documents = Sources::new([folder.path()]).with_settings(settings).documents().unwrap();
+    let report = documents.report();
+    let documents: Vec<Document> = documents.map(Result::unwrap).collect();
+    let two = line.repeat(2);
+    assert_eq!(texts(&documents), [two.as_str(), &two, line.trim_end(), "fin"]);
+    assert_eq!(documents.iter().map(|document| document.line).collect::<Vec<_>>(), [1, 3, 5, 7]);
+    let note = "line 1: the document has more than 80 bytes (max-text-bytes): it is read as several";
+    assert_eq!(report.notes().len(), 1);
+    assert!(report.notes()[0].ends_with(note), "{:?}", report.notes());
+    // A line without a break is cut before spaces.
+    let words = "le chat dort ".repeat(20);
+    let documents =
+        read_with("a.txt", words.as_bytes(), ReadSettings::default().with_max_text_bytes(50)).unwrap();
+    assert!(documents.len() > 5 && documents.iter().all(|document| document.text.len() <= 50));
+    assert!(documents[1..].iter().all(|document| document.text.starts_with(' ')));
+    assert_eq!(texts(&documents).concat(), words);
+}
+
+proptest! {
+    #[test]
+    fn pieces_of_a_text_have_all_of_it(
+        text in "(é|a|\u{1F98A}|<|[|]>| |\n|\r\n|<[|]endoftext[|]>|<[|]endof)*",
+        most in 1..60_u64,
+    ) {
+        let folder = folder(&[("a.txt", format!("a{text}").as_bytes())]);
+        let read = |settings| {
+            Sources::new([folder.path()]).with_settings(settings).documents().unwrap().map(Result::unwrap).collect()
+        };
+        let whole: Vec<Document> = read(ReadSettings::default());
+        let pieces: Vec<Document> = read(ReadSettings::default().with_max_text_bytes(most));
+        // Pieces of white space alone are passed over, as such documents are.
+        let dark = |documents: &[Document]| {
+            texts(documents).concat().split_whitespace().collect::<String>()
+        };
+        prop_assert_eq!(dark(&pieces), dark(&whole));
+        // A character, and what could be a mark between documents, is not cut.
+        prop_assert!(pieces.iter().all(|piece| piece.text.len() as u64 <= most.max(26)));
+        prop_assert!(pieces.iter().all(|piece| !piece.text.contains("<|endoftext|>")));
+        if (text.len() as u64) < most {
+            prop_assert_eq!(texts(&pieces), texts(&whole));
+        }
+    }
 }
 
 #[test]
