@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use candle_nn::{Optimizer as _, VarMap};
 use velvet_optim::{EntropyLr, PerplexityMomentum, Schedule, Span, Velvet, VelvetConfig};
 use vesper_data::{BatchSampler, SamplerConfig};
@@ -21,6 +21,7 @@ use vesper_examples::progress::Progress;
 use vesper_examples::settings::{Flags, Optimizer, Settings};
 use vesper_examples::summary::{Summary, describe};
 use vesper_examples::{INTERRUPTED, chart, device, export, files, printable, runs, say};
+use vesper_model::ops::CapturedStep;
 use vesper_model::{VesperConfig, VesperLM, hf, trainable};
 
 /// Held-out tokens read at each evaluation, and at the last one.
@@ -79,20 +80,25 @@ fn train(flags: &Flags) -> Result<ExitCode> {
     runs::remember(&out);
     describe(&settings, &config, &data, &out, done);
 
+    // One step: the loss of a batch, the gradients, the update. On a GPU it is replayed as a CUDA graph.
+    let mut training = CapturedStep::new(optimizer, |optimizer: &mut Velvet, batch: &[Tensor]| {
+        let loss = model.loss(&batch[0], &batch[1])?.loss;
+        optimizer.backward_step(&loss)?;
+        Ok(loss)
+    });
+
     let interrupt = Interrupt::catch()?;
     let mut progress = Progress::new(settings.steps, done);
     let stop = |step: u64| format!("the run stops at step {step} ({})", checkpoint.advice());
     for step in done + 1..=settings.steps {
-        // One step: a batch, its loss, the gradients, the update.
         let started = Instant::now();
         let batch = batches.next_batch(&device)?; // inputs, targets: (batch, seq)
-        let loss = model.loss(&batch.inputs, &batch.targets)?.loss;
+        training.state_mut().set_learning_rate(schedule.lr(settings.lr, step - 1, settings.steps));
+        let loss = training.run(&[&batch.inputs, &batch.targets]).with_context(|| stop(step))?;
         let value = f64::from(loss.to_scalar::<f32>()?);
         if !value.is_finite() {
             bail!("{}: the loss is {value}", stop(step));
         }
-        optimizer.set_learning_rate(schedule.lr(settings.lr, step - 1, settings.steps));
-        optimizer.backward_step(&loss).with_context(|| stop(step))?;
         let elapsed = started.elapsed().as_secs_f64();
         seconds += elapsed;
 
@@ -105,7 +111,7 @@ fn train(flags: &Flags) -> Result<ExitCode> {
         } else {
             None
         };
-        let stats = optimizer.stats()?;
+        let stats = training.state().stats()?;
         let record = Record {
             step,
             loss: value,
@@ -139,7 +145,7 @@ fn train(flags: &Flags) -> Result<ExitCode> {
                 tokens: step * settings.tokens_per_step(),
                 seconds,
             };
-            checkpoint.save(&state, &varmap, &optimizer, &data.tokenizer)?;
+            checkpoint.save(&state, &varmap, training.state(), &data.tokenizer)?;
         }
         if interrupted {
             drop(progress);
