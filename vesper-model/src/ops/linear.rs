@@ -50,23 +50,24 @@ pub fn linear(x: &Tensor, w: &Tensor, path: Path) -> Result<Tensor> {
     check_dtypes("linear", x, &[("weight", w)])?;
     let rows: &[usize] = &x.dims()[..x.rank() - 1];
     check_sizes("linear", &[x.dims(), w.dims(), &[rows, &[out]].concat()])?;
-    // A matrix may have any strides; the rows of more dimensions must follow each other.
-    let whole = |x: &Tensor| if x.rank() == 2 { Ok(x.clone()) } else { x.contiguous() };
-    match path.backend(x) {
-        // f16 is converted as a whole.
-        Backend::Cpu if x.dtype() == DType::F16 => x.contiguous()?.apply_op2(&w.contiguous()?, LinearCpu),
-        Backend::Cpu => whole(x)?.apply_op2(w, LinearCpu),
-        _ if path != Path::Reference => whole(x)?.apply_op2(&w.to_dtype(x.dtype())?, Linear),
-        _ => {
-            let w = w.to_dtype(x.dtype())?;
-            let (rows, mut dims) = flat(x.shape());
-            let y = x.reshape((rows, input))?.matmul(&w.t()?)?;
-            if let Some(last) = dims.last_mut() {
-                *last = out;
-            }
-            y.reshape(dims)
+    if path == Path::Reference {
+        let (rows, mut dims) = flat(x.shape());
+        let y = x.reshape((rows, input))?.matmul(&w.to_dtype(x.dtype())?.t()?)?;
+        if let Some(last) = dims.last_mut() {
+            *last = out;
         }
+        return y.reshape(dims);
     }
+    // A matrix may have any strides; the rows of more dimensions must follow each other.
+    let matrix = if x.rank() == 2 { x.clone() } else { x.contiguous()? };
+    if path.backend(x) != Backend::Cpu {
+        return matrix.apply_op2(&w.to_dtype(x.dtype())?, Linear);
+    }
+    if x.dtype() == DType::F16 {
+        // f16 is converted as a whole.
+        return matrix.contiguous()?.apply_op2(&w.contiguous()?, LinearCpu);
+    }
+    matrix.apply_op2(w, LinearCpu)
 }
 
 /// The product of all dimensions but the last, and the dimensions.

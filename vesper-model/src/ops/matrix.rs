@@ -189,6 +189,7 @@ pub(super) fn product<T: Real>(
 }
 
 /// As [`product`], by the crate `gemm`, for sizes that fit and are not 0. `a` and `b` are slices of `T`.
+#[allow(clippy::needless_pass_by_value)] // the exclusive borrow ends here
 pub(super) fn by_crate<T: Real>(
     dst: Target<'_, T>,
     (a, left): (Matrix<'_, T>, &[T]),

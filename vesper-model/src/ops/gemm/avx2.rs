@@ -1,5 +1,8 @@
 //! Tiles and packing with AVX2 and FMA.
 
+#![allow(clippy::wildcard_imports)] // dozens of instructions
+#![allow(clippy::needless_range_loop)] // registers, by their numbers
+
 use std::arch::x86_64::*;
 
 use super::{Element, Kernel, Lanes};
@@ -29,10 +32,10 @@ unsafe impl Kernel for F32 {
             if from.lane_stride == 1 {
                 for step in 0..from.depth {
                     let (row, to) = (from.at(0, step), to.add(step * width));
-                    for lane in 0..from.lanes {
+                    for lane in 0..from.count {
                         to.add(lane).write(row.add(lane).read().to_f32());
                     }
-                    for lane in from.lanes..width {
+                    for lane in from.count..width {
                         to.add(lane).write(0.0);
                     }
                 }
@@ -41,7 +44,7 @@ unsafe impl Kernel for F32 {
             for first in (0..from.depth).step_by(STEPS) {
                 for lane in 0..width {
                     for step in first..from.depth.min(first + STEPS) {
-                        let value = if lane < from.lanes { from.at(lane, step).read().to_f32() } else { 0.0 };
+                        let value = if lane < from.count { from.at(lane, step).read().to_f32() } else { 0.0 };
                         to.add(step * width + lane).write(value);
                     }
                 }

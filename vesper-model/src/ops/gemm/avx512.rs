@@ -1,5 +1,7 @@
 //! Tiles and packing with AVX-512, of f32 and of pairs of bf16.
 
+#![allow(clippy::wildcard_imports)] // dozens of instructions
+
 use std::arch::x86_64::*;
 
 use half::bf16;
@@ -137,7 +139,7 @@ macro_rules! pack {
         if $from.lane_stride == 1 {
             for step in 0..steps {
                 for lane in (0..$width).step_by(WIDE) {
-                    let mask = lowest($from.lanes.saturating_sub(lane));
+                    let mask = lowest($from.count.saturating_sub(lane));
                     let group = $row(step, lane, mask);
                     store($to.add(step * $width + lane), group, $width - lane);
                 }
@@ -147,7 +149,7 @@ macro_rules! pack {
                 for step in (0..steps).step_by(WIDE) {
                     let mut rows = [_mm512_setzero_si512(); WIDE];
                     for (i, row) in rows.iter_mut().enumerate() {
-                        if lane + i < $from.lanes {
+                        if lane + i < $from.count {
                             *row = $lane(step, lane + i, $from.depth - step * $group);
                         }
                     }
@@ -161,7 +163,7 @@ macro_rules! pack {
         } else {
             for step in 0..steps {
                 for lane in 0..$width {
-                    let group = if lane < $from.lanes { $one(step, lane) } else { 0 };
+                    let group = if lane < $from.count { $one(step, lane) } else { 0 };
                     $to.add(step * $width + lane).write(group);
                 }
             }

@@ -120,7 +120,7 @@ impl Operand<'_> {
         unsafe {
             let from = Lanes {
                 data: data.add(lane * self.lane_stride + depth * self.depth_stride),
-                lanes: self.width.min(self.lanes - lane),
+                count: self.width.min(self.lanes - lane),
                 depth: (steps.len() * K::GROUP).min(self.depth - depth),
                 lane_stride: self.lane_stride,
                 depth_stride: self.depth_stride,
@@ -157,6 +157,7 @@ fn share(panels: usize, width: usize, threads: usize) -> usize {
 ///
 /// # Safety
 /// The processor has the kernel's instructions; the sizes fit, and none is 0.
+#[allow(clippy::needless_pass_by_value)] // the exclusive borrow ends here
 pub(super) unsafe fn multiply<K: Kernel>(
     c: Target<'_, f32>,
     a: Matrix<'_, f32>,

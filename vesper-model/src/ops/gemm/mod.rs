@@ -87,22 +87,18 @@ impl Level {
         true
     }
 
-    /// Whether the operands may have more digits than the level keeps.
-    fn keeps(self, precision: Precision) -> bool {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16 => precision == Precision::Bf16,
-            _ => true,
-        }
+    /// Whether the level rounds its operands to bf16.
+    fn rounds(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self == Self::Avx512Bf16;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
     }
 
     /// The fastest one that this processor has.
     fn best(precision: Precision) -> Self {
-        Self::ALL
-            .iter()
-            .copied()
-            .find(|level| level.keeps(precision) && level.is_there())
-            .unwrap_or(Self::Crate)
+        let fits = |level: &Self| (precision == Precision::Bf16 || !level.rounds()) && level.is_there();
+        Self::ALL.iter().copied().find(fits).unwrap_or(Self::Crate)
     }
 }
 
@@ -137,12 +133,12 @@ fn multiply_at(level: Level, c: Target<'_, f32>, a: Matrix<'_, f32>, b: Matrix<'
     }
 }
 
-/// How the values of an operand lie in memory, seen as `lanes` (rows of the left operand, columns of the right one) of
+/// How the values of an operand lie in memory, seen as lanes (rows of the left operand, columns of the right one) of
 /// `depth` values each.
 #[cfg(target_arch = "x86_64")]
 struct Lanes<E> {
     data: *const E,
-    lanes: usize,
+    count: usize,
     depth: usize,
     lane_stride: usize,
     depth_stride: usize,

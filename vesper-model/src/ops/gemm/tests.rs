@@ -11,10 +11,6 @@ fn levels() -> impl Iterator<Item = Level> {
     Level::ALL.iter().copied().filter(|level| level.is_there())
 }
 
-fn rounds(level: Level) -> bool {
-    !level.keeps(super::Precision::Full)
-}
-
 fn random(seed: u64, n: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
@@ -42,7 +38,7 @@ impl Operand {
 
     fn read(&self, index: usize, level: Level) -> f64 {
         let value = self.full[index];
-        f64::from(if self.half.is_some() || rounds(level) { bf16::from_f32(value).to_f32() } else { value })
+        f64::from(if self.half.is_some() || level.rounds() { bf16::from_f32(value).to_f32() } else { value })
     }
 }
 
@@ -217,6 +213,6 @@ fn bf16_is_for_activations_in_bf16_alone() {
     for dtype in [DType::F16, DType::F32, DType::F64] {
         assert_eq!(Precision::of(dtype), Precision::Full);
     }
-    assert!(!rounds(Level::best(Precision::Full)));
+    assert!(!Level::best(Precision::Full).rounds());
     assert!(levels().any(|level| level == Level::Crate));
 }
