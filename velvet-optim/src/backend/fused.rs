@@ -35,8 +35,7 @@ type Results = Mutex<Vec<(usize, Measured)>>;
 pub(super) fn update(jobs: Vec<(usize, Job<'_>)>, measured: &mut [Measured]) -> Result<()> {
     // candle lends no storage that has no elements: its strides look like overlap.
     let mut jobs: Vec<_> = jobs.into_iter().filter(|(_, job)| job.param.elem_count() > 0).collect();
-    // From the end: the pass that took the norm went forwards, so the last gradients are still in the cache.
-    for group in jobs.rchunks_mut(GROUP) {
+    for group in jobs.chunks_mut(GROUP) {
         let results = Results::default();
         let (grads, rest): (Vec<&Tensor>, Vec<_>) = group
             .iter_mut()
@@ -98,9 +97,7 @@ fn run_all(mut tasks: Vec<Task<'_>>) -> Vec<(usize, Measured)> {
             settings.step.set_alignment(aligned, settings.elements as u64);
         }
     }
-    let mut measured: Vec<_> = tasks.into_par_iter().rev().map(Task::run).collect();
-    measured.reverse(); // sums are in the order of the elements
-    measured
+    tasks.into_par_iter().map(Task::run).collect()
 }
 
 type Pending<'a> = (Prepared<'a>, std::vec::IntoIter<Prepared<'a>>, Vec<Task<'a>>);
