@@ -21,11 +21,12 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use velvet_optim::{
     CautiousUpdate, GradClip, HalfParameters, Lion, NonFinite, Orthogonal, Rule, StateFormat, UpdateNorms,
     Velvet, VelvetConfig,
 };
+use vesper_benches::record::{machine, today};
 
 /// The tensors of the small preset: 6 layers, width 384, feed-forward 1024, vocabulary 32064, tied embedding.
 fn shapes() -> Vec<Vec<usize>> {
@@ -225,47 +226,6 @@ fn peer() -> std::result::Result<Vec<String>, Box<dyn Error>> {
         return Err(format!("{command}: {}", String::from_utf8_lossy(&output.stderr)).into());
     }
     Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
-}
-
-fn machine() -> String {
-    let processor = || {
-        let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
-        let name = text.lines().find(|line| line.starts_with("model name"))?.split(':').nth(1)?;
-        let cores = text.lines().filter(|line| line.starts_with("processor")).count();
-        Some(format!("{} {cores} cores", name.trim()))
-    };
-    let name = std::env::var("VESPER_BENCH_MACHINE")
-        .ok()
-        .or_else(processor)
-        .unwrap_or_else(|| format!("{} {}", std::env::consts::OS, std::env::consts::ARCH));
-    let words: Vec<String> = name
-        .split(|c: char| !c.is_ascii_alphanumeric())
-        .filter(|word| !word.is_empty())
-        .map(str::to_ascii_lowercase)
-        .collect();
-    words.join("-")
-}
-
-/// The date in UTC as `year-month-day`.
-fn today() -> String {
-    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let mut days = seconds / 86_400;
-    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
-    let mut year = 1970;
-    while days >= 365 + u64::from(leap(year)) {
-        days -= 365 + u64::from(leap(year));
-        year += 1;
-    }
-    let february = 28 + u64::from(leap(year));
-    let mut month = 1;
-    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
-        if days < length {
-            break;
-        }
-        days -= length;
-        month += 1;
-    }
-    format!("{year}-{month:02}-{:02}", days + 1)
 }
 
 fn main() -> std::result::Result<(), Box<dyn Error>> {

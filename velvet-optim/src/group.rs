@@ -177,9 +177,9 @@ fn plan(
 
 /// Whether a parameter is a matrix between two hidden layers, which orthogonalised momentum is for.
 ///
-/// It must have two dimensions of at least 2. With a name: no part of the name contains `embed` or `lora`, and the module
-/// that owns the weight is not called as heads and embeddings are ([`NOT_HIDDEN`]). Without: the longer side is less than
-/// [`RATIO`] times the shorter.
+/// It must have two dimensions of at least 2. With a name: no part of the name contains `embed`, `embd` or `lora` or has `emb`
+/// as a word (between underscores), and the module that owns the weight is not called as heads and embeddings are
+/// ([`NOT_HIDDEN`]). Without: the longer side is less than [`RATIO`] times the shorter.
 fn is_hidden_matrix(naming: Naming, name: &str, shape: &[usize]) -> bool {
     let &[rows, cols] = shape else { return false };
     if rows.min(cols) < 2 {
@@ -194,8 +194,11 @@ fn is_hidden_matrix(naming: Naming, name: &str, shape: &[usize]) -> bool {
                 parts.pop();
             }
             let owner = parts.last().copied().unwrap_or_default();
-            !parts.iter().any(|part| part.contains("embed") || part.contains("lora"))
-                && !NOT_HIDDEN.contains(&owner)
+            let is_outside = |part: &&str| {
+                ["embed", "embd", "lora"].iter().any(|word| part.contains(word))
+                    || part.split('_').any(|word| word == "emb")
+            };
+            !parts.iter().any(is_outside) && !NOT_HIDDEN.contains(&owner)
         }
     }
 }
@@ -204,8 +207,22 @@ fn is_hidden_matrix(naming: Naming, name: &str, shape: &[usize]) -> bool {
 const RATIO: usize = 8;
 
 /// How heads and embeddings are called.
-const NOT_HIDDEN: [&str; 9] =
-    ["wte", "wpe", "lm_head", "head", "output", "classifier", "score", "decoder", "cls"];
+const NOT_HIDDEN: [&str; 14] = [
+    "wte",
+    "wpe",
+    "shared", // T5's embedding
+    "relative_attention_bias",
+    "lm_head",
+    "head",
+    "output",
+    "output_layer",
+    "classifier",
+    "score",
+    "decoder",
+    "cls",
+    "logits",
+    "to_logits",
+];
 
 #[cfg(test)]
 mod tests {
@@ -221,6 +238,8 @@ mod tests {
             "model.layers.0.self_attn.qkv_proj.weight",
             "transformer.h.0.mlp.c_fc.weight",
             "encoder.layer.3.attention.output.dense.weight",
+            "model.layers.0.mlp.shared_expert.up_proj.weight",
+            "ensemble.0.fc.weight",
             "fc1",
         ] {
             assert!(hidden(name, &[64, 64]), "{name}");
@@ -231,6 +250,12 @@ mod tests {
             "embeddings.word_embeddings.weight",
             "lm_head.weight",
             "output.weight",
+            "tok_emb.weight",
+            "rwkv.emb.weight",
+            "token_embd.weight",
+            "shared.weight",
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            "to_logits.weight",
             "model.layers.0.q_proj.lora_A.weight",
         ] {
             assert!(!hidden(name, &[64, 64]), "{name}");

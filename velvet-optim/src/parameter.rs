@@ -81,7 +81,11 @@ impl Parameter {
             return error("dtype", "f32, f64, bf16 or f16".to_owned(), grad.dtype().as_str().to_owned());
         }
         let grad = match &self.mask {
-            Some(mask) => (grad.detach() * mask.to_dtype(grad.dtype())?)?,
+            // Not a product, which NaN and infinity would survive.
+            Some(mask) => {
+                let grad = grad.detach().contiguous()?;
+                mask.ne(0.0)?.where_cond(&grad, &grad.zeros_like()?)?
+            }
             None => grad.contiguous()?,
         };
         // A gradient may be a parameter's own storage (a hand-made GradStore): reading it while it is lent for

@@ -197,6 +197,14 @@ impl Values {
         }
     }
 
+    pub(crate) fn has_negative(&self) -> bool {
+        match self {
+            Self::F32(x) => x.iter().any(|&x| x < 0.0),
+            Self::F64(x) => x.iter().any(|&x| x < 0.0),
+            Self::Blockwise(x) => x.is_signed() && x.to_vec().iter().any(|&x| x < 0.0),
+        }
+    }
+
     fn blockwise(&self, signed: bool) -> Cow<'_, Blockwise> {
         match self {
             Self::Blockwise(x) if x.is_signed() == signed => Cow::Borrowed(x),

@@ -21,7 +21,8 @@ pub struct Stats {
     /// How far perplexity-guided momentum has come, in [0, 1]; `None` where it is off or saw no loss.
     pub progress: Option<f64>,
     /// The norm of the last change of all parameters over the norm of the parameters before it; `None` where
-    /// updates are not measured ([`UpdateNorms`](crate::UpdateNorms)).
+    /// updates are not measured ([`UpdateNorms`](crate::UpdateNorms)) or nothing was updated, infinite where all weights
+    /// were zero.
     pub update_ratio: Option<f64>,
     /// Steps left out because of NaN or infinity in a gradient
     /// ([`NonFinite::Skip`](crate::NonFinite::Skip)).

@@ -107,7 +107,7 @@ impl Velvet {
             return Ok(Some(1.0));
         }
         let sums = backend::sums_of_squares(&found.iter().map(|(_, grad)| grad).collect::<Vec<_>>())?;
-        let norm = sums.iter().sum::<f64>().sqrt();
+        let norm = sums.iter().fold(0.0, |all, sum| all + sum).sqrt(); // `sum` of nothing is -0
         self.stats.grad_norm = Some(norm);
         if !norm.is_finite() {
             match self.config.non_finite {

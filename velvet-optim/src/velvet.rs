@@ -241,7 +241,9 @@ impl Velvet {
     /// # Errors
     /// They are on a device that cannot be read.
     pub fn stats(&self) -> Result<Stats> {
-        Ok(self.snapshot()?.stats)
+        let stats = self.snapshot()?.stats;
+        // No change of no weights is no ratio: a step without gradients, or only empty parameters.
+        Ok(Stats { update_ratio: stats.update_ratio.filter(|ratio| !ratio.is_nan()), ..stats })
     }
 
     /// The size of the last update of each parameter relative to its weights (the ratio of their norms), by name;

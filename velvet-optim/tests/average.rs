@@ -252,6 +252,14 @@ fn files_that_do_not_fit_are_refused_and_change_nothing() {
     std::fs::write(&path, later).unwrap();
     let message = average.load(&path).unwrap_err().to_string();
     assert!(message.contains("expected format 1, got 2"), "{message}");
+    // The header's own length is not changed: 1 update and 1 weight become 0 and 1.
+    let text = String::from_utf8_lossy(&whole).into_owned();
+    let at = text.find(r#"\"updates\":1"#).unwrap() + r#"\"updates\":"#.len();
+    let mut fewer = whole.clone();
+    fewer[at] = b'0';
+    std::fs::write(&path, fewer).unwrap();
+    let message = average.load(&path).unwrap_err().to_string();
+    assert!(message.contains("got 1 of 0"), "{message}");
     let missing = average.load(folder.path().join("none")).unwrap_err().to_string();
     assert!(missing.contains("none"), "{missing}");
     let unwritable = average.save(folder.path().join("no/folder")).unwrap_err();

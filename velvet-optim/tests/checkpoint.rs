@@ -8,7 +8,10 @@ use candle_core::{DType, Device, Tensor, Var};
 use common::{all_bits, config, named, record_warnings, store, tensor, train, var};
 use proptest::prelude::*;
 use std::path::Path;
-use velvet_optim::{BackendChoice, Error, GradClip, Lion, NonFinite, Optimizer, Rule, Velvet, VelvetConfig};
+use velvet_optim::{
+    BackendChoice, Error, GradClip, Lion, NonFinite, Optimizer, ParamGroup, Rule, StateFormat, Training,
+    Velvet, VelvetConfig,
+};
 
 const SHAPES: [&[usize]; 5] = [&[7, 13], &[1], &[0], &[], &[65_539]];
 
@@ -96,6 +99,62 @@ fn masks_are_saved_and_a_resumed_run_keeps_them() {
         let others: [&[usize]; 2] = [&[13, 7], &[5]];
         let mut other = Velvet::named(named(&others, dtype), adaptive()).unwrap();
         assert!(other.load_bytes(&bytes).is_err());
+    }
+}
+
+#[test]
+fn a_mask_that_the_saved_run_did_not_have_is_applied_to_what_is_loaded() {
+    for format in [StateFormat::Full, StateFormat::Blockwise8] {
+        let shapes: [&[usize]; 1] = [&[70, 65]];
+        let config = config().with_state_format(format);
+        let saved = named(&shapes, DType::F32);
+        let mut opt = Velvet::named(saved.clone(), config.clone()).unwrap();
+        train(&mut opt, &saved, 1, 3);
+        let bytes = opt.to_bytes().unwrap();
+
+        let vars = named(&shapes, DType::F32);
+        let mut masked = Velvet::named(vars.clone(), config).unwrap();
+        let kept: Vec<u8> = (0..70 * 65).map(|i| u8::from(i % 3 != 0)).collect();
+        let mask = Tensor::from_vec(kept, (70, 65), &Device::Cpu).unwrap();
+        masked.set_mask("w0", Some(&mask)).unwrap();
+        vars[0].1.set(saved[0].1.as_tensor()).unwrap(); // weights of a run without a mask
+        masked.load_bytes(&bytes).unwrap();
+        train(&mut masked, &vars, 4, 2);
+        let values = common::bits(&vars[0].1);
+        assert!(values.iter().enumerate().all(|(i, &x)| (x == 0) == (i % 3 == 0)), "{format:?}");
+    }
+}
+
+#[test]
+fn a_parameter_that_is_frozen_at_the_resume_goes_on_with_its_moments_when_it_is_thawed() {
+    let frozen = |config: VelvetConfig| {
+        config.with_group(ParamGroup { training: Training::Frozen, ..ParamGroup::of(["w0"]) })
+    };
+    for dtype in [DType::F32, DType::BF16] {
+        let whole = named(&SHAPES, dtype);
+        let mut opt = Velvet::named(whole.clone(), adaptive()).unwrap();
+        train(&mut opt, &whole, 1, 3);
+        opt.set_config(frozen(adaptive())).unwrap();
+        train(&mut opt, &whole, 4, 2);
+        let bytes = opt.to_bytes().unwrap();
+
+        let rest = copy(&whole);
+        let mut resumed = Velvet::named(rest.clone(), frozen(adaptive())).unwrap();
+        resumed.load_bytes(&bytes).unwrap();
+        assert_eq!(resumed.to_bytes().unwrap(), bytes);
+        for (opt, vars) in [(&mut opt, &whole), (&mut resumed, &rest)] {
+            opt.set_config(adaptive()).unwrap();
+            train(opt, vars, 6, 2);
+        }
+        assert_eq!(all_bits(&resumed), all_bits(&opt));
+
+        // Under another rule there is nothing to keep, and a frozen parameter is no reason to refuse.
+        let lion = config().with_hidden_matrices(Rule::Lion(Lion::default()));
+        let group = ParamGroup { rule: Some(Rule::Lion(Lion::default())), ..ParamGroup::of(["w0"]) };
+        let other = ParamGroup { training: Training::Frozen, ..group };
+        let mut other = Velvet::named(copy(&whole), VelvetConfig { groups: vec![other], ..lion }).unwrap();
+        other.load_bytes(&bytes).unwrap();
+        assert!(!other.state().unwrap().keys().any(|key| key.starts_with("w0")));
     }
 }
 
@@ -275,6 +334,77 @@ fn files_that_are_not_a_state_name_the_file() {
     let mut newer = whole.clone();
     newer[at] = b'3';
     assert!(error_of("newer", Some(&newer)).contains("`header`: expected format 2, got 3"));
+}
+
+/// The bytes of a state with another header; `edit` gets its text.
+fn with_header(bytes: &[u8], edit: impl Fn(&str) -> String) -> Vec<u8> {
+    let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut outer: serde_json::Value = serde_json::from_slice(&bytes[8..8 + len]).unwrap();
+    let header = &mut outer["__metadata__"]["velvet-optim"];
+    let edited = edit(header.as_str().unwrap());
+    assert_ne!(header.as_str().unwrap(), edited);
+    *header = edited.into();
+    let mut text = outer.to_string();
+    text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
+    [&(text.len() as u64).to_le_bytes(), text.as_bytes(), &bytes[8 + len..]].concat()
+}
+
+/// The bytes of a state with another first element of a tensor.
+fn with_element(bytes: &[u8], key: &str, element: &[u8]) -> Vec<u8> {
+    let tensors = safetensors::SafeTensors::deserialize(bytes).unwrap();
+    let at = tensors.tensor(key).unwrap().data().as_ptr().addr() - bytes.as_ptr().addr();
+    let mut bytes = bytes.to_vec();
+    bytes[at..at + element.len()].copy_from_slice(element);
+    bytes
+}
+
+#[test]
+fn values_that_no_run_writes_are_refused_by_key() {
+    let vars = named(&[&[3, 4], &[5]], DType::F32);
+    let mut opt = Velvet::named(vars.clone(), adaptive()).unwrap();
+    train(&mut opt, &vars, 1, 2);
+    let bytes = opt.to_bytes().unwrap();
+    let largest = |text: &str, key: &str, now: u64| {
+        text.replace(&format!(r#""{key}":{now}"#), &format!(r#""{key}":{}"#, u64::MAX))
+    };
+    for (edited, expected) in [
+        (
+            with_header(&bytes, |text| text.replace(r#""name":"w1""#, r#""name":"w0""#)),
+            "`header`: it has two parameters of one name",
+        ),
+        (with_header(&bytes, |text| largest(text, "step", 2)), "`step`: expected a number up to 2^53"),
+        (with_header(&bytes, |text| largest(text, "skipped", 0)), "`skipped`: expected a number up to 2^53"),
+        (
+            with_header(&bytes, |text| largest(text, "ignored_losses", 0)),
+            "`ignored_losses`: expected a number up to 2^53",
+        ),
+        (
+            with_element(&bytes, "w1.exp_avg_sq", &(-1f32).to_le_bytes()),
+            "`w1.exp_avg_sq`: expected numbers of at least 0",
+        ),
+        (
+            with_element(&bytes, "w0.row_sq", &(-1f32).to_le_bytes()),
+            "`w0.row_sq`: expected numbers of at least 0",
+        ),
+        (
+            with_element(&bytes, "beta_products", &f64::NAN.to_le_bytes()),
+            "`beta_products`: expected numbers in [0, 1]",
+        ),
+    ] {
+        let error = refused(&mut opt, &edited);
+        assert!(error.contains(expected), "{error}");
+    }
+    // A mask is 0 or not 0.
+    opt.set_mask("w1", Some(&Tensor::ones(5, DType::U8, &Device::Cpu).unwrap())).unwrap();
+    let marked = with_element(&opt.to_bytes().unwrap(), "w1.mask", &[255]);
+    let run = |bytes: &[u8]| {
+        let vars = copy(&vars);
+        let mut opt = Velvet::named(vars.clone(), adaptive()).unwrap();
+        opt.load_bytes(bytes).unwrap();
+        train(&mut opt, &vars, 3, 1);
+        all_bits(&opt)
+    };
+    assert_eq!(run(&marked), run(&bytes));
 }
 
 #[test]

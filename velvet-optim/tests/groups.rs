@@ -256,6 +256,23 @@ fn masked_elements_stay_exactly_zero_under_every_rule_and_the_others_train() {
     assert!(matches!(opt.set_mask("x", None), Err(Error::UnknownParameter { .. })));
 }
 
+#[test]
+fn a_gradient_that_is_no_number_under_a_mask_is_nobodys_business() {
+    for dtype in [DType::F32, DType::BF16, DType::F64] {
+        let vars = named(&[&[3]], dtype);
+        let mut opt = Velvet::named(vars.clone(), config().with_lr(0.1)).unwrap();
+        let mask = Tensor::new(&[1u8, 0, 0], &Device::Cpu).unwrap();
+        opt.set_mask("w0", Some(&mask)).unwrap();
+        let before = values(&vars[0].1);
+        let grad = Tensor::new(&[0.5f32, f32::NAN, f32::INFINITY], &Device::Cpu).unwrap();
+        opt.try_step(&store([(&vars[0].1, grad.to_dtype(dtype).unwrap())])).unwrap();
+        assert_eq!(opt.stats().unwrap().grad_norm, Some(0.5));
+        let after = values(&vars[0].1);
+        assert_ne!(after[0], before[0]);
+        assert_eq!(after[1..], [0.0, 0.0], "{dtype:?}");
+    }
+}
+
 fn values(t: &Tensor) -> Vec<f64> {
     t.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap()
 }
@@ -292,6 +309,22 @@ fn measured_updates_are_the_changes() {
         }
         let ratio = opt.stats().unwrap().update_ratio.unwrap();
         assert!((ratio - (change / weight).sqrt()).abs() < 1e-6 * ratio);
+    }
+}
+
+#[test]
+fn the_ratio_of_no_update_is_none_and_that_of_zero_weights_infinite() {
+    for backend in [BackendChoice::Auto, BackendChoice::Plain] {
+        let zeros = Var::zeros((3, 2), DType::F32, &Device::Cpu).unwrap();
+        let config = VelvetConfig { update_norms: UpdateNorms::On, backend, ..config() };
+        let mut opt = Velvet::named(vec![("w".into(), zeros.clone())], config).unwrap();
+        opt.on_warning(|_| {});
+        opt.try_step(&store([])).unwrap();
+        let stats = opt.stats().unwrap();
+        assert_eq!((stats.update_ratio, stats.grad_norm.map(f64::to_bits)), (None, Some(0)));
+        assert_eq!(opt.update_ratios().unwrap(), []);
+        opt.try_step(&store([(&zeros, tensor(1, &[3, 2], DType::F32))])).unwrap();
+        assert_eq!(opt.stats().unwrap().update_ratio, Some(f64::INFINITY));
     }
 }
 

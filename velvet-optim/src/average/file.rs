@@ -21,6 +21,8 @@ const HEADER_KEY: &str = "velvet-average";
 const FORMAT: u64 = 1;
 /// The key under which messages name the header.
 const HEADER: &str = "header";
+/// More updates than any run makes; counting on from there cannot overflow.
+const LARGEST_COUNT: u64 = 1 << 53;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -128,6 +130,13 @@ impl WeightAverage {
             };
             let (missing, unexpected) = (names(&ours, &theirs), names(&theirs, &ours));
             return Err(Error::StateNames { origin, missing, unexpected });
+        }
+        if header.count > header.updates || header.updates > LARGEST_COUNT {
+            let problem = format!(
+                "expected at most as many weights as updates, and these up to 2^53, got {} of {}",
+                header.count, header.updates
+            );
+            return Err(format_error(&origin, HEADER, problem));
         }
         // Before the average has begun there is none of any parameter; after it there is one of each.
         let has_begun = header.count > 0;

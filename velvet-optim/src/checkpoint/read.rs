@@ -3,6 +3,7 @@
 use super::header::{Bits, Entry, Header, Naming as SavedNaming};
 use super::{FORMAT, HEADER_KEY, MASK, PRODUCTS_KEY, SIZES_KEY};
 use crate::adaptive::Adaptive;
+use crate::backend;
 use crate::error::{Error, Result};
 use crate::parameter::{self, Naming, Parameter, UpdateSize};
 use crate::quantised::{self, Blockwise};
@@ -10,13 +11,15 @@ use crate::rule::SlotKind;
 use crate::state::{self, Data, MASTER, Slot, Values};
 use crate::stats::Stats;
 use crate::velvet::Velvet;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use safetensors::{Dtype, SafeTensors};
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 /// The key under which messages name the header.
 const HEADER: &str = "header";
+/// More steps than any run takes; counting on from there cannot overflow.
+const LARGEST_COUNT: u64 = 1 << 53;
 
 impl Velvet {
     /// Takes over a state that [`Velvet::save`] wrote: from then on every step gives the bits it would have given
@@ -25,9 +28,10 @@ impl Velvet {
     /// Restore the parameters first. The base learning rate comes from the file; the rest of the configuration
     /// does not. An adaptive part that the saved run did not use starts anew. Parameters may be of another type or on
     /// another device than those of the saved run, and their state may be kept in another format: values are then
-    /// converted. A parameter that was frozen in the saved run starts with an empty state, and a master copy that
-    /// it did not have is made from the parameter as it is now. A saved mask takes the place of the parameter's own; a mask
-    /// that was set here and not in the saved run stays.
+    /// converted. A parameter that was frozen in the saved run from its start starts with an empty state; one that was trained
+    /// there and is frozen here keeps the saved state for when it is thawed. A master copy that the saved run did not have is
+    /// made from the parameter as it is now. A saved mask takes the place of the parameter's own; a mask that was set here and
+    /// not in the saved run stays, and is applied to weights and loaded state.
     ///
     /// Named parameters must have the saved names and shapes. Parameters without names (made by
     /// [`new`](candle_nn::Optimizer::new)) may be in another order than they were, as those of
@@ -66,11 +70,25 @@ impl Velvet {
                 header.parameters.get(row).ok_or_else(|| reader.format(HEADER, "too few parameters"))?;
             let products = *products.get(row).ok_or_else(|| reader.format(PRODUCTS_KEY, "too few rows"))?;
             let size = *sizes.get(row).ok_or_else(|| reader.format(SIZES_KEY, "too few rows"))?;
-            let mask = reader.mask(&tensors, entry, parameter)?;
-            loaded.push((reader.slots(&tensors, entry, parameter)?, products, size, mask));
+            let mask = match reader.mask(&tensors, entry, parameter)? {
+                Some(kept) => Some(kept),
+                None => parameter.mask.as_ref().map(|mask| mask.ne(0.0)).transpose()?,
+            };
+            // One that is frozen here and was trained in the saved run may be thawed later.
+            let made = if parameter.slots.is_empty() && has_state_for(entry, parameter) {
+                Some(backend::empty_state(&parameter.var, &parameter.plan, &self.config)?)
+            } else {
+                None
+            };
+            let slots = made.as_deref().unwrap_or(&parameter.slots);
+            let data = reader.slots(&tensors, entry, slots, &parameter.var)?;
+            loaded.push((made, data, products, size, mask));
         }
         let average = |bits: Option<Bits>| bits.map(f64::from);
         let lr = reader.finite("lr", header.lr)?;
+        let step = reader.count("step", header.step)?;
+        let skipped = reader.count("skipped", header.skipped)?;
+        let ignored_losses = reader.count("ignored_losses", header.ignored_losses)?;
         let averages = &header.averages;
         self.adaptive = Adaptive::new(
             &self.config,
@@ -84,18 +102,21 @@ impl Velvet {
         );
         self.config.lr = lr;
         self.stats = Stats {
-            step: header.step,
+            step,
             grad_norm: average(header.last.grad_norm),
             clip_scale: header.last.clip_scale.into(),
             lr: header.last.lr.into(),
             beta1: header.last.beta1.into(),
             progress: average(header.last.progress),
             update_ratio: average(header.last.update_ratio),
-            skipped: header.skipped,
-            ignored_losses: header.ignored_losses,
+            skipped,
+            ignored_losses,
         };
         self.missing.clear();
-        for (parameter, (data, products, size, mask)) in self.parameters.iter_mut().zip(loaded) {
+        for (parameter, (made, data, products, size, mask)) in self.parameters.iter_mut().zip(loaded) {
+            if let Some(slots) = made {
+                parameter.slots = slots;
+            }
             for (slot, data) in parameter.slots.iter_mut().zip(data) {
                 slot.data = data;
             }
@@ -144,6 +165,9 @@ impl Velvet {
         let ours: BTreeSet<&str> = self.parameters.iter().map(|p| p.name.as_str()).collect();
         let rows: HashMap<&str, usize> =
             header.parameters.iter().enumerate().map(|(i, entry)| (entry.name.as_str(), i)).collect();
+        if rows.len() < header.parameters.len() {
+            return Err(reader.format(HEADER, "it has two parameters of one name"));
+        }
         let theirs: BTreeSet<&str> = rows.keys().copied().collect();
         if ours != theirs {
             let names = |a: &BTreeSet<&str>, b: &BTreeSet<&str>| {
@@ -262,6 +286,15 @@ impl Reader<'_> {
         Ok((header, tensors))
     }
 
+    /// The step and the counters, which go on counting.
+    fn count(&self, key: &str, value: u64) -> Result<u64> {
+        if value <= LARGEST_COUNT {
+            Ok(value)
+        } else {
+            Err(self.format(key, format_args!("expected a number up to 2^53, got {value}")))
+        }
+    }
+
     fn finite(&self, key: &str, bits: Bits) -> Result<f64> {
         let value = f64::from(bits);
         if value.is_finite() && value >= 0.0 {
@@ -347,11 +380,17 @@ impl Reader<'_> {
             return Ok(None);
         }
         let bytes = self.bytes(tensors, &key, &entry.shape, Dtype::U8)?;
-        Ok(Some(Tensor::from_slice(bytes, entry.shape.as_slice(), parameter.var.device())?))
+        Ok(Some(Tensor::from_slice(bytes, entry.shape.as_slice(), parameter.var.device())?.ne(0.0)?))
     }
 
-    /// The state arrays of a parameter, in its own order and formats.
-    fn slots(&self, tensors: &SafeTensors<'_>, entry: &Entry, parameter: &Parameter) -> Result<Vec<Data>> {
+    /// The state arrays of a parameter, in the order and formats of `slots`.
+    fn slots(
+        &self,
+        tensors: &SafeTensors<'_>,
+        entry: &Entry,
+        slots: &[Slot],
+        var: &Var,
+    ) -> Result<Vec<Data>> {
         let slot = |slot: &Slot| {
             let name = slot.spec.name;
             if entry.slots.iter().any(|saved| saved == name) {
@@ -359,8 +398,7 @@ impl Reader<'_> {
                 return slot.data_of(&values);
             }
             if name == MASTER {
-                let values =
-                    parameter.var.as_detached_tensor().to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+                let values = var.as_detached_tensor().to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
                 return slot.data_of(&Values::F32(values.flatten_all()?.to_vec1()?));
             }
             if entry.slots.is_empty() {
@@ -368,7 +406,7 @@ impl Reader<'_> {
             }
             Err(self.format(HEADER, format_args!("`{}` has no state array `{name}`", entry.name)))
         };
-        parameter.slots.iter().map(slot).collect()
+        slots.iter().map(slot).collect()
     }
 
     /// One state array, in whichever format it was saved.
@@ -385,11 +423,22 @@ impl Reader<'_> {
                 None => Err(self.format(&scales, "expected scales of at least 0")),
             };
         }
-        match tensors.tensor(key).map(|view| view.dtype()) {
-            Ok(Dtype::F64) => {
-                Ok(Values::F64(state::f64_from(self.bytes(tensors, key, shape, Dtype::F64)?)))
-            }
-            _ => Ok(Values::F32(state::f32_from(self.bytes(tensors, key, shape, Dtype::F32)?))),
+        let values = match tensors.tensor(key).map(|view| view.dtype()) {
+            Ok(Dtype::F64) => Values::F64(state::f64_from(self.bytes(tensors, key, shape, Dtype::F64)?)),
+            _ => Values::F32(state::f32_from(self.bytes(tensors, key, shape, Dtype::F32)?)),
+        };
+        // No run writes an average of squares below zero, and its root is what an update divides by.
+        let is_of_squares = slot.spec.kind != SlotKind::Signed && slot.spec.name != MASTER;
+        if is_of_squares && values.has_negative() {
+            return Err(self.format(key, "expected numbers of at least 0"));
         }
+        Ok(values)
     }
+}
+
+/// Whether the saved run has what the parameter's rule needs; a master copy can be made.
+fn has_state_for(entry: &Entry, parameter: &Parameter) -> bool {
+    let specs = parameter.plan.rule.slots(parameter.var.dims());
+    entry.rule == parameter.plan.rule.name()
+        && specs.iter().all(|spec| entry.slots.iter().any(|saved| saved == spec.name))
 }
