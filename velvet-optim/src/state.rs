@@ -201,7 +201,7 @@ impl Values {
         match self {
             Self::F32(x) => x.iter().any(|&x| x < 0.0),
             Self::F64(x) => x.iter().any(|&x| x < 0.0),
-            Self::Blockwise(x) => x.is_signed() && x.to_vec().iter().any(|&x| x < 0.0),
+            Self::Blockwise(x) => x.to_vec().iter().any(|&x| x < 0.0),
         }
     }
 

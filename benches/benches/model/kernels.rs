@@ -23,7 +23,7 @@ const FLOPS: &str = "sm__ops_path_tensor_src_bf16_dst_fp32.sum";
 
 /// The launches of one kernel in one step.
 #[derive(Serialize)]
-pub(super) struct Kernel {
+pub(crate) struct Kernel {
     name: String,
     launches: usize,
     ms: f64,
@@ -37,10 +37,13 @@ pub(super) struct Kernel {
 }
 
 /// Reads the profiler's table; the ceilings are bytes and operations a second.
-pub(super) fn read(file: &Path, (copy, product): (f64, f64)) -> std::result::Result<Vec<Kernel>, Box<dyn Error>> {
+pub(crate) fn read(
+    file: &Path,
+    (copy, product): (f64, f64),
+) -> std::result::Result<Vec<Kernel>, Box<dyn Error>> {
     let text = std::fs::read_to_string(file)?;
     let start = text.find("\"ID\"").ok_or_else(|| format!("{}: no table of ncu", file.display()))?;
-    let mut reader = csv::Reader::from_reader(text[start..].as_bytes());
+    let mut reader = csv::Reader::from_reader(&text.as_bytes()[start..]);
     let mut rows = reader.deserialize::<HashMap<String, String>>();
     rows.next(); // the units
     let mut sums: HashMap<String, (usize, [f64; 3])> = HashMap::new();
@@ -86,7 +89,7 @@ pub(super) fn read(file: &Path, (copy, product): (f64, f64)) -> std::result::Res
 }
 
 /// Runs `step` a few times, the last time under the profiler.
-pub(super) fn profile(device: &Device, mut step: impl FnMut() -> Result<()>) -> Result<()> {
+pub(crate) fn profile(device: &Device, mut step: impl FnMut() -> Result<()>) -> Result<()> {
     for _ in 0..3 {
         step()?;
     }
