@@ -12,7 +12,7 @@ use vesper_model::VesperLM;
 
 use super::arm::Arm;
 use super::report::{cell, spread, table};
-use super::task::{Data, Setting, Task};
+use super::task::{Setting, Task};
 
 /// What is compared.
 #[derive(Clone, Debug, Serialize, Deserialize)]
