@@ -163,6 +163,7 @@ fn check_halved(packed: &Shape, dy: &Shape) -> Result<()> {
 }
 
 /// A gradient as the kernels take it.
+#[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "it may fail with CUDA"))]
 fn prepared(dy: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     return cuda::prepared(dy);

@@ -332,7 +332,7 @@ impl FlyLoraAdapter {
             return cuda::used(&flat, &*self.projection().on_cuda(x)?, &self.routed());
         }
         let flat = flat.to_dtype(self.b.dtype())?;
-        let y = if self.has_cpu_kernel(&flat) {
+        let y = if Self::has_cpu_kernel(&flat) {
             project(&flat, &self.projection().sparse)?
         } else {
             self.projection().dense(flat.dtype(), flat.device())?.forward(&flat)?
@@ -370,7 +370,7 @@ impl FlyLoraAdapter {
     }
 
     /// Whether there are loops for x, which has been converted to the dtype of the variable.
-    fn has_cpu_kernel(&self, x: &Tensor) -> bool {
+    fn has_cpu_kernel(x: &Tensor) -> bool {
         x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::F64)
     }
 
@@ -450,7 +450,7 @@ impl Adapter for FlyLoraAdapter {
         }
         self.reshaped(
             x,
-            |flat| if self.has_cpu_kernel(flat) { self.by_sparse(flat) } else { self.by_dense(flat) },
+            |flat| if Self::has_cpu_kernel(flat) { self.by_sparse(flat) } else { self.by_dense(flat) },
         )
     }
 
