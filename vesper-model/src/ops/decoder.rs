@@ -24,12 +24,12 @@ pub struct DecoderWeights {
     pub down: Tensor,
 }
 
+#[cfg(feature = "cuda")]
 impl DecoderWeights {
     pub(super) fn all(&self) -> [&Tensor; 6] {
         [&self.norm_attention, &self.qkv, &self.out, &self.norm_feed_forward, &self.gate_up, &self.down]
     }
 
-    #[cfg(feature = "cuda")]
     pub(super) fn try_map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
         Ok(Self {
             norm_attention: f(&self.norm_attention)?,
