@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 /// A calibrated model's loss is its predictions' mean entropy. Where the loss is above it, the model puts more trust in its
 /// predictions than they deserve, as it does after steps that were too long or batches that were corrupt.
 ///
-/// Off by default: in the book's study it changed nothing.
+/// Off by default: in the book's study it softened learning rates that were 4 and 8 times too high, and changed nothing
+/// anywhere else.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
