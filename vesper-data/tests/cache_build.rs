@@ -88,7 +88,10 @@ fn a_cache_is_built_reused_and_rebuilt_when_its_sources_or_tokenizer_change() {
 
     // Same length, another time; then the same bytes with another time.
     std::fs::write(&project.files[0], "one TWO").unwrap();
-    assert_eq!(status(&second), CacheStatus::Rebuilt(RebuildReason::SourcesChanged));
+    let changed = status(&second);
+    assert_eq!(changed, CacheStatus::Rebuilt(RebuildReason::SourcesChanged(Some(project.files[0].clone()))));
+    let named = format!("rebuilt, since the data changed ({})", project.files[0].display());
+    assert_eq!(changed.to_string(), named);
     std::fs::write(&project.files[0], "one TWO").unwrap();
     let (cache, again) = project.open(&second).unwrap();
     assert_eq!(again, CacheStatus::Reused);
@@ -104,7 +107,8 @@ fn a_cache_is_built_reused_and_rebuilt_when_its_sources_or_tokenizer_change() {
     drop(cache);
 
     project.write(1, "five");
-    assert_eq!(status(&first), CacheStatus::Rebuilt(RebuildReason::SourcesAndTokenizerChanged));
+    let file = Some(project.files[1].clone());
+    assert_eq!(status(&first), CacheStatus::Rebuilt(RebuildReason::SourcesAndTokenizerChanged(file)));
     assert_eq!(contents(&project.cache()).len(), 2, "a manifest and a shard");
 }
 
@@ -121,7 +125,11 @@ fn a_file_that_was_just_written_is_read_again_until_its_time_is_of_use() {
     set("one two");
     assert_eq!(project.open(&tokenizer).unwrap().1, CacheStatus::Built);
     set("two one");
-    assert_eq!(project.open(&tokenizer).unwrap().1, CacheStatus::Rebuilt(RebuildReason::SourcesChanged));
+    let file = Some(project.files[0].clone());
+    assert_eq!(
+        project.open(&tokenizer).unwrap().1,
+        CacheStatus::Rebuilt(RebuildReason::SourcesChanged(file))
+    );
     // Read once more, then known by its time.
     project.touch(0, 500);
     let before = contents(&project.cache());
@@ -156,9 +164,10 @@ fn a_source_that_is_renamed_counts_as_the_same_and_one_that_is_added_does_not() 
     std::fs::rename(folder.join("a.txt"), folder.join("b.txt")).unwrap();
     assert_eq!(status(), CacheStatus::Reused);
     std::fs::write(folder.join("c.txt"), "two").unwrap();
-    assert_eq!(status(), CacheStatus::Rebuilt(RebuildReason::SourcesChanged));
+    let of = |name| CacheStatus::Rebuilt(RebuildReason::SourcesChanged(Some(folder.join(name))));
+    assert_eq!(status(), of("c.txt")); // new
     std::fs::remove_file(folder.join("b.txt")).unwrap();
-    assert_eq!(status(), CacheStatus::Rebuilt(RebuildReason::SourcesChanged));
+    assert_eq!(status(), of("b.txt")); // gone
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::cell::OnceCell;
 use std::fmt;
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::fields::short_hex;
 use super::lock::Lock;
 use super::manifest::Manifest;
-use super::stamp::{Files, SourceStamp, content};
+use super::stamp::{Files, SourceStamp, content, first_difference};
 use super::write::{Done, Plan, Writer};
 use super::{CacheKey, TextCounts, TokenCache};
 use crate::error::{DataError, Result};
@@ -20,7 +20,7 @@ use crate::source::{Document, ReadReport, Sources};
 use crate::tokenizer::{Encoded, TextTokenizer};
 
 /// What [`TokenCache::open_or_build`] did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CacheStatus {
     /// The cache was there and fits.
@@ -33,30 +33,35 @@ pub enum CacheStatus {
     Rebuilt(RebuildReason),
 }
 
-/// Why a cache was made anew.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Why a cache was made anew. Of the sources it names the first file that is new, gone or other than it was; none where
+/// only the way they are read differs.
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RebuildReason {
     /// The sources' bytes, or the way they are read, differ.
-    SourcesChanged,
+    SourcesChanged(Option<PathBuf>),
     /// The tokenizer differs.
     TokenizerChanged,
     /// Both differ.
-    SourcesAndTokenizerChanged,
+    SourcesAndTokenizerChanged(Option<PathBuf>),
 }
 
 impl fmt::Display for CacheStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Reused => "reused",
-            Self::Built => "built",
-            Self::Continued => "built, from where an earlier build stopped",
-            Self::Rebuilt(RebuildReason::SourcesChanged) => "rebuilt, since the data changed",
-            Self::Rebuilt(RebuildReason::TokenizerChanged) => "rebuilt, since the tokenizer changed",
-            Self::Rebuilt(RebuildReason::SourcesAndTokenizerChanged) => {
-                "rebuilt, since the data and the tokenizer changed"
+        let (what, file) = match self {
+            Self::Reused => ("reused", &None),
+            Self::Built => ("built", &None),
+            Self::Continued => ("built, from where an earlier build stopped", &None),
+            Self::Rebuilt(RebuildReason::SourcesChanged(file)) => ("rebuilt, since the data changed", file),
+            Self::Rebuilt(RebuildReason::TokenizerChanged) => ("rebuilt, since the tokenizer changed", &None),
+            Self::Rebuilt(RebuildReason::SourcesAndTokenizerChanged(file)) => {
+                ("rebuilt, since the data and the tokenizer changed", file)
             }
-        })
+        };
+        match file {
+            Some(file) => write!(f, "{what} ({})", file.display()),
+            None => f.write_str(what),
+        }
     }
 }
 
@@ -466,10 +471,11 @@ impl Recipe<'_> {
         }
         let (content, tokenizer) =
             (manifest.key.content == key.content, manifest.key.tokenizer == key.tokenizer);
+        let file = || Ok::<_, DataError>(first_difference(&manifest.files, self.digest(&manifest.files)?));
         Ok(Verdict::Stale(match (content, tokenizer) {
             (true, _) => RebuildReason::TokenizerChanged,
-            (false, true) => RebuildReason::SourcesChanged,
-            (false, false) => RebuildReason::SourcesAndTokenizerChanged,
+            (false, true) => RebuildReason::SourcesChanged(file()?),
+            (false, false) => RebuildReason::SourcesAndTokenizerChanged(file()?),
         }))
     }
 }

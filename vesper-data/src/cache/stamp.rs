@@ -146,6 +146,30 @@ pub(super) fn content(settings: &[u8; 32], files: &[SourceStamp]) -> [u8; 32] {
     digest.finalize().into()
 }
 
+/// The first file that is new or other than it was, else the first one that is gone, else the first one in another place.
+pub(super) fn first_difference(before: &[SourceStamp], now: &[SourceStamp]) -> Option<PathBuf> {
+    let same = |file: &SourceStamp, all: &[SourceStamp]| {
+        all.iter().any(|other| other.path == file.path && other.content == file.content)
+    };
+    let changed = now.iter().find(|file| !same(file, before));
+    let gone = || before.iter().find(|file| !same(file, now));
+    let moved = || now.iter().zip(before).find(|(now, before)| now.path != before.path).map(|(now, _)| now);
+    changed.or_else(gone).or_else(moved).map(|file| path_of(&file.path))
+}
+
+/// The path whose [`name`] this is.
+fn path_of(name: &[u8]) -> PathBuf {
+    #[cfg(unix)]
+    {
+        use std::os::unix::ffi::OsStrExt;
+        std::ffi::OsStr::from_bytes(name).into()
+    }
+    #[cfg(not(unix))]
+    {
+        String::from_utf8_lossy(name).into_owned().into()
+    }
+}
+
 fn name(path: &Path) -> Result<Vec<u8>> {
     let path = std::path::absolute(path).map_err(|error| DataError::io("find", path, error))?;
     Ok(path.as_os_str().as_encoded_bytes().to_vec())
