@@ -5,12 +5,14 @@
 //! [`TokenStream`] turns ids into text piece by piece, and [`Generator`] runs a model that implements
 //! [`NextLogits`] until something stops it.
 
+mod batch;
 mod config;
 mod generator;
 mod processor;
 mod sampler;
 mod stream;
 
+pub use batch::BatchLogits;
 pub use config::GenerationConfig;
 pub(crate) use config::OneOrMany;
 pub use generator::{Generator, NextLogits, Pieces, StopReason};

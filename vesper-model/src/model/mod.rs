@@ -264,6 +264,18 @@ impl VesperLM {
         Ok(all)
     }
 
+    /// Hidden states of every position after the last norm: what the output layer scores.
+    ///
+    /// ```text
+    /// ids: (batch, t), u32    result: (batch, t, hidden), in the dtype of the computation
+    /// ```
+    ///
+    /// # Errors
+    /// As [`VesperLM::forward`].
+    pub fn hidden_states(&self, ids: &Tensor) -> Result<Tensor> {
+        self.hidden(ids)
+    }
+
     /// A decoding session of up to `capacity` tokens with its own key-value cache; `capacity` is limited to the
     /// model's `max_position_embeddings`.
     ///

@@ -33,6 +33,8 @@ pub struct Session {
     layers: Vec<LayerCache>,
     len: usize,
     capacity: usize,
+    /// (1, 1, hidden), after the last norm.
+    last_hidden: Option<Tensor>,
 }
 
 impl Session {
@@ -43,7 +45,13 @@ impl Session {
             .iter()
             .map(|_| LayerCache::new(1, capacity, model.heads(), model.compute, model.device()))
             .collect::<candle_core::Result<_>>()?;
-        Ok(Self { model: model.detach(), layers, len: 0, capacity })
+        Ok(Self { model: model.detach(), layers, len: 0, capacity, last_hidden: None })
+    }
+
+    /// The hidden state of the last token that was read, after the last norm: what the output layer scores. `(1, 1,
+    /// hidden)`, in the dtype of the computation; `None` before the first token.
+    pub fn last_hidden(&self) -> Option<&Tensor> {
+        self.last_hidden.as_ref()
     }
 }
 
@@ -68,7 +76,9 @@ impl NextLogits for Session {
         let t = h.dim(1)?;
         self.len += t;
         let last = model.last_norm(&h.narrow(1, t - 1, 1)?)?;
-        Ok(model.logits(&last)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
+        let logits = model.logits(&last)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?;
+        self.last_hidden = Some(last);
+        Ok(logits)
     }
 
     fn remaining(&self) -> usize {
