@@ -30,8 +30,8 @@ use velvet_optim::{GradClip, Optimizer, Velvet, VelvetConfig};
 use vesper_benches::record::today;
 use vesper_model::ops::{
     CapturedStep, CrossEntropy, Heads, Path, Philox, Rope, causal_attention, cuda_device, dropout, embedding,
-    gated_feed_forward, layer_norm, linear, linear_cross_entropy, prepare_cpu, residual_layer_norm,
-    residual_rms_norm, rms_norm, self_attention,
+    gated_feed_forward, layer_norm, linear, linear_cross_entropy, prepare_cpu, release_unused_memory,
+    residual_layer_norm, residual_rms_norm, rms_norm, self_attention,
 };
 use vesper_model::{VesperConfig, VesperLM, trainable};
 
@@ -52,7 +52,7 @@ struct Training {
     forward_and_backward_ms: f64,
     first_loss: f32,
     last_loss: f32,
-    /// In use on the device by everything that has run in this process.
+    /// In use on the device, the context and the copy of this training alone, before the step is recorded as a graph.
     memory_gib: Option<f64>,
 }
 
@@ -159,6 +159,7 @@ fn train(
     device: &Device,
     effort: Effort,
 ) -> std::result::Result<Training, Box<dyn Error>> {
+    release_unused_memory(device)?; // of the preset before
     let varmap = VarMap::new();
     let model = VesperLM::initialize(config, &varmap, 42, DType::F32, device)?;
     let model = model.with_compute_dtype(effort.compute).with_path(effort.path);

@@ -48,6 +48,8 @@ pub enum Arm {
     VelvetBySignal,
     /// The preset under the trust region.
     VelvetTrust,
+    /// The preset under the trust region, without the entropy-driven warm-up or another.
+    VelvetTrustCold,
     /// The preset under the Polyak cap.
     VelvetPolyak,
     /// The preset with the overconfidence brake.
@@ -95,6 +97,9 @@ impl Arm {
                 velvet.with_entropy_lr(warm_up)
             }
             Self::VelvetTrust => velvet.with_trust_region(TrustRegion::relative()),
+            Self::VelvetTrustCold => {
+                velvet.with_trust_region(TrustRegion::relative()).with_entropy_lr(EntropyLr::Off)
+            }
             Self::VelvetPolyak => velvet.with_polyak(PolyakCap::cap()),
             Self::VelvetBrake => velvet.with_brake(Brake::gap()),
             Self::VelvetCautiousDecay => VelvetConfig { decay_mode: DecayMode::Cautious, ..velvet },

@@ -183,7 +183,7 @@ impl Transformer {
         let scores = (q.matmul(&k.t().unwrap()).unwrap() / (d as f64).sqrt()).unwrap(); // (b, t, t)
         let x = (&x + candle_nn::ops::softmax(&scores, 2).unwrap().matmul(&v).unwrap()).unwrap();
         let x = (&x + linear(&linear(&x, "up.weight").gelu().unwrap(), "down.weight")).unwrap();
-        let last = x.narrow(1, t - 1, 1).unwrap().squeeze(1).unwrap(); // (b, d)
+        let last = x.narrow(1, t - 1, 1).unwrap().squeeze(1).unwrap().contiguous().unwrap(); // (b, d)
         let logits = last.matmul(&w("lm_head.weight").t().unwrap()).unwrap();
         candle_nn::loss::cross_entropy(&logits, &Tensor::from_vec(targets, b, device).unwrap()).unwrap()
     }

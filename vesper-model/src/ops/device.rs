@@ -44,6 +44,30 @@ pub fn prepare_cuda_device(device: &Device) -> Result<()> {
     Ok(())
 }
 
+/// Hands the memory that a CUDA device's pool keeps but no tensor uses back to the driver, for other programs; waits for
+/// the device. Nothing on other devices.
+///
+/// After [`prepare_cuda_device`] the pool keeps what the largest step so far needed: useful between a training and
+/// something smaller.
+///
+/// # Errors
+/// What the driver reports.
+///
+/// # Examples
+/// ```
+/// use vesper_model::ops::release_unused_memory;
+/// release_unused_memory(&candle_core::Device::Cpu)?;
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn release_unused_memory(device: &Device) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        return super::cuda::release(device);
+    }
+    let _ = device;
+    Ok(())
+}
+
 /// Sets up the process for training on the CPU: call it once, before the first tensor is made. It returns whether it
 /// has changed anything.
 ///

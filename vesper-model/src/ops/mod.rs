@@ -66,7 +66,7 @@ pub use captured::CapturedStep;
 pub use checkpoint::checkpoint;
 pub use cross_entropy::{CrossEntropy, LossAndEntropy, linear_cross_entropy};
 pub use decoder::{DecoderSettings, DecoderWeights, decoder_block};
-pub use device::{cuda_device, prepare_cpu, prepare_cuda_device};
+pub use device::{cuda_device, prepare_cpu, prepare_cuda_device, release_unused_memory};
 pub use dropout::dropout;
 pub use embedding::embedding;
 pub use feed_forward::gated_feed_forward;

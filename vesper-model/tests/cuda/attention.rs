@@ -1,7 +1,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 use vesper_model::ops::{Heads, Path, Rope, causal_attention, self_attention};
 
-use crate::common::{HALVES, gpu, parity, random, same_bits};
+use crate::common::{HALVES, gpu, parity, random, rows, runs, same_bits};
 
 const fn heads(query: usize, kv: usize, dim: usize) -> Heads {
     Heads { query, kv, dim }
@@ -26,6 +26,9 @@ fn attention_equals_its_reference() {
         (1, 30, heads(2, 1, 130)), // no kernel: the composition
     ];
     for (b, t, heads) in shapes {
+        if !runs(b * t * heads.packed()) {
+            continue;
+        }
         // Large scores, so that the softmax is far from uniform.
         let qkv = (random(1, &[b, t, heads.packed()]) * 3.0).unwrap();
         for rotary in [true, false] {
@@ -75,7 +78,7 @@ fn attention_gives_the_same_bits_each_time() {
     for dim in [64, 128] {
         let heads = heads(4, 2, dim);
         let rope = Rope::new(dim, 500, 1e4, &device).unwrap();
-        same_bits("attention", &device, &[random(1, &[3, 500, heads.packed()])], |x| {
+        same_bits("attention", &device, &[random(1, &[3, rows(500), heads.packed()])], |x| {
             causal_attention(&x[0], heads, Some(&rope), Path::Fused)
         });
     }

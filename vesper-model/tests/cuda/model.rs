@@ -5,7 +5,7 @@ use candle_nn::{AdamW, Optimizer, VarMap};
 use vesper_model::ops::Path;
 use vesper_model::{AdapterConfig, Projection, VesperConfig, VesperLM, trainable};
 
-use crate::common::{error, gpu, ids, to_f64};
+use crate::common::{brief, error, gpu, ids, to_f64};
 
 /// Two blocks with the head size of the presets, grouped queries and a tied embedding.
 fn small() -> VesperConfig {
@@ -103,6 +103,7 @@ fn adapters_of_a_frozen_model_train() {
 fn a_training_run_follows_the_reference() {
     let Some((_lock, device)) = gpu("a_training_run_follows_the_reference") else { return };
     let config = small();
+    let steps = if brief() { 2 } else { 20 };
     let run = |compute: DType, path: Path| {
         let varmap = VarMap::new();
         let model = VesperLM::initialize(&config, &varmap, 42, DType::F32, &device).unwrap();
@@ -111,7 +112,7 @@ fn a_training_run_follows_the_reference() {
         let mut optimizer = AdamW::new_lr(vars, 1e-3).unwrap();
         let (ids, targets) = batch(&device);
         let mut losses = Vec::new();
-        for _ in 0..20 {
+        for _ in 0..steps {
             let loss = model.loss(&ids, &targets).unwrap().loss;
             losses.push(loss.to_scalar::<f32>().unwrap());
             optimizer.backward_step(&loss).unwrap();
@@ -121,7 +122,7 @@ fn a_training_run_follows_the_reference() {
     for (compute, limit) in [(DType::F32, 2e-3), (DType::BF16, 3e-2)] {
         let (fused, reference) = (run(compute, Path::Fused), run(compute, Path::Reference));
         println!("{compute:?}: {fused:?}\n  and {reference:?}");
-        assert!(fused[19] < fused[0] - 0.5);
+        assert!(brief() || fused[19] < fused[0] - 0.5);
         for (step, (a, b)) in fused.iter().zip(&reference).enumerate() {
             assert!((a - b).abs() < limit, "{compute:?} step {step}: {a} against {b}");
         }

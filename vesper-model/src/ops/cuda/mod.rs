@@ -45,3 +45,14 @@ pub(super) fn prepare(device: &CudaDevice) -> Result<()> {
         .w()
     }
 }
+
+/// See [`super::release_unused_memory`].
+pub(super) fn release(device: &CudaDevice) -> Result<()> {
+    let stream = device.cuda_stream();
+    stream.synchronize().w()?; // what is freed behind running work counts as used
+    // SAFETY: the device handle is that of a live context, and the pool is the device's own.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(stream.context().cu_device()).w()?;
+        result::mem_pool::trim_to(pool, 0).w()
+    }
+}
