@@ -62,7 +62,7 @@ impl LayerNorm {
         let mut dx = allocate::<T>(device, n)?;
         let params = Params::new(n, d, self.eps)?;
         let name = kernel::<T>("layer_norm_backward", d, &[x.layout(), w.layout(), dy.layout()]);
-        let (config, warps) = warps_that_stay(device, n / d)?;
+        let (config, warps) = warps_that_stay(device, Module::LayerNorm, &name, n / d)?;
         let (xv, wv, dyv) = (x.view::<T>()?, w.view::<T>()?, dy.view::<T>()?);
         let (mut dw, mut db) = (None, None);
         if tracked.1 || tracked.2 {

@@ -50,9 +50,11 @@ pub(super) fn prepare(device: &CudaDevice) -> Result<()> {
 pub(super) fn release(device: &CudaDevice) -> Result<()> {
     let stream = device.cuda_stream();
     stream.synchronize().w()?; // what is freed behind running work counts as used
+    let handle = stream.context().cu_device();
     // SAFETY: the device handle is that of a live context, and the pool is the device's own.
     unsafe {
-        let pool = result::device::get_default_mem_pool(stream.context().cu_device()).w()?;
-        result::mem_pool::trim_to(pool, 0).w()
+        let pool = result::device::get_default_mem_pool(handle).w()?;
+        result::mem_pool::trim_to(pool, 0).w()?;
+        sys::cuDeviceGraphMemTrim(handle).result().w() // what graphs that are gone have left
     }
 }

@@ -1,5 +1,6 @@
 //! What RMSNorm, LayerNorm and the residual sums with a norm share: one warp a row.
 
+use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaView, DeviceRepr, LaunchConfig};
 use candle_core::{CudaDevice, Layout, Result, Tensor};
 
@@ -48,10 +49,19 @@ pub(super) fn a_warp_a_row(rows: usize) -> Result<LaunchConfig> {
     blocks(rows.div_ceil(WARPS), 32 * WARPS as u32)
 }
 
-/// Warps that stay and take row after row, and how many they are.
-pub(super) fn warps_that_stay(device: &CudaDevice, rows: usize) -> Result<(LaunchConfig, usize)> {
-    let grid = rows.div_ceil(WARPS).min(4 * multiprocessors(device)?);
-    Ok((blocks(grid, 32 * WARPS as u32)?, grid * WARPS))
+/// Warps that stay and take row after row, as many as the device holds of this kernel, and how many they are.
+pub(super) fn warps_that_stay(
+    device: &CudaDevice,
+    module: Module,
+    kernel: &str,
+    rows: usize,
+) -> Result<(LaunchConfig, usize)> {
+    let threads = 32 * WARPS as u32;
+    let function = device.get_or_load_custom_func(kernel, module.name(), module.ptx())?;
+    let resident = function.occupancy_max_active_blocks_per_multiprocessor(threads, 0, None).w()?;
+    // One more block than fits would make the others wait for it at the end.
+    let grid = rows.div_ceil(WARPS).min(resident.clamp(1, 4) as usize * multiprocessors(device)?);
+    Ok((blocks(grid, threads)?, grid * WARPS))
 }
 
 /// The sum over the first dimension of (parts, d), in a fixed order.

@@ -42,7 +42,7 @@ __device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *
     }
     if constexpr (J > 0) {
         // The next row is under way while this one is worked on, where there are registers for both.
-        constexpr bool AHEAD = J * V <= 48;
+        constexpr bool AHEAD = J * V <= 32;
         Vec<T, V> a[K], g[K];
         const auto fetch = [&](size_t row) {
 #pragma unroll

@@ -65,7 +65,7 @@ pub(super) fn backward<T: Element>(
     let params = Params::new(n, d, eps)?;
     let other = base.as_ref().map_or(dy.layout(), Held::layout);
     let name = kernel::<T>("rms_norm_backward", d, &[x.layout(), w.layout(), dy.layout(), other]);
-    let (config, warps) = warps_that_stay(device, n / d)?;
+    let (config, warps) = warps_that_stay(device, Module::RmsNorm, &name, n / d)?;
     let (xv, wv, dyv) = (x.view::<T>()?, w.view::<T>()?, dy.view::<T>()?);
     let base = base.as_ref().map(Held::view::<T>).transpose()?;
     let stream = device.cuda_stream();
