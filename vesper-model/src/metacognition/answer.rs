@@ -37,6 +37,11 @@ impl Aggregate {
             Self::Largest => tokens.iter().copied().fold(0.0, f64::max),
         }
     }
+
+    /// The log-odds of the aggregate, kept finite: what answers are calibrated over.
+    pub fn score(self, tokens: &[f64]) -> f64 {
+        log_odds(self.of(tokens))
+    }
 }
 
 /// The probability that an answer is wrong.
@@ -64,12 +69,12 @@ impl AnswerCalibration {
         if tokens.is_empty() {
             return Err(invalid("there are no answers to calibrate on: the split is empty"));
         }
-        let scores: Vec<f64> = tokens.iter().map(|tokens| log_odds(aggregate.of(tokens))).collect();
+        let scores: Vec<f64> = tokens.iter().map(|tokens| aggregate.score(tokens)).collect();
         Ok(Self { aggregate, calibration: Calibration::fit(method, &scores, wrong)? })
     }
 
     /// The probability that an answer with these tokens is wrong.
     pub fn apply(&self, tokens: &[f64]) -> f64 {
-        self.calibration.apply(log_odds(self.aggregate.of(tokens)))
+        self.calibration.apply(self.aggregate.score(tokens))
     }
 }

@@ -77,11 +77,15 @@ impl Regulated {
         self.drafts.get(self.verdict.draft()?).map(Draft::ids)
     }
 
-    /// The probability that the best complete draft is wrong: that of the answer, or of what was withheld.
-    pub fn p_wrong(&self) -> Option<f64> {
+    /// The complete draft that is least likely wrong, the first of equals: the answer, or what was withheld.
+    pub fn best(&self) -> Option<&Draft> {
         let complete = |draft: &&Draft| !matches!(draft.end, None | Some(StopReason::Interrupted));
-        let complete = self.drafts.iter().filter(complete).map(|draft| draft.p_wrong);
-        complete.min_by(f64::total_cmp)
+        self.drafts.iter().filter(complete).min_by(|a, b| a.p_wrong.total_cmp(&b.p_wrong))
+    }
+
+    /// The probability that the best draft is wrong.
+    pub fn p_wrong(&self) -> Option<f64> {
+        self.best().map(|draft| draft.p_wrong)
     }
 
     /// Tokens that were chosen in all drafts: what the answer cost beside reading the prompt once a draft.

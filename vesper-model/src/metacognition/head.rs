@@ -10,10 +10,13 @@ use super::{
 };
 use crate::{ModelError, Result};
 
+const HIDDEN: &str = "hidden";
+const OUTPUT: &str = "output";
+
 /// What an [`ErrorHead`] says of one prediction.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Assessment {
-    /// The log-odds that it is wrong, before calibration.
+    /// The log-odds of an error, before calibration.
     pub score: f64,
     /// The calibrated probability that it is wrong.
     pub p_wrong: f64,
@@ -24,9 +27,10 @@ pub struct Assessment {
 /// A small network beside a frozen model that predicts the model's errors.
 ///
 /// ```text
-/// x = (features - shift) / scale                   (n, features), by the training predictions
-/// y = W2 silu(W1 x + b1) + b2                      (n, 4); with 0 units y = W2 x + b2
-/// score = ln (P(Near) + P(Far) + P(Confident)) - ln P(None),   P = softmax(y)
+/// x = (features - shift) / scale                    (n, features), by the training predictions
+/// y = W [silu(V x + c), x] + b                      (n, 4); with 0 units y = W x + b
+/// score = y_0,   P(None) = 1 - sigmoid(score)       before calibration
+/// P(kind | an error) = softmax(y_1, y_2, y_3)
 /// p_wrong = calibration(score)
 /// ```
 ///
@@ -164,11 +168,14 @@ impl ErrorHead {
         Ok(features.broadcast_sub(&self.shift)?.broadcast_div(&self.scale)?)
     }
 
-    /// The logits of the kinds, (n, 4), with gradients to the parameters.
+    /// y, (n, 4), with gradients to the parameters.
     pub(super) fn forward(&self, features: &Tensor) -> Result<Tensor> {
         let mut x = features.clone();
-        for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(&if i == 0 { x } else { x.silu()? })?;
+        for layer in &self.layers {
+            x = match layer.name {
+                HIDDEN => Tensor::cat(&[&layer.forward(&x)?.silu()?, &x], 1)?,
+                _ => layer.forward(&x)?,
+            };
         }
         Ok(x)
     }
@@ -193,8 +200,8 @@ impl ErrorHead {
                 statistics.len()
             )));
         }
-        let logits = self.forward(&features)?.detach().to_dtype(DType::F64)?.to_vec2::<f64>()?;
-        logits.iter().map(|row| self.assessment(row)).collect()
+        let outputs = self.forward(&features)?.detach().to_dtype(DType::F64)?.to_vec2::<f64>()?;
+        outputs.iter().map(|row| self.assessment(row)).collect()
     }
 
     /// Assesses all predictions of a text.
@@ -205,21 +212,20 @@ impl ErrorHead {
         self.assess(Some(&predictions.hidden()?), predictions.statistics())
     }
 
-    fn assessment(&self, logits: &[f64]) -> Result<Assessment> {
-        let [none, errors @ ..] = logits else { return Err(invalid("the head has no outputs")) };
+    fn assessment(&self, outputs: &[f64]) -> Result<Assessment> {
+        let [score, errors @ ..] = outputs else { return Err(invalid("the head has no outputs")) };
         let max = errors.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<f64> = errors.iter().map(|logit| (logit - max).exp()).collect();
         let total: f64 = weights.iter().sum();
-        let score = max + total.ln() - none;
-        if !score.is_finite() {
+        if !(score.is_finite() && total.is_finite()) {
             return Err(invalid("the head's output is NaN or infinite: its weights or the features are"));
         }
-        let p_wrong = self.calibration.apply(score);
+        let p_wrong = self.calibration.apply(*score);
         let mut kinds = [1.0 - p_wrong, 0.0, 0.0, 0.0];
         for (kind, weight) in kinds.iter_mut().skip(1).zip(&weights) {
             *kind = p_wrong * weight / total;
         }
-        Ok(Assessment { score, p_wrong, kinds })
+        Ok(Assessment { score: *score, p_wrong, kinds })
     }
 
     /// Assesses one choice, as it is made.
@@ -237,8 +243,8 @@ impl ErrorHead {
 pub(super) fn sizes(config: &HeadConfig, base: &BaseModel) -> Vec<(&'static str, usize, usize)> {
     let (features, kinds) = (config.features.size(base.hidden_size), ErrorKind::ALL.len());
     match config.units {
-        0 => vec![("output", features, kinds)],
-        units => vec![("hidden", features, units), ("output", units, kinds)],
+        0 => vec![(OUTPUT, features, kinds)],
+        units => vec![(HIDDEN, features, units), (OUTPUT, units + features, kinds)],
     }
 }
 

@@ -64,7 +64,7 @@ impl Default for HeadTraining {
 /// What came of the training of a head.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Trained {
-    /// The mean cross-entropy of the kinds in each epoch, in nats.
+    /// The mean loss in each epoch, in nats: the cross-entropy of the kinds.
     pub losses: Vec<f64>,
     /// Steps of the optimizer.
     pub steps: usize,
@@ -75,7 +75,8 @@ impl HeadTraining {
     /// 0. The model is not needed any more, and not changed.
     ///
     /// ```text
-    /// loss = - mean ln softmax(y)[kind]
+    /// loss = - mean of  ln(1 - sigmoid(y_0))                                   where there is no error
+    ///                   ln sigmoid(y_0) + ln softmax(y_1, y_2, y_3)[kind]      else
     /// ```
     ///
     /// # Errors
@@ -99,7 +100,7 @@ impl HeadTraining {
         let features = head.features(Some(&predictions.hidden()?), predictions.statistics())?;
         let device = features.device().clone();
         let kinds: Vec<u32> = predictions.kinds().iter().map(|kind| kind.index() as u32).collect();
-        let kinds = Tensor::new(kinds, &device)?.unsqueeze(1)?; // (n, 1)
+        let kinds = Tensor::new(kinds, &device)?;
 
         let n = predictions.len();
         let total = self.epochs * n.div_ceil(self.batch);
@@ -112,10 +113,8 @@ impl HeadTraining {
             let mut sum = 0.0;
             for rows in order.chunks(self.batch) {
                 let chosen = Tensor::new(rows, &device)?;
-                let logits = head.forward(&features.index_select(&chosen, 0)?)?; // (rows, kinds)
-                let targets = kinds.index_select(&chosen, 0)?;
-                let log_p = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
-                let loss = log_p.gather(&targets, 1)?.mean_all()?.neg()?;
+                let outputs = head.forward(&features.index_select(&chosen, 0)?)?; // (rows, 4)
+                let loss = loss(&outputs, &kinds.index_select(&chosen, 0)?)?;
                 let value = f64::from(loss.to_scalar::<f32>()?);
                 if !value.is_finite() {
                     return Err(invalid(format!(
@@ -132,4 +131,18 @@ impl HeadTraining {
         optimizer.set_learning_rate(lr);
         Ok(Trained { losses, steps: step })
     }
+}
+
+/// outputs: (rows, 4); kinds: (rows), u32, 0 for no error
+fn loss(outputs: &Tensor, kinds: &Tensor) -> Result<Tensor> {
+    let wrong = kinds.ne(0_u32)?.to_dtype(outputs.dtype())?; // (rows)
+    let score = outputs.narrow(1, 0, 1)?.squeeze(1)?;
+    // - ln sigmoid(y) = softplus(y) - y,  - ln(1 - sigmoid(y)) = softplus(y) = max(y, 0) + ln(1 + exp(-|y|))
+    let softplus = (score.relu()? + (score.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
+    let binary = (softplus - (&score * &wrong)?)?;
+    let log_p = candle_nn::ops::log_softmax(&outputs.narrow(1, 1, 3)?, D::Minus1)?;
+    // Kind 1 is the first of the errors; where there is none, what is gathered counts nothing.
+    let error = kinds.maximum(1_u32)?.broadcast_sub(&Tensor::new(1_u32, kinds.device())?)?.unsqueeze(1)?;
+    let kind = (log_p.gather(&error, 1)?.squeeze(1)? * wrong)?;
+    Ok((binary - kind)?.mean_all()?)
 }
