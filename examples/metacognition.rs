@@ -16,6 +16,7 @@ use vesper_data::TextTokenizer;
 use vesper_examples::metacognition::answers::{Answerer, Source, at_random};
 use vesper_examples::metacognition::documents::{Documents, questions, stream};
 use vesper_examples::metacognition::record::{Record, Seed};
+use vesper_examples::metacognition::remembered::Remembered;
 use vesper_examples::metacognition::tokens::{self, HEAD, Training, heads, predictions, quality};
 use vesper_examples::{device, files, runs, say};
 use vesper_model::metacognition::{
@@ -170,7 +171,7 @@ fn metacognition(flags: &Flags) -> Result<ExitCode> {
         };
         let (calibrating, testing) = (ask(&parts.calibration, 0)?, ask(&parts.test, 1)?);
         let answerer = Answerer {
-            model: &model,
+            model: Remembered::new(&model),
             vocab_limit: tokenizer.vocab_size(),
             temperature: flags.temperature,
             seed,

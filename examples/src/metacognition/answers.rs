@@ -1,7 +1,6 @@
 //! The prediction of errors in whole answers, and what regulation does about them.
 
 use anyhow::Result;
-use vesper_model::VesperLM;
 use vesper_model::generate::GenerationConfig;
 use vesper_model::metacognition::metrics::error_at_coverage;
 use vesper_model::metacognition::{
@@ -11,6 +10,7 @@ use vesper_model::metacognition::{
 
 use super::documents::Question;
 use super::record::{Policy, Quality};
+use super::remembered::Remembered;
 use super::tokens::quality_of;
 
 const DRAWN: &str = "one draft";
@@ -21,7 +21,7 @@ const TWO: &str = "the best of two drafts";
 #[derive(Debug)]
 pub struct Answerer<'a> {
     /// The model.
-    pub model: &'a VesperLM,
+    pub model: Remembered<'a>,
     /// Ids from this on are not chosen.
     pub vocab_limit: usize,
     /// The temperature of drafts that are drawn.
@@ -57,7 +57,7 @@ impl Answerer<'_> {
             let capacity = question.prompt.len() + question.answer.len();
             let mut regulation =
                 Regulation::new(settings, &generation, confidence)?.with_vocab_limit(self.vocab_limit);
-            Ok(regulation.answer(|| self.model.session(capacity), &question.prompt)?)
+            Ok(regulation.answer(|| Ok(self.model.session(capacity)), &question.prompt)?)
         };
         (0..).zip(questions).map(answer).collect()
     }

@@ -7,4 +7,5 @@
 pub mod answers;
 pub mod documents;
 pub mod record;
+pub mod remembered;
 pub mod tokens;
