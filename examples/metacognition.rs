@@ -74,6 +74,9 @@ struct Flags {
     /// Folder of the head and of the record [default: the first free runs/metacognition-N]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Print the tables of a record that is there, and do nothing else
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -82,6 +85,10 @@ fn main() -> ExitCode {
 }
 
 fn metacognition(flags: &Flags) -> Result<ExitCode> {
+    if let Some(file) = &flags.report {
+        say!("{}", files::read_json::<Record>(file)?.tables());
+        return Ok(ExitCode::SUCCESS);
+    }
     flags.validate()?;
     let started = Instant::now();
     let device = device::open(&flags.device)?;

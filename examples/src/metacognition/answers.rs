@@ -14,8 +14,11 @@ use super::remembered::Remembered;
 use super::tokens::quality_of;
 
 const DRAWN: &str = "one draft";
-const SECOND: &str = "a second draft when unsure";
 const TWO: &str = "the best of two drafts";
+/// The policy that draws again where it is unsure.
+pub const SECOND: &str = "a second draft when unsure";
+/// The policy that draws again as often, but anywhere.
+pub const RANDOM: &str = "a second draft at random";
 
 /// A model that answers, and how.
 #[derive(Debug)]
@@ -233,7 +236,7 @@ pub fn at_random(policies: &[Policy], source: &str) -> Option<Policy> {
     let t = (second.cost - one.cost) / (two.cost - one.cost);
     let between = |a: f64, b: f64| a + t * (b - a);
     Some(Policy {
-        policy: "a second draft at random".into(),
+        policy: RANDOM.into(),
         source: source.into(),
         cost: second.cost,
         error: between(one.error, two.error),

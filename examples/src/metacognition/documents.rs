@@ -20,7 +20,7 @@ pub struct Documents {
     pub name: String,
     /// Documents that were left out because they are twice there or the model was trained on them.
     pub left_out: usize,
-    documents: Vec<Vec<u32>>,
+    ids: Vec<Vec<u32>>,
 }
 
 /// What the documents are for; no document is for two things.
@@ -56,38 +56,33 @@ impl Documents {
         let all = texts.len();
         let texts: Vec<String> = texts.into_iter().filter(|text| seen.insert(digest(text))).collect();
         let left_out = all - texts.len();
-        let documents = tokenizer
+        let ids = tokenizer
             .encode_documents(texts.iter().map(|text| Ok::<_, DataError>(text.as_str())))
             .map(|document| Ok(document?.ids))
             .collect::<Result<Vec<_>>>()?;
-        if documents.len() < 10 {
+        if ids.len() < 10 {
             bail!(
                 "{name} has {} documents that the model was not trained on, and at least 10 are needed: a document is a file, or \
                  what is between two <|endoftext|> in it",
-                documents.len()
+                ids.len()
             );
         }
-        Ok(Self { name, left_out, documents })
+        Ok(Self { name, left_out, ids })
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.documents.len()
+        self.ids.len()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.documents.is_empty()
-    }
-
-    /// The largest id of all.
-    pub fn max_id(&self) -> u32 {
-        self.documents.iter().flatten().copied().max().unwrap_or(0)
+        self.ids.is_empty()
     }
 
     /// Divides them, in an order that depends on the seed alone.
     pub fn parts(&self, seed: u64) -> Parts {
-        let mut all = self.documents.clone();
+        let mut all = self.ids.clone();
         all.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
         let test = all.split_off(all.len() * 7 / 10);
         let calibration = all.split_off(all.len() * 5 / 7);
@@ -191,13 +186,13 @@ mod tests {
 
     #[test]
     fn parts_have_no_document_in_common() {
-        let documents = (0..100).map(|n| vec![n; 5]).collect();
-        let documents = Documents { name: String::new(), left_out: 0, documents };
+        let ids = (0..100).map(|n| vec![n; 5]).collect();
+        let documents = Documents { name: String::new(), left_out: 0, ids };
         let parts = documents.parts(3);
         assert_eq!((parts.training.len(), parts.calibration.len(), parts.test.len()), (50, 20, 30));
         let mut all: Vec<_> = [&parts.training[..], &parts.calibration, &parts.test].concat();
         all.sort();
-        assert_eq!(all, documents.documents);
+        assert_eq!(all, documents.ids);
         assert_ne!(documents.parts(4).test, parts.test);
         assert_eq!(documents.parts(3).test, parts.test);
     }

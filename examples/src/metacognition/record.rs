@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::answers::{RANDOM, SECOND};
+
 /// `metacognition.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {
@@ -145,8 +147,27 @@ impl Record {
             self.qualities(|seed| &seed.answers),
             "\nWhat is done about it: cost in tokens a question, error rates.\n\n".into(),
             self.policies(),
+            "\nThe error of a second draft when unsure, less that of one at random at the same cost.\n\n".into(),
+            self.equal_cost(),
         ]
         .concat()
+    }
+
+    fn equal_cost(&self) -> String {
+        let Some(first) = self.seeds.first() else { return String::new() };
+        let errors = |policy: &str, source: &str| -> Vec<f64> {
+            let one = |seed: &Seed| {
+                let same = |p: &&Policy| p.policy == policy && p.source == source;
+                seed.policies.iter().find(same).map(|p| p.error)
+            };
+            self.seeds.iter().filter_map(one).collect()
+        };
+        let row = |random: &Policy| {
+            let source = &random.source;
+            vec![source.clone(), difference(&errors(SECOND, source), &errors(RANDOM, source), 4)]
+        };
+        let random = first.policies.iter().filter(|p| p.policy == RANDOM);
+        table(&["confidence", "difference"], &random.map(row).collect::<Vec<_>>())
     }
 
     fn qualities(&self, of: fn(&Seed) -> &Vec<(String, Quality)>) -> String {

@@ -11,12 +11,15 @@ use vesper_model::{ModelError, Result, Session, VesperLM};
 /// Numbers that are remembered at most: a gigabyte.
 const LIMIT: usize = 1 << 28;
 
+/// Logits and hidden state.
+type Said = (Vec<f32>, Tensor);
+
 /// What a model said to each beginning of a text. Policies that are compared read the same prompts, and often go on in the same
 /// way: each beginning is computed once.
 #[derive(Debug)]
 pub struct Remembered<'a> {
     model: &'a VesperLM,
-    said: RefCell<HashMap<Vec<u32>, (Vec<f32>, Tensor)>>,
+    said: RefCell<HashMap<Vec<u32>, Said>>,
 }
 
 impl<'a> Remembered<'a> {

@@ -132,16 +132,16 @@ pub fn quality_of(calibration: (&[f64], &[bool]), test: (&[f64], &[bool])) -> Re
     })
 }
 
+/// By the name of a kind.
+type ByKind<T> = BTreeMap<String, T>;
+
 /// Shares of the kinds, and how well the head tells each from all others.
 ///
 /// # Errors
 /// Those of the head.
-pub fn kinds(
-    head: &ErrorHead,
-    test: &Predictions,
-) -> Result<(BTreeMap<String, f64>, BTreeMap<String, Option<f64>>)> {
+pub fn kinds(head: &ErrorHead, test: &Predictions) -> Result<(ByKind<f64>, ByKind<Option<f64>>)> {
     let assessed = head.assess_all(test)?;
-    let (mut shares, mut found) = (BTreeMap::new(), BTreeMap::new());
+    let (mut shares, mut found) = (ByKind::new(), ByKind::new());
     for (i, kind) in ErrorKind::ALL.into_iter().enumerate() {
         let name = serde_json::to_value(kind)?.as_str().context("a name")?.to_owned();
         let is: Vec<bool> = test.kinds().iter().map(|other| *other == kind).collect();

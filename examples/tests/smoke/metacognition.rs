@@ -66,6 +66,9 @@ fn a_head_is_trained_measured_and_kept() {
     assert_eq!(only(&head, "error_head", ".json"), head.join("error_head.json"));
     assert_eq!(json(&head.join("error_head.json"))["base"]["hidden_size"], 160);
 
+    let printed = succeeds("metacognition", dir, &["--report", "judged/metacognition.json"]);
+    assert!(printed.len() > 1000 && table.ends_with(&printed), "{printed}");
+
     // The same flags give the same figures.
     let again: Vec<&str> = args.iter().map(|word| if *word == "judged" { "again" } else { *word }).collect();
     succeeds("metacognition", dir, &again);
@@ -104,6 +107,7 @@ fn what_cannot_be_measured_is_said_in_a_line() {
     fails("metacognition", dir, &without("--context", "100000"), &["--context 100000", "the model takes"]);
     fails("metacognition", dir, &with(&["--temperature", "0"]), &["--temperature 0", "positive"]);
     fails("metacognition", dir, &with(&["--lr", "nan"]), &["--lr NaN"]);
+    fails("metacognition", dir, &["--report", "text.txt"], &["text.txt"]);
     fails("metacognition", dir, &without("--data", "nowhere.txt"), &["nowhere.txt"]);
     fails("metacognition", dir, &without("--model", "nowhere"), &["nowhere", "no such folder"]);
     let long = without("--context", "400");

@@ -205,6 +205,17 @@ fn a_head_regulates_a_session() {
     assert_eq!(report.drafts[0].p_wrong, confidence.p_answer_wrong(&tokens));
 }
 
+/// Gives what no probability is.
+struct Broken;
+impl Confidence for Broken {
+    fn p_wrong(&self, _: &TokenView<'_>) -> Result<f64> {
+        Ok(f64::NAN)
+    }
+    fn p_answer_wrong(&self, _: &[f64]) -> f64 {
+        0.5
+    }
+}
+
 #[test]
 fn prompts_and_settings_that_cannot_be_used_are_refused() {
     let confidence = Calibrated::new(Measure::Probability);
@@ -219,16 +230,6 @@ fn prompts_and_settings_that_cannot_be_used_are_refused() {
     let wrong = RegulatorConfig { max_drafts: 0, ..settings() };
     assert!(Regulation::new(&wrong, &tokens(1), &confidence).is_err());
 
-    /// Gives what no probability is.
-    struct Broken;
-    impl Confidence for Broken {
-        fn p_wrong(&self, _: &TokenView<'_>) -> Result<f64> {
-            Ok(f64::NAN)
-        }
-        fn p_answer_wrong(&self, _: &[f64]) -> f64 {
-            0.5
-        }
-    }
     let generation = tokens(1);
     let mut regulation = Regulation::new(&settings(), &generation, &Broken).unwrap();
     assert!(regulation.answer(script(&[0.6]), &[0]).unwrap_err().to_string().contains("p_wrong is NaN"));

@@ -4,6 +4,7 @@ use std::path::Path;
 use candle_core::{DType, Device};
 use candle_nn::VarMap;
 use vesper_model::flylora::{AdapterKind, LoraConfig, Targets};
+use vesper_model::hf::Extras;
 use vesper_model::metacognition::{Aggregate, AnswerCalibration, ErrorHead, HeadConfig, Method, fingerprint};
 use vesper_model::{ModelError, VesperLM};
 
@@ -76,7 +77,7 @@ fn a_head_for_another_model_is_refused_by_what_is_another() {
 fn the_fingerprint_is_that_of_the_checkpoint_in_any_dtype() {
     let dir = tempfile::tempdir().unwrap();
     let lm = model::of_seed(0);
-    vesper_model::hf::save(dir.path(), lm.config(), &lm.weights(), &Default::default()).unwrap();
+    vesper_model::hf::save(dir.path(), lm.config(), &lm.weights(), &Extras::default()).unwrap();
     let of = |dtype| fingerprint(&VesperLM::load(dir.path(), dtype, &Device::Cpu).unwrap()).unwrap();
     assert_eq!(of(DType::F32), fingerprint(&lm).unwrap());
     assert_eq!(of(DType::F32), of(DType::BF16));

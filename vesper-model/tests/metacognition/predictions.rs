@@ -33,6 +33,8 @@ fn statistics_are_those_of_the_softmax() {
 
 #[test]
 fn kinds_part_where_the_rule_says() {
+    use ErrorKind::{Confident, Far, Near, None};
+
     let logits = [0.0, 3.0, 2.0, 2.0, 1.0]; // ranks: 1, 2, 3, 4, 0
     let greedy = TokenStatistics::greedy(&logits).unwrap();
     let kinds = |near, confident, choice: &TokenStatistics| {
@@ -40,7 +42,6 @@ fn kinds_part_where_the_rule_says() {
             .map(|target| KindRule { near, confident }.kind(&logits, choice, target).unwrap())
             .collect::<Vec<_>>()
     };
-    use ErrorKind::{Confident, Far, Near, None};
     assert_eq!(kinds(2, 1.0, &greedy), [Far, None, Near, Far, Far]);
     assert_eq!(kinds(3, 1.0, &greedy), [Far, None, Near, Near, Far]);
     assert_eq!(kinds(3, 0.1, &greedy), [Confident, None, Confident, Confident, Confident]);
