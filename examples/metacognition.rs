@@ -3,6 +3,7 @@
 //!
 //!     cargo run --release --example metacognition
 //!     cargo run --release --example metacognition -- --model runs/nano-1 --data held-out/ --seeds 5
+//!     cargo run --release --example metacognition -- --head runs/metacognition-1/head --prompt "Once upon a"
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,6 +15,7 @@ use clap::Parser;
 use vesper_benches::record::{machine, today};
 use vesper_data::TextTokenizer;
 use vesper_examples::metacognition::answers::{Answerer, Source, at_random};
+use vesper_examples::metacognition::ask;
 use vesper_examples::metacognition::documents::{Documents, questions, stream};
 use vesper_examples::metacognition::record::{Record, Seed};
 use vesper_examples::metacognition::remembered::Remembered;
@@ -21,7 +23,7 @@ use vesper_examples::metacognition::tokens::{self, HEAD, Training, heads, predic
 use vesper_examples::{device, files, runs, say};
 use vesper_model::metacognition::{
     BaseModel, Calibrated, Choice, ErrorHead, ErrorScore, HeadConfig, HeadTraining, Measure, Method,
-    Predictions,
+    Predictions, RegulatorConfig,
 };
 use vesper_model::{VesperLM, hf};
 
@@ -74,6 +76,21 @@ struct Flags {
     /// Folder of the head and of the record [default: the first free runs/metacognition-N]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Answer this text under a regulator, with the head of --head, and do nothing else
+    #[arg(long, value_name = "TEXT", requires = "head")]
+    prompt: Option<String>,
+    /// Folder of a head that this program has trained
+    #[arg(long, value_name = "DIR", requires = "prompt")]
+    head: Option<PathBuf>,
+    /// With --prompt: a draft that is wrong with at most this probability is the answer
+    #[arg(long, value_name = "P", default_value_t = 0.3, requires = "prompt", allow_negative_numbers = true)]
+    satisfied_at: f64,
+    /// With --prompt: there is no answer where the best draft is wrong with more than this probability
+    #[arg(long, value_name = "P", default_value_t = 0.9, requires = "prompt", allow_negative_numbers = true)]
+    abstain_above: f64,
+    /// With --prompt: the most drafts
+    #[arg(long, default_value_t = 2, requires = "prompt")]
+    drafts: usize,
     /// Print the tables of a record that is there, and do nothing else
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -114,6 +131,20 @@ fn metacognition(flags: &Flags) -> Result<ExitCode> {
     }
     let tokenizer = TextTokenizer::from_file(folder.join("tokenizer.json"))?;
     hf::check_tokenizer(tokenizer.inner(), &config)?;
+    if let (Some(head), Some(prompt)) = (&flags.head, &flags.prompt) {
+        let mut generation = hf::read_generation_config(&folder)?.with_max_new_tokens(flags.answer);
+        generation.bos_token_id = generation.bos_token_id.or(config.bos_token_id).or(config.eos_token_id);
+        let settings = RegulatorConfig {
+            max_drafts: flags.drafts,
+            temperature: flags.temperature,
+            satisfied_at: flags.satisfied_at,
+            abstain_above: flags.abstain_above,
+            ..RegulatorConfig::default()
+        };
+        let answer = ask::answer(&model, &tokenizer, head, prompt, &settings, &generation)?;
+        say!("{}", ask::report(&answer, &tokenizer)?);
+        return Ok(ExitCode::SUCCESS);
+    }
 
     // Text that it has not seen.
     let documents = Documents::read(&flags.data, flags.stories, &tokenizer, &folder)?;

@@ -2,9 +2,10 @@
 //! `metacognition`.
 //!
 //! [`documents`] reads held-out text, [`tokens`] measures the prediction of errors token by token, [`answers`] that of
-//! whole answers and what regulation does to them, [`record`] keeps and prints the results.
+//! whole answers and what regulation does to them, [`record`] keeps and prints the results, [`ask`] shows one regulated answer.
 
 pub mod answers;
+pub mod ask;
 pub mod documents;
 pub mod record;
 pub mod remembered;

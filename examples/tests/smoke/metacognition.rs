@@ -1,4 +1,4 @@
-use crate::program::{copy, fails, finished, json, number, only, succeeds, text};
+use crate::program::{copy, fails, finished, json, number, only, succeeds, text, tiny};
 
 /// Documents that the model of the finished run was not trained on.
 fn held_out(dir: &std::path::Path, documents: usize) {
@@ -62,9 +62,33 @@ fn a_head_is_trained_measured_and_kept() {
             assert!((1.0..=2.0).contains(&cost), "{policy}");
         }
     }
-    let head = dir.join("judged/head");
+    let judged = dir.join("judged");
+    let head = judged.join("head");
     assert_eq!(only(&head, "error_head", ".json"), head.join("error_head.json"));
     assert_eq!(json(&head.join("error_head.json"))["base"]["hidden_size"], 160);
+
+    // The head that was kept regulates an answer.
+    let ask = ["--model", "run", "--head", "judged/head", "--prompt", "the little", "--answer", "3"];
+    let more = ["--satisfied-at", "0", "--abstain-above", "1", "--drafts", "3"];
+    let answer = succeeds("metacognition", dir, &[&ask[..], &more].concat());
+    for part in ["draft 0, wrong with probability", "draft 2", "Best { draft: ", "9 tokens were generated"] {
+        assert!(answer.contains(part), "{answer}");
+    }
+    let more = ["--satisfied-at", "0", "--abstain-above", "0"];
+    let answer = succeeds("metacognition", dir, &[&ask[..], &more].concat());
+    assert!(answer.contains("Abstained: no answer"), "{answer}");
+    fails("metacognition", dir, &[&ask[..], &["--satisfied-at", "2"]].concat(), &["satisfied_at is 2"]);
+    fails("metacognition", dir, &["--head", "judged/head"], &["--prompt"]);
+    fails("metacognition", dir, &["--model", "run", "--head", "run", "--prompt", "x"], &["error_head.json"]);
+    // A head of another model, and half of a file.
+    let other = tiny(&["--out", "other", "--seed", "5"]);
+    succeeds("train", dir, &other);
+    let wrong = ["--model", "other", "--head", "judged/head", "--prompt", "x"];
+    fails("metacognition", dir, &wrong, &["error_head.json", "another model", "fingerprint"]);
+    let weights = judged.join("head/error_head.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    fails("metacognition", dir, &ask, &["error_head.safetensors", "truncated"]);
 
     let printed = succeeds("metacognition", dir, &["--report", "judged/metacognition.json"]);
     assert!(printed.len() > 1000 && table.ends_with(&printed), "{printed}");
