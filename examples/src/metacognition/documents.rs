@@ -165,7 +165,12 @@ fn story_seed(model: &Path) -> Result<u64> {
 
 /// The texts that the model's run read, its own held-out ones included; none where it is of no run.
 fn trained_on(model: &Path) -> Result<BTreeSet<u64>> {
-    let Some(checkpoint) = checkpoint(model) else { return Ok(BTreeSet::new()) };
+    let Some(checkpoint) = checkpoint(model) else {
+        crate::note!(
+            "warning: the model is of no run of `train`, so it may have been trained on some of these documents"
+        );
+        return Ok(BTreeSet::new());
+    };
     let state = checkpoint.state()?;
     if state.settings.data.is_empty() {
         // More than the run can have read: a token has fewer than 8 bytes here.

@@ -99,7 +99,8 @@ impl Regulated {
 /// Tokens are chosen by a [`Sampler`] of `generation`, whose temperature is replaced by the regulator's, token by token; draft
 /// n draws with the seed `generation.seed + n`. `bos_token_id`, `eos_token_id` and `max_new_tokens` count as in
 /// [`Generator`](crate::generate::Generator). The probability that a draft is wrong comes from those of its choices, the end of
-/// the text included, by [`Confidence::p_answer_wrong`].
+/// the text included, by [`Confidence::p_answer_wrong`]. Confidence is in the model's own distribution, before any processor of
+/// `generation` changes it.
 ///
 /// # Examples
 /// ```

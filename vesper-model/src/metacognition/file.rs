@@ -42,10 +42,10 @@ struct Header {
 
 impl ErrorHead {
     /// Writes `error_head.json` and `error_head.safetensors` into a folder, such as that of the model: each first under
-    /// another name, then renamed.
+    /// another name, then renamed. The first has the SHA-256 of the second, so that half of a head is never taken for one.
     ///
     /// # Errors
-    /// [`ModelError::Io`] names the file that cannot be written; what was there stays.
+    /// [`ModelError::Io`] names the file that cannot be written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         let dir = dir.as_ref();
         fs::create_dir_all(dir).map_err(io(dir))?;

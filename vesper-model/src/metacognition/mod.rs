@@ -4,7 +4,7 @@
 //! that the model's choice is wrong, and what kind of error it is ([`ErrorKind`], with a class for no error):
 //!
 //! ```text
-//! held-out text -> Predictions -> train -> ErrorHead -> Calibrated (on other held-out text) -> P(wrong)
+//! held-out text -> Predictions -> HeadTraining -> ErrorHead -> calibrate, on other held-out text -> P(wrong)
 //! ```
 //!
 //! Plain measures of the distribution ([`Measure`]: the probability of the choice, the entropy, the margin) give a score
