@@ -11,6 +11,7 @@ pub mod export;
 pub mod files;
 pub mod interrupt;
 pub mod log;
+pub mod metacognition;
 pub mod progress;
 pub mod runs;
 pub mod settings;

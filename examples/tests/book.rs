@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
+use vesper_examples::metacognition::record::Record;
 use vesper_examples::settings::Flags;
 use vesper_model::VesperConfig;
 
@@ -222,4 +223,25 @@ fn quoted_measurements_are_those_of_their_record() {
         }
     }
     assert!(count > 0, "no record is quoted");
+}
+
+#[test]
+fn quoted_areas_of_metacognition_are_those_of_their_records() {
+    let text = read(&root().join("docs/src/metacognition.md"));
+    let mut count = 0;
+    for name in ["tinystories", "stories"] {
+        let file = format!("benches/record/amd-epyc-2-cores/2026-11-25-metacognition-{name}.json");
+        let record: Record = serde_json::from_str(&read(&root().join(file))).unwrap();
+        // The tables that the example prints have a leading zero, the book's have none.
+        let tables = record.tables().replace("0.", ".");
+        for row in tables.lines().filter(|line| line.contains("head: ") || line.starts_with("| entropy |")) {
+            let area = row.split('|').nth(2).and_then(|cell| cell.split_once(" ±"));
+            let Some(area) = area.map(|(mean, _)| mean.trim()).filter(|mean| mean.len() == 5) else {
+                continue;
+            };
+            assert!(text.contains(area), "{name}: {area} is not quoted, of {row}");
+            count += 1;
+        }
+    }
+    assert!(count >= 2 * (6 + 2), "{count}");
 }

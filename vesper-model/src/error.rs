@@ -103,6 +103,34 @@ pub enum ModelError {
     /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+    /// A setting of metacognition outside its range.
+    #[error("invalid setting of metacognition: {field} is {got}, expected {expected}")]
+    InvalidMetacognition {
+        /// The setting.
+        field: &'static str,
+        /// Its value.
+        got: String,
+        /// What it must be.
+        expected: &'static str,
+    },
+    /// Predictions or scores from which nothing can be learned or measured.
+    #[error("these predictions cannot be used: {reason}")]
+    InvalidPredictions {
+        /// What is wrong with them.
+        reason: String,
+    },
+    /// An error head that was trained for another model.
+    #[error("{head} was trained for another model: {what} is {got}, expected {expected}")]
+    OtherModel {
+        /// The head, by its file where it has one.
+        head: String,
+        /// What is another.
+        what: &'static str,
+        /// The model's.
+        got: String,
+        /// The head's.
+        expected: String,
+    },
 }
 
 impl From<ModelError> for candle_core::Error {

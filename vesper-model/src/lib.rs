@@ -5,6 +5,7 @@ pub mod config;
 mod error;
 pub mod generate;
 pub mod hf;
+pub mod metacognition;
 mod model;
 pub mod ops;
 

@@ -8,6 +8,7 @@ mod benchmark;
 mod chat;
 mod data;
 mod finetune;
+mod metacognition;
 mod program;
 mod resume;
 mod storage;

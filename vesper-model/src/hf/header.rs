@@ -15,7 +15,7 @@ const MAX_HEADER: u64 = 100_000_000;
 
 /// An open safetensors file.
 #[derive(Debug)]
-pub(super) struct Weights {
+pub(crate) struct Weights {
     path: PathBuf,
     file: File,
     metadata: Metadata,
@@ -25,7 +25,7 @@ pub(super) struct Weights {
 
 impl Weights {
     /// Opens the file and checks that its header describes its length exactly.
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let mut file = File::open(path).map_err(io(path))?;
         let length = file.metadata().map_err(io(path))?.len();
         if length == 0 {
@@ -69,19 +69,19 @@ impl Weights {
         Ok(Self { path: path.to_path_buf(), file, metadata, data })
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// The names in the file, sorted.
-    pub(super) fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         let mut names: Vec<String> = self.metadata.tensors().into_keys().collect();
         names.sort_unstable();
         names
     }
 
     /// Reads one tensor to the CPU in the file's dtype. `None` where there is no such name.
-    pub(super) fn read(&mut self, name: &str, shape: &[usize]) -> Result<Option<Tensor>> {
+    pub(crate) fn read(&mut self, name: &str, shape: &[usize]) -> Result<Option<Tensor>> {
         let Some(TensorInfo { dtype, shape: got, data_offsets: (start, end) }) =
             self.metadata.info(name).cloned()
         else {

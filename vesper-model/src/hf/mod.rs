@@ -13,13 +13,13 @@
 
 mod config;
 mod generation;
-mod header;
+pub(crate) mod header;
 mod layout;
 mod llama;
 mod load;
 mod save;
 mod tokenizer;
-mod write;
+pub(crate) mod write;
 
 pub use config::read_config;
 pub use generation::read_generation_config;
@@ -44,12 +44,12 @@ pub(crate) const TOKENIZER: &str = "tokenizer.json";
 /// What `transformers` wants to know about the tokenizer.
 pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
-fn io(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError {
+pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError {
     let path = path.to_path_buf();
     move |source| ModelError::Io { path, source }
 }
 
-fn invalid(path: &Path, reason: impl Into<String>) -> ModelError {
+pub(crate) fn invalid(path: &Path, reason: impl Into<String>) -> ModelError {
     ModelError::InvalidFile { path: path.to_path_buf(), reason: reason.into() }
 }
 
@@ -60,7 +60,7 @@ fn read_text(path: &Path) -> Result<String> {
     })
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let text = read_text(path)?;
     serde_json::from_str(&text).map_err(|error| invalid(path, error.to_string()))
 }

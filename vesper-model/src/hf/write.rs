@@ -13,7 +13,7 @@ use super::{invalid, io};
 use crate::Result;
 
 /// Writes a text file and waits until it is on the disk.
-pub(super) fn text(path: &Path, text: &str) -> Result<()> {
+pub(crate) fn text(path: &Path, text: &str) -> Result<()> {
     let mut file = File::create(path).map_err(io(path))?;
     file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(io(path))
 }
@@ -22,7 +22,7 @@ pub(super) fn text(path: &Path, text: &str) -> Result<()> {
 ///
 /// The bytes depend on the tensors alone: they are ordered by element size, so that all are aligned, then by name.
 /// One tensor at a time is copied to the CPU.
-pub(super) fn weights(path: &Path, mut tensors: Vec<(String, Tensor)>) -> Result<()> {
+pub(crate) fn weights(path: &Path, mut tensors: Vec<(String, Tensor)>) -> Result<()> {
     tensors.sort_by(|(a, x), (b, y)| {
         y.dtype().size_in_bytes().cmp(&x.dtype().size_in_bytes()).then_with(|| a.cmp(b))
     });

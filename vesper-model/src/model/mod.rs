@@ -317,7 +317,7 @@ impl VesperLM {
         self.head.as_ref().unwrap_or(&self.embed)
     }
 
-    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+    pub(crate) fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let logits = linear(hidden, self.output_weight(), self.path)?;
         Ok(if logits.dtype() == DType::F64 { logits } else { logits.to_dtype(DType::F32)? })
     }
