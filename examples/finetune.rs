@@ -23,7 +23,7 @@ use flylora::{
     MaskedLoraConfig, RankBudget, RankBudgetConfig, Scaling, Step, Targets, penalty,
 };
 use serde::Serialize;
-use velvet_optim::{EntropyLr, PerplexityMomentum, Schedule, Span, Velvet, VelvetConfig};
+use velvet_optim::{PerplexityMomentum, Schedule, Span, TrustRegion, Velvet, VelvetConfig};
 use vesper_data::{BatchSampler, SamplerConfig, Sources, TextTokenizer, TokenCache, Tokens};
 use vesper_examples::evaluate::held_out_loss;
 use vesper_examples::settings::Settings;
@@ -344,8 +344,8 @@ impl Run<'_> {
         // The optimizer: AdamW, warmed up and then down to 0.
         let config = VelvetConfig {
             hidden_matrices: None,
-            entropy_lr: EntropyLr::Off,
             perplexity_momentum: PerplexityMomentum::Off,
+            trust_region: TrustRegion::Off,
             weight_decay: 0.0,
             ..VelvetConfig::language_model(self.config.vocab_size).with_lr(lr)
         };

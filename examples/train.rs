@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor};
 use candle_nn::{Optimizer as _, VarMap};
-use velvet_optim::{EntropyLr, PerplexityMomentum, Schedule, Span, Velvet, VelvetConfig};
+use velvet_optim::{PerplexityMomentum, Schedule, Span, TrustRegion, Velvet, VelvetConfig};
 use vesper_data::{BatchSampler, SamplerConfig};
 use vesper_examples::checkpoint::{self, Checkpoint, State};
 use vesper_examples::data::Data;
@@ -191,8 +191,8 @@ fn optimizer_config(settings: &Settings, config: &VesperConfig) -> VelvetConfig 
         Optimizer::Velvet => velvet,
         Optimizer::Adamw => VelvetConfig {
             hidden_matrices: None,
-            entropy_lr: EntropyLr::Off,
             perplexity_momentum: PerplexityMomentum::Off,
+            trust_region: TrustRegion::Off,
             ..velvet
         },
     }

@@ -34,27 +34,27 @@ pub enum Arm {
     AdamwCautiousDecay,
     /// AdamW with the formula that Velvet was first published with.
     Original,
-    /// The preset `VelvetConfig::language_model`.
+    /// The preset `VelvetConfig::language_model` as it first was: a warm-up driven by the loss, and no trust region.
     Velvet,
-    /// The preset without orthogonalised momentum.
+    /// The first preset without orthogonalised momentum.
     VelvetNoOrthogonal,
-    /// The preset without the second moment of rows.
+    /// The first preset without the second moment of rows.
     VelvetNoRows,
-    /// The preset without perplexity-guided momentum.
+    /// The first preset without perplexity-guided momentum.
     VelvetNoGuide,
-    /// The preset without the entropy-driven warm-up, with a warm-up over 5 % of the steps.
+    /// The first preset without the entropy-driven warm-up, with a warm-up over 5 % of the steps.
     VelvetNoEntropy,
-    /// The preset with the warm-up driven by the entropy of the predictions in place of the loss.
+    /// The first preset with the warm-up driven by the entropy of the predictions in place of the loss.
     VelvetBySignal,
-    /// The preset under the trust region.
+    /// The first preset under the trust region.
     VelvetTrust,
-    /// The preset under the trust region, without the entropy-driven warm-up or another.
+    /// The preset `VelvetConfig::language_model` as it is: under the trust region, without a warm-up.
     VelvetTrustCold,
-    /// The preset under the Polyak cap.
+    /// The first preset under the Polyak cap.
     VelvetPolyak,
-    /// The preset with the overconfidence brake.
+    /// The first preset with the overconfidence brake.
     VelvetBrake,
-    /// The preset with the cautious decay.
+    /// The first preset with the cautious decay.
     VelvetCautiousDecay,
 }
 
@@ -66,6 +66,7 @@ impl Arm {
             hidden_matrices: Some(Rule::Orthogonal(Orthogonal::default())),
             entropy_lr: EntropyLr::warm_up(vocab),
             perplexity_momentum: PerplexityMomentum::progress(vocab),
+            trust_region: TrustRegion::Off,
             ..velvet
         };
         let adamw = VelvetConfig {
@@ -146,6 +147,11 @@ mod tests {
         for arm in Arm::value_variants() {
             arm.config(8192).validate().unwrap();
         }
+    }
+
+    #[test]
+    fn the_preset_is_among_them() {
+        assert_eq!(Arm::VelvetTrustCold.config(8192), VelvetConfig::language_model(8192));
     }
 
     #[test]

@@ -6,9 +6,10 @@ use serde::{Deserialize, Serialize};
 
 /// Whether updates are limited relative to the weights that they change.
 ///
-/// Off by default. In the book's study of the parts (180 steps, three seeds) it took most of the harm out of learning rates
-/// that were 4 and 8 times too high and out of a missing warm-up, for AdamW and beside orthogonalised momentum, at no cost
-/// where the rate was tuned; it was not measured over a long schedule.
+/// On in [`VelvetConfig::language_model`](crate::VelvetConfig::language_model), otherwise off. In the book's studies it took
+/// most of the harm out of learning rates that were 4 and 8 times too high and out of a missing warm-up, for AdamW and
+/// beside orthogonalised momentum, at no cost where the rate was tuned; beside orthogonalised momentum it replaces the
+/// warm-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
