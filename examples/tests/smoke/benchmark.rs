@@ -59,7 +59,8 @@ fn a_run_that_diverges_loses() {
         "result",
     ];
     let stdout = succeeds("benchmark", folder.path(), &args);
-    assert_eq!(stdout.matches("best at lr 0.001").count(), 2, "{stdout}");
+    // Velvet's trust region holds at any rate, so that only AdamW's run is sure to diverge.
+    assert!(stdout.contains("NaN") && stdout.contains("AdamW (candle): best at lr 0.001"), "{stdout}");
 }
 
 #[test]

@@ -150,7 +150,7 @@ fn both_optimizers_and_number_types_learn() {
     assert_ne!(of("adamw", "loss"), of("both", "loss"));
     assert_eq!(of("adamw", "lr"), of("both", "lr"));
     assert!(of("adamw", "beta1").iter().all(|&beta| beta == 0.9));
-    assert_ne!(of("bf16", "lr"), of("adamw", "lr"));
+    assert_ne!(of("bf16", "beta1"), of("adamw", "beta1"));
 }
 
 #[test]
