@@ -6,7 +6,7 @@ use vesper_model::ops::{
     residual_rms_norm,
 };
 
-use crate::common::{gpu, ids, parity, random, rows, runs, same_bits};
+use crate::common::{brief, gpu, ids, parity, random, rows, runs, same_bits};
 
 /// Rows that divide into vectors, rows that do not, long rows.
 const SHAPES: [&[usize]; 7] =
