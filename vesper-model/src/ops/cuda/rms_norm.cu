@@ -57,6 +57,14 @@ __device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *
         if (AHEAD) fetch(warp);
         for (size_t row = warp; row < p.rows; row += warps) {
             if (!AHEAD) fetch(row);
+            // Asked for first, needed last.
+            Vec<T, V> more[K];
+            if (base)
+#pragma unroll
+                for (int j = 0; j < J; j++) {
+                    const uint32_t i = (j * 32 + lane) * V;
+                    if (i < p.d) more[j] = load<T, V>(base + row * p.d + i);
+                }
             float squares = 0, dot = 0;
 #pragma unroll
             for (int j = 0; j < J; j++) {
@@ -78,13 +86,6 @@ __device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *
                 now_g[j] = g[j];
             }
             if (AHEAD) fetch(row + warps);
-            Vec<T, V> more[K];
-            if (base)
-#pragma unroll
-                for (int j = 0; j < J; j++) {
-                    const uint32_t i = (j * 32 + lane) * V;
-                    if (i < p.d) more[j] = load<T, V>(base + row * p.d + i);
-                }
 #pragma unroll
             for (int offset = 16; offset > 0; offset /= 2) {
                 squares += __shfl_xor_sync(0xffffffffu, squares, offset);
