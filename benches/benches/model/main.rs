@@ -54,6 +54,8 @@ struct Training {
     last_loss: f32,
     /// In use on the device, the context and the copy of this training alone, before the step is recorded as a graph.
     memory_gib: Option<f64>,
+    /// The same while the graph is replayed.
+    captured_memory_gib: Option<f64>,
 }
 
 /// An operation, and what it would take at the ceiling that bounds it.
@@ -181,6 +183,7 @@ fn train(
     let memory_gib = memory(device);
     let captured =
         if device.is_cuda() { Some(captured(&model, optimizer, &inputs, &targets, effort)?) } else { None };
+    let captured_memory_gib = captured.and_then(|(_, memory)| memory);
     let row = Training {
         preset: name.into(),
         parameters: config.num_parameters(),
@@ -190,15 +193,16 @@ fn train(
         path: format!("{:?}", effort.path),
         tokens_per_s: (effort.batch * effort.t) as f64 / step,
         step_ms: step * 1e3,
-        captured_step_ms: captured.map(|seconds| seconds * 1e3),
+        captured_step_ms: captured.map(|(seconds, _)| seconds * 1e3),
         forward_ms: forward * 1e3,
         forward_and_backward_ms: backward * 1e3,
         first_loss: first,
         last_loss: last,
         memory_gib,
+        captured_memory_gib,
     };
     println!(
-        "train {name} {:.1} M B{} T{} {} {}: {:.0} tok/s; step {:.2} ms, as a graph {}, forward {:.2}, forward and backward {:.2}; loss {first:.3} to {last:.3}; memory {}",
+        "train {name} {:.1} M B{} T{} {} {}: {:.0} tok/s; step {:.2} ms, as a graph {}, forward {:.2}, forward and backward {:.2}; loss {first:.3} to {last:.3}; memory {}, as a graph {}",
         row.parameters as f64 / 1e6,
         row.batch,
         row.t,
@@ -210,25 +214,27 @@ fn train(
         row.forward_ms,
         row.forward_and_backward_ms,
         row.memory_gib.map_or("unknown".into(), |gib| format!("{gib:.2} GiB")),
+        row.captured_memory_gib.map_or("unknown".into(), |gib| format!("{gib:.2} GiB")),
     );
     Ok(row)
 }
 
-/// Seconds of a step that is replayed as a graph.
+/// Seconds of a step that is replayed as a graph, and the memory then in use, GiB.
 fn captured(
     model: &VesperLM,
     optimizer: Velvet,
     inputs: &Tensor,
     targets: &Tensor,
     effort: Effort,
-) -> Result<f64> {
+) -> Result<(f64, Option<f64>)> {
     let mut step = CapturedStep::new(optimizer, |optimizer: &mut Velvet, batch: &[Tensor]| {
         let loss = model.loss(&batch[0], &batch[1])?.loss;
         optimizer.backward_step(&loss)?;
         Ok(loss)
     });
     let effort = Effort { warm: effort.warm.max(3), ..effort };
-    clock(inputs.device(), effort, || step.run(&[inputs, targets]).map(drop))
+    let seconds = clock(inputs.device(), effort, || step.run(&[inputs, targets]).map(drop))?;
+    Ok((seconds, memory(inputs.device())))
 }
 
 /// Bytes a second of a copy, and floating-point operations a second of a large product.
@@ -335,6 +341,15 @@ fn operations(
     let scores = (batch * heads.query * heads.dim) as f64 * (t * (t + 1)) as f64; // 2 products of half the square
     report("causal_attention", 0, Bound::Flops(2.0 * scores), Bound::Flops(5.0 * scores), &|| {
         causal_attention(&packed, heads, Some(&rope), path)
+    })?;
+    // The same with half as many heads of twice the size.
+    let larger = Heads { query: heads.query.div_ceil(2), kv: heads.kv.div_ceil(2), dim: 2 * heads.dim };
+    let packed = var(&[batch, t, larger.packed()], dtype)?;
+    let wide_rope = Rope::new(larger.dim, t, 1e4, device)?;
+    let of_larger = (batch * larger.query * larger.dim) as f64 * (t * (t + 1)) as f64;
+    let (forward, backward) = (Bound::Flops(2.0 * of_larger), Bound::Flops(5.0 * of_larger));
+    report("causal_attention, heads of twice the size", 0, forward, backward, &|| {
+        causal_attention(&packed, larger, Some(&wide_rope), path)
     })?;
     let (qkv, out) = (var(&[heads.packed(), d], dtype)?, var(&[d, heads.query * heads.dim], dtype)?);
     let flops = 2.0 * wide * (heads.packed() + heads.query * heads.dim) as f64;

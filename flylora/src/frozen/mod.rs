@@ -48,14 +48,15 @@ pub struct FrozenLinear {
 
 #[derive(Clone, Debug)]
 enum Weight {
-    /// (out, in), of any strides.
+    /// (out, in), itself or its transpose contiguous.
     Dense(Tensor),
     /// (out, in)
     Quantized(Arc<QTensor>),
 }
 
 impl FrozenLinear {
-    /// Takes the weight (out, in) and the bias (out) of a layer; they are shared, not copied.
+    /// Takes the weight (out, in) and the bias (out) of a layer; they are shared, not copied, unless the weight is a part of
+    /// the columns or rows of another one.
     ///
     /// # Errors
     ///
@@ -68,7 +69,11 @@ impl FrozenLinear {
             return Err(Error::DType { name: "frozen weight".into(), expected, got: weight.dtype() });
         }
         check_bias(bias.as_ref(), out_features, weight.dtype(), "that of the weight")?;
-        Ok(Self { weight: Weight::Dense(weight.detach()), bias: bias.map(|b| b.detach()) })
+        // The devices' products take a matrix row after row or column after column.
+        let weight = weight.detach();
+        let plain = weight.is_contiguous() || weight.t()?.is_contiguous();
+        let weight = if plain { weight } else { weight.contiguous()? };
+        Ok(Self { weight: Weight::Dense(weight), bias: bias.map(|b| b.detach()) })
     }
 
     /// Takes the weight (in, out) of a layer that stores it the other way around, as GPT-2's `Conv1D` does.
@@ -156,6 +161,17 @@ impl FrozenLinear {
     /// [`Error::Shape`] or [`Error::DType`] where x does not fit, inside a [`candle_core::Error`], and candle's own.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         check_input(x, self.in_features())?;
+        let outputs = rows(x.shape()).checked_mul(self.out_features());
+        if x.elem_count() > 0 && outputs.is_none_or(|n| u32::try_from(n).is_err()) {
+            // candle's kernels count in u32 on CUDA.
+            candle_core::bail!(
+                "a frozen layer of {} features: the result for an input of shape {:?} has more than the {} elements that \
+                 are possible",
+                self.out_features(),
+                x.shape(),
+                u32::MAX
+            );
+        }
         #[cfg(feature = "cuda")]
         if let Some(nothing) = crate::cuda::nothing(x, self.out_features())? {
             return Ok(nothing);

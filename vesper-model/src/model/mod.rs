@@ -11,8 +11,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 
 use crate::ops::{
-    CrossEntropy, Heads, LossAndEntropy, Path, Rope, checkpoint, embedding, linear, linear_cross_entropy,
-    rms_norm,
+    CrossEntropy, Heads, LossAndEntropy, Path, Rope, cast, checkpoint, embedding, linear,
+    linear_cross_entropy, rms_norm,
 };
 use crate::{ModelError, Result, VesperConfig, hf};
 use block::Block;
@@ -306,7 +306,7 @@ impl VesperLM {
         if t > self.rope.positions() {
             return Err(ModelError::SequenceTooLong { got: t, limit: self.rope.positions() });
         }
-        Ok(embedding(&self.embed, ids, self.path)?.to_dtype(self.compute)?)
+        Ok(cast(&embedding(&self.embed, ids, self.path)?, self.compute)?)
     }
 
     fn last_norm(&self, h: &Tensor) -> Result<Tensor> {
@@ -319,7 +319,7 @@ impl VesperLM {
 
     pub(crate) fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let logits = linear(hidden, self.output_weight(), self.path)?;
-        Ok(if logits.dtype() == DType::F64 { logits } else { logits.to_dtype(DType::F32)? })
+        Ok(if logits.dtype() == DType::F64 { logits } else { cast(&logits, DType::F32)? })
     }
 
     fn heads(&self) -> Heads {

@@ -1,12 +1,12 @@
 //! Causal self-attention over a packed projection, with rotary positions and grouped queries.
 
-use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::gemm::Precision;
 use super::matrix::{Matrix, Target, Threads, product};
 use super::real::{self, Real};
-use super::{Backend, Path, Rope, check_sizes, rope};
+use super::{Backend, Path, Rope, attention_composed, check_sizes, notice};
 
 /// Query rows handled at once: the scores in memory are `BLOCK x t` a thread, never `t x t`.
 const BLOCK: usize = 64;
@@ -42,6 +42,10 @@ impl Heads {
 /// the logarithm of each row's sum of exponentials); the backward gives the packed gradient in one tensor. Computed in
 /// f32 for f32, bf16 and f16, in f64 for f64; on CUDA the products of bf16 and f16 round the weights to the dtype.
 ///
+/// On CUDA there are kernels for heads of up to 128 (of up to 64 where the kernels are built for less than compute
+/// capability 8.0). Larger heads, and f64, run as blocks of candle's operations, which are computed again in the backward:
+/// slower, but without `t x t` scores; a line on stderr says so once. The reference holds all scores.
+///
 /// # Errors
 /// Shapes that do not fit the heads, or more rows than `positions` has.
 ///
@@ -76,38 +80,15 @@ pub fn causal_attention(qkv: &Tensor, heads: Heads, positions: Option<&Rope>, pa
         }
         Backend::Reference => {}
     }
-    reference(qkv, heads, positions)
-}
-
-fn reference(qkv: &Tensor, heads: Heads, positions: Option<&Rope>) -> Result<Tensor> {
-    let (b, t, _) = qkv.dims3()?;
-    let Heads { query, kv, dim } = heads;
-    if b * t == 0 {
-        return qkv.narrow(D::Minus1, 0, query * dim); // candle's maximum refuses empty tensors
+    if path == Path::Reference || qkv.elem_count() == 0 {
+        return attention_composed::reference(qkv, heads, positions);
     }
-    let split = |start: usize, n: usize| -> Result<Tensor> {
-        // (b, t, n dim) -> (b, n, t, dim)
-        qkv.narrow(D::Minus1, start * dim, n * dim)?.reshape((b, t, n, dim))?.transpose(1, 2)?.contiguous()
-    };
-    let (q, k, v) = (split(0, query)?, split(query, kv)?, split(query + kv, kv)?);
-    let (q, k) = match positions {
-        Some(table) => (rope(&q, table, 0)?, rope(&k, table, 0)?),
-        None => (q, k),
-    };
-    // Each key and value head serves query / kv consecutive query heads.
-    let share = |x: Tensor| -> Result<Tensor> {
-        let group = query / kv;
-        x.unsqueeze(2)?.expand((b, kv, group, t, dim))?.reshape((b, query, t, dim))
-    };
-    let (k, v) = (share(k)?, share(v)?);
-    let compute = if qkv.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    let scores = (q.contiguous()?.matmul(&k.t()?.contiguous()?)?.to_dtype(compute)? / (dim as f64).sqrt())?;
-    let mask: Vec<f32> = (0..t * t).map(|k| if k % t > k / t { f32::NEG_INFINITY } else { 0.0 }).collect();
-    let mask = Tensor::from_vec(mask, (t, t), qkv.device())?.to_dtype(compute)?;
-    let scores = scores.broadcast_add(&mask)?;
-    let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
-    let out = weights.to_dtype(qkv.dtype())?.matmul(&v.contiguous()?)?;
-    out.transpose(1, 2)?.reshape((b, t, query * dim))
+    notice::once(format!(
+        "no attention kernel for heads of {} in {:?} on this device; it runs as blocks of candle's operations",
+        heads.dim,
+        qkv.dtype()
+    ));
+    attention_composed::without_kernel(qkv, heads, positions)
 }
 
 pub(super) struct CausalAttention {

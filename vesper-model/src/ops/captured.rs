@@ -5,7 +5,7 @@ use candle_core::{Device, Result, Tensor, bail};
 #[cfg(feature = "cuda")]
 use super::cuda::graph::Recording;
 
-/// A training step that is recorded as a CUDA graph at its third run and replayed from then on.
+/// A training step that is recorded as a CUDA graph at its third run in a thread and replayed from then on.
 ///
 /// ```text
 /// run 1, 2:   step(state, inputs)

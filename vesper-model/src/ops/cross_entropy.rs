@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::gemm::Precision;
 use super::matrix::{Matrix, Target, Threads, Values, new, product};
 use super::real::{self, Operand, Real};
-use super::{Backend, Path, check_dtypes, check_sizes, checkpoint};
+use super::{Backend, Path, as_ids, check_dtypes, check_sizes, checkpoint};
 
 /// At most this many logits are in memory at once (32 MiB in f32), but at least 64 rows. Fewer would save memory, but
 /// each block of rows reads the weight twice and its gradient once.
@@ -81,23 +81,25 @@ pub struct LossAndEntropy {
 /// Mean cross-entropy of a linear output layer.
 ///
 /// ```text
-/// hidden: (n, d)    weight: (vocab, d)    targets: (n), u32
+/// hidden: (n, d)    weight: (vocab, d)    targets: (n), u32, u8 or i64
 /// z = hidden weight^T    p = softmax(z)    lse = ln sum exp z
 /// q = (1 - label_smoothing) onehot(target) + label_smoothing / vocab
 /// loss = mean of (-sum q ln p + z_loss lse^2)    entropy = mean of -sum p ln p
 /// dz = (p - q + 2 z_loss lse p) / rows    dhidden = dz weight    dweight = dz^T hidden
 /// ```
 ///
-/// By default q is the target alone and the loss the mean of `-ln p[target]`. The fused path works through the rows in blocks and keeps at most about 8 million logits (268 million on CUDA) at
-/// once; it computes both gradients in the forward pass, while the logits are at hand, and saves only them:
+/// By default q is the target alone and the loss the mean of `-ln p[target]`. The fused path works through the rows in
+/// blocks and keeps at most about 8 million logits (32 MiB; 268 million on CUDA, 1 GiB in f32 and half of it in bf16 and
+/// f16) at once; it computes both gradients in the forward pass, while the logits are at hand, and saves only them:
 /// `n d + vocab d` numbers instead of three times `n vocab`. Gradients are not computed for inputs that are not
 /// tracked. Accumulates in f32 for f32, bf16 and f16, in f64 for f64; on CUDA the logits are in the dtype. The reference
-/// works in blocks of about 8 million logits too and computes each of them again in the backward. On CUDA, `z_loss` and
-/// `label_smoothing` take the reference.
+/// works in blocks of about 8 million logits too and computes each of them again in the backward.
+///
+/// A target in i64 that is negative or over `u32::MAX` counts as `u32::MAX`: the default `ignore_index`.
 ///
 /// # Errors
-/// Shapes that do not fit, dtypes that do not go together, settings outside their range, or a target outside the vocabulary that is not
-/// `ignore_index`. On CUDA such a target makes the loss NaN instead, because the host would have to wait for the answer.
+/// Shapes that do not fit, no columns, dtypes that do not go together, settings outside their range, or a target outside the
+/// vocabulary that is not `ignore_index`. On CUDA such a target makes the loss NaN instead, because the host would have to wait for the answer.
 ///
 /// # Examples
 /// ```
@@ -133,6 +135,10 @@ pub fn linear_cross_entropy(
     check_dtypes("linear_cross_entropy", hidden, &[("weight", weight)])?;
     settings.validate()?;
     check_sizes("linear_cross_entropy", &[hidden.dims(), weight.dims()])?;
+    if d == 0 {
+        bail!("linear_cross_entropy: hidden {:?} has no columns", hidden.shape());
+    }
+    let targets = &as_ids("linear_cross_entropy", targets)?;
     match path.backend(hidden) {
         Backend::Cpu => {}
         #[cfg(feature = "cuda")]
@@ -155,6 +161,14 @@ pub fn linear_cross_entropy(
     Ok(LossAndEntropy { loss, entropy })
 }
 
+/// Refuses a target outside the vocabulary that is not to be ignored.
+fn check_targets(targets: &[usize], vocab: usize, ignore: usize) -> Result<()> {
+    match targets.iter().enumerate().find(|&(_, &v)| v >= vocab && v != ignore) {
+        Some((row, target)) => bail!("target {target} of row {row} is outside a vocabulary of {vocab}"),
+        None => Ok(()),
+    }
+}
+
 fn reference(
     hidden: &Tensor,
     weight: &Tensor,
@@ -167,12 +181,16 @@ fn reference(
         let zero = (hidden.sum_all()?.to_dtype(dtype)? * 0.0)?;
         return Ok(LossAndEntropy { entropy: zero.detach(), loss: zero });
     }
-    let targets = targets.to_dtype(DType::U32)?;
+    if targets.device().is_cpu() {
+        // candle's gather takes the largest u32 for a padding that it leaves at 0.
+        let ids: Vec<usize> = targets.to_vec1::<u32>()?.into_iter().map(|id| id as usize).collect();
+        check_targets(&ids, vocab, settings.ignore_index as usize)?;
+    }
     let counted = (1.0 - targets.eq(settings.ignore_index)?.to_dtype(dtype)?)?.sum_all()?;
     let counted = counted.maximum(&Tensor::ones((), dtype, hidden.device())?)?;
     let block = (LOGITS / vocab).max(64);
     let sums = if n <= block {
-        reference_sums(hidden, weight, &targets, settings)?
+        reference_sums(hidden, weight, targets, settings)?
     } else {
         let mut sums = Tensor::zeros(2, dtype, hidden.device())?;
         for start in (0..n).step_by(block) {
@@ -251,9 +269,7 @@ impl LinearCrossEntropy {
         precision: Precision,
     ) -> Result<Gradients<T>> {
         let ignore = self.settings.ignore_index as usize;
-        if let Some((row, target)) = targets.iter().enumerate().find(|&(_, &v)| v >= vocab && v != ignore) {
-            bail!("target {target} of row {row} is outside a vocabulary of {vocab}");
-        }
+        check_targets(targets, vocab, ignore)?;
         let counted = targets.iter().filter(|&&v| v != ignore).count();
         let scale = T::of(1.0 / counted.max(1) as f64);
         let mut out = Gradients {
@@ -262,7 +278,7 @@ impl LinearCrossEntropy {
             dhidden: vec![T::ZERO; if self.hidden_tracked { hidden.len() } else { 0 }],
             dweight: Vec::new(),
         };
-        if counted == 0 || d == 0 {
+        if counted == 0 {
             out.dweight = vec![T::ZERO; if self.weight_tracked { weight.len() } else { 0 }];
             return Ok(out);
         }
@@ -322,13 +338,13 @@ impl LinearCrossEntropy {
         let precision = Precision::of(dtype);
         let out = self.run::<T>(hidden.values(), weight.values(), targets, (vocab, d), precision)?;
         let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
+        // Divided by the number of rows, the gradients are too small for f16 until the loss's factor is in them.
+        let kept = |dtype| if dtype == DType::F16 { DType::F32 } else { dtype };
+        let keep = |gradient, shape: &Shape, dtype| real::tensor(gradient, shape, kept(dtype));
         *saved = Saved {
             entropy: out.entropy,
-            dhidden: self.hidden_tracked.then(|| real::tensor(out.dhidden, lh.shape(), dtype)).transpose()?,
-            dweight: self
-                .weight_tracked
-                .then(|| real::tensor(out.dweight, lw.shape(), of_weight))
-                .transpose()?,
+            dhidden: self.hidden_tracked.then(|| keep(out.dhidden, lh.shape(), dtype)).transpose()?,
+            dweight: self.weight_tracked.then(|| keep(out.dweight, lw.shape(), of_weight)).transpose()?,
         };
         let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
         Ok((T::store(vec![T::of(out.loss)], wide)?, Shape::from(())))
@@ -416,21 +432,21 @@ impl CustomOp3 for LinearCrossEntropy {
 
     fn bwd(
         &self,
-        _hidden: &Tensor,
-        _weight: &Tensor,
+        hidden: &Tensor,
+        weight: &Tensor,
         _targets: &Tensor,
         _loss: &Tensor,
         dloss: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let factor = dloss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-        let scaled = |gradient: &Option<Tensor>| -> Result<Option<Tensor>> {
+        let scaled = |gradient: &Option<Tensor>, of: &Tensor| -> Result<Option<Tensor>> {
             match gradient {
-                Some(gradient) if factor == 1.0 => Ok(Some(gradient.clone())),
-                Some(gradient) => Ok(Some((gradient * factor)?)),
+                Some(gradient) if factor == 1.0 => Ok(Some(gradient.to_dtype(of.dtype())?)),
+                Some(gradient) => Ok(Some((gradient * factor)?.to_dtype(of.dtype())?)),
                 None => Ok(None),
             }
         };
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok((scaled(&saved.dhidden)?, scaled(&saved.dweight)?, None))
+        Ok((scaled(&saved.dhidden, hidden)?, scaled(&saved.dweight, weight)?, None))
     }
 }

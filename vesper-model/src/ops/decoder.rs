@@ -67,7 +67,8 @@ pub struct DecoderSettings {
 /// training step; here residual gradients are added inside of the norms' kernels, and weights in f32 get theirs straight
 /// from the products.
 ///
-/// Saves what the four operations save.
+/// Saves what the four operations save; on CUDA also, for weights in f32 beside activations in bf16 or f16, their copies in
+/// that dtype. x and the dtypes are as in those operations.
 ///
 /// # Errors
 /// What the four operations refuse, and `out` or `down` with another number of rows than d.
@@ -106,6 +107,9 @@ pub fn decoder_block(
         if weight.dims2()?.0 != d {
             bail!("decoder_block: {name} {:?} for x {:?}", weight.shape(), x.shape());
         }
+    }
+    if x.elem_count() == 0 && x.device().is_cuda() {
+        return Ok(x.clone()); // candle cannot add nothing to nothing there
     }
     #[cfg(feature = "cuda")]
     if path.backend(x) == Backend::Cuda

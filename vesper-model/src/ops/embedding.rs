@@ -4,14 +4,16 @@ use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor
 use rayon::prelude::*;
 
 use super::real::{self, Real};
-use super::{Backend, Path, check_sizes};
+use super::{Backend, Path, as_ids, check_sizes};
 
 /// Rows of a table.
 ///
 /// ```text
-/// table: (vocab, d)    ids: any shape, u32    result: (ids.., d)
+/// table: (vocab, d)    ids: any shape, u32, u8 or i64    result: (ids.., d)
 /// result[i] = table[ids[i]]        dtable[v] = sum of dresult[i] over ids[i] = v
 /// ```
+///
+/// The table: f32, f64, bf16 or f16. An id in i64 that is negative or over `u32::MAX` counts as `u32::MAX`.
 ///
 /// The backward adds in f32 (f64 for f64) whatever the dtype, and in the order of the ids, so that it gives the same
 /// bits at any number of threads. Saves the ids.
@@ -37,14 +39,28 @@ pub fn embedding(table: &Tensor, ids: &Tensor, path: Path) -> Result<Tensor> {
     let mut shape = ids.dims().to_vec();
     shape.push(d);
     check_sizes("embedding", &[table.dims(), ids.dims(), &shape])?;
-    let (table, ids) = (table.contiguous()?, ids.flatten_all()?);
+    let (table, ids) = (table.contiguous()?, as_ids("embedding", ids)?.flatten_all()?);
     let rows = match path.backend(&table) {
         Backend::Cpu => table.apply_op2(&ids.contiguous()?, Gather)?,
         #[cfg(feature = "cuda")]
         Backend::Cuda => super::cuda::embedding::gather(&table, &ids)?,
-        Backend::Reference => table.index_select(&ids, 0)?,
+        Backend::Reference => {
+            if ids.device().is_cpu() {
+                // candle's look-up takes the largest u32 for a padding.
+                let ids: Vec<usize> = ids.to_vec1::<u32>()?.into_iter().map(|id| id as usize).collect();
+                check_ids(&ids, table.dim(0)?)?;
+            }
+            table.index_select(&ids, 0)?
+        }
     };
     rows.reshape(shape)
+}
+
+fn check_ids(ids: &[usize], vocab: usize) -> Result<()> {
+    match ids.iter().find(|&&id| id >= vocab) {
+        Some(id) => bail!("token id {id} is outside an embedding of {vocab} rows"),
+        None => Ok(()),
+    }
 }
 
 struct Gather;
@@ -63,9 +79,7 @@ impl CustomOp2 for Gather {
     ) -> Result<(CpuStorage, Shape)> {
         let (vocab, d) = lt.shape().dims2()?;
         let ids = real::ids(ids, li)?;
-        if let Some(id) = ids.iter().find(|&&id| id >= vocab) {
-            bail!("token id {id} is outside an embedding of {vocab} rows");
-        }
+        check_ids(&ids, vocab)?;
         let start = lt.start_offset();
         let rows = match table {
             CpuStorage::F32(data) => CpuStorage::F32(gather(data, start, d, &ids)),

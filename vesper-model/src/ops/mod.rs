@@ -8,8 +8,8 @@
 //! - **reference**: a composition of candle ops, which is the specification, runs on every device, and is what the
 //!   fused path is tested against.
 //!
-//! [`Path`] chooses; `Path::Fused` takes the reference where a fused kernel does not exist: on CUDA for f64, and for
-//! attention with heads over 128. The CUDA kernels compute in f32, use no atomic additions of floats, and give the same
+//! [`Path`] chooses; `Path::Fused` takes the reference where a fused kernel does not exist: on CUDA for f64, and, in
+//! blocks, for attention with heads over 128 (over 64 where the kernels are built for less than 8.0). The CUDA kernels compute in f32, use no atomic additions of floats, and give the same
 //! bits each time. [`cuda_device`] opens a device that is set up for training, [`prepare_cpu`] sets up a process for it,
 //! and [`CapturedStep`] replays a whole training step as a CUDA graph.
 //!
@@ -39,6 +39,7 @@
 //! No operation takes a tensor of more than `u32::MAX` elements: it says so before it allocates anything.
 
 mod attention;
+mod attention_composed;
 mod captured;
 mod checkpoint;
 mod cross_entropy;
@@ -54,6 +55,7 @@ mod layer_norm;
 mod linear;
 mod links;
 mod matrix;
+mod notice;
 mod philox;
 mod real;
 mod residual;
@@ -124,6 +126,27 @@ fn check_dtypes(operation: &str, x: &Tensor, weights: &[(&str, &Tensor)]) -> Res
         }
     }
     Ok(())
+}
+
+/// As `to_dtype`; of no elements too, which candle cannot convert on CUDA.
+pub(crate) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.elem_count() == 0 && x.device().is_cuda() && cuda::has_kernels(dtype) {
+        return cuda::zeros(x.device(), x.shape(), dtype);
+    }
+    x.to_dtype(dtype)
+}
+
+/// Ids or targets in u32: as they are, or converted from u8 or i64. What u32 cannot hold becomes `u32::MAX`.
+fn as_ids(operation: &str, ids: &Tensor) -> Result<Tensor> {
+    match ids.dtype() {
+        DType::U32 => Ok(ids.clone()),
+        // Nothing, which candle cannot convert on a GPU.
+        DType::U8 | DType::I64 if ids.elem_count() == 0 && !ids.device().is_cpu() => Ok(ids.clone()),
+        DType::U8 => ids.to_dtype(DType::U32),
+        DType::I64 => ids.clamp(-1i64, i64::from(u32::MAX))?.to_dtype(DType::U32),
+        other => bail!("{operation}: ids must be u32, u8 or i64, got {other:?}"),
+    }
 }
 
 /// Refuses tensors of more than `u32::MAX` elements, before anything is allocated: candle's own kernels count in u32

@@ -76,7 +76,10 @@ impl Rope {
 /// x: (.., t, head_dim) = [a | b]    result = [a cos - b sin | b cos + a sin]
 /// ```
 ///
-/// A composition of candle ops with a gradient, on every device. (`candle_nn::rotary_emb::rope` has no gradient.)
+/// A composition of candle ops with a gradient, on every device. (`candle_nn::rotary_emb::rope` has no gradient.) x may be
+/// f32, f64, bf16 or f16 and of any strides; the angles are rounded to its dtype. Saves x's halves and the products, four
+/// times the size of x. [`causal_attention`](super::causal_attention()) and
+/// [`self_attention`](super::self_attention()) rotate inside of their kernels, in f32, and save none of that.
 ///
 /// # Errors
 /// Positions past the table, another head size, or too many elements.
@@ -90,6 +93,9 @@ pub fn rope(x: &Tensor, rope: &Rope, offset: usize) -> Result<Tensor> {
         );
     }
     check_sizes("rope", &[x.dims()])?;
+    if x.elem_count() == 0 {
+        return Ok(x.clone());
+    }
     let half = d / 2;
     let cos = rope.cos.narrow(0, offset, t)?.to_dtype(x.dtype())?;
     let sin = rope.sin.narrow(0, offset, t)?.to_dtype(x.dtype())?;

@@ -21,6 +21,9 @@ use super::{Backend, Heads, Path, Rope, causal_attention, check_dtypes, check_si
 /// for every edge between nodes. Saves `x`, the packed projection (on CUDA rotated, with one number a row and head) and
 /// the attention's output; the scores are computed again in the backward. Weights that are not tracked get no gradient.
 ///
+/// x: f32, f64, bf16 or f16, of any strides; weights: the same, or f32 beside bf16 and f16. On the CPU what is saved is in
+/// f32 for bf16 and f16 too: `4 (query + 2 kv) dim + 4 query dim` bytes a row.
+///
 /// # Errors
 /// Shapes or dtypes that do not fit, or more rows than `positions` has.
 ///

@@ -115,6 +115,18 @@ fn a_step_that_reads_back_is_an_error_and_the_device_goes_on() {
         let sum = summing.run(&[&(&x * f64::from(i)).unwrap()]).unwrap();
         assert_eq!(sum.to_scalar::<f32>().unwrap(), 6.0 * i as f32);
     }
+    // Another thread replays; a recording begins anew where the thread changes before it.
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            assert_eq!(summing.run(&[&x]).unwrap().to_scalar::<f32>().unwrap(), 6.0);
+            summing.reset();
+            summing.run(&[&x]).unwrap();
+        });
+    });
+    for recorded in [false, false, true] {
+        assert_eq!(summing.run(&[&x]).unwrap().to_scalar::<f32>().unwrap(), 6.0);
+        assert_eq!(summing.is_recorded(), recorded);
+    }
     summing.reset();
     assert!(!summing.is_recorded());
     let longer = Tensor::new(&[1f32, 2., 3., 4.], &device).unwrap();

@@ -1,6 +1,10 @@
 use candle_core::{D, DType, Device, Tensor, Var};
 use era_act::{Activation, Era};
-use vesper_model::ops::{Path, embedding, gated_feed_forward, linear, rms_norm};
+use vesper_model::ops::{
+    CrossEntropy, DecoderSettings, DecoderWeights, Heads, Path, Philox, Rope, causal_attention,
+    decoder_block, embedding, gated_feed_forward, layer_norm, linear, linear_cross_entropy,
+    residual_layer_norm, residual_rms_norm, rms_norm, self_attention,
+};
 
 use crate::common::{
     HALVES, error, gpu, ids, parity, random, rows, runs, same_bits, to_f64, value_and_gradients,
@@ -82,9 +86,81 @@ fn an_id_outside_the_table_gives_nan_and_no_gradient() {
 #[test]
 fn linear_equals_its_reference() {
     let Some((_lock, device)) = gpu("linear_equals_its_reference") else { return };
-    for (shape, out) in [(&[1, 1][..], 1), (&[3, 17], 5), (&[2, 5, 33], 65)] {
+    let shapes = [(&[1, 1][..], 1), (&[3, 17], 5), (&[2, 5, 33], 65), (&[1, 1000, 3], 2), (&[3, 4], 32_005)];
+    for (shape, out) in shapes.into_iter().filter(|(shape, out)| runs(out * shape.iter().product::<usize>()))
+    {
         let inputs = [random(1, shape), random(2, &[out, shape[shape.len() - 1]])];
-        parity("linear", &device, &inputs, |x, path| linear(&x[0], &x[1], path));
+        parity(&format!("linear {shape:?} {out}"), &device, &inputs, |x, path| linear(&x[0], &x[1], path));
+    }
+    let inputs = [random(1, &[3, 32]), random(2, &[6, 40])];
+    parity("linear, some columns", &device, &inputs, |x, path| {
+        linear(&x[0].narrow(1, 5, 16)?, &x[1].narrow(1, 3, 16)?, path)
+    });
+    let inputs = [random(1, &[16, 3]), random(2, &[16, 6])];
+    parity("linear, columns first", &device, &inputs, |x, path| linear(&x[0].t()?, &x[1].t()?, path));
+    parity("linear, every other row", &device, &[random(1, &[3, 2, 8]), random(2, &[6, 2, 8])], |x, path| {
+        linear(&x[0].narrow(1, 1, 1)?.squeeze(1)?, &x[1].narrow(1, 0, 1)?.squeeze(1)?, path)
+    });
+    same_bits("linear", &device, &[random(1, &[rows(1000), 64]), random(2, &[130, 64])], |x| {
+        linear(&x[0], &x[1], Path::Fused)
+    });
+}
+
+/// Every operation that a model is made of, on no rows: candle's own operations fail on these.
+#[test]
+fn nothing_gives_nothing() {
+    let Some((_lock, device)) = gpu("nothing_gives_nothing") else { return };
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let make = |shape: &[usize]| {
+            let n: usize = shape.iter().product();
+            // candle cannot make an empty tensor on the device; a part of one can be.
+            let mut whole = shape.to_vec();
+            if n == 0 {
+                whole = shape.iter().map(|&size| size.max(1)).collect();
+            }
+            let full = Tensor::ones(whole, dtype, &device).unwrap();
+            match shape.iter().position(|&size| size == 0) {
+                Some(dim) => full.narrow(dim, 0, 0).unwrap(),
+                None => full,
+            }
+        };
+        let heads = Heads { query: 2, kv: 1, dim: 8 };
+        let (x, flat) = (make(&[0, 5, 16]), make(&[0, 16]));
+        let none = Tensor::ones(1, DType::U32, &device).unwrap().narrow(0, 0, 0).unwrap();
+        let rope = Rope::new(8, 9, 1e4, &device).unwrap();
+        let (qkv, out, gate_up, down) =
+            (make(&[heads.packed(), 16]), make(&[16, 16]), make(&[24, 16]), make(&[16, 12]));
+        let weights = DecoderWeights {
+            norm_attention: make(&[16]),
+            qkv: qkv.clone(),
+            out: out.clone(),
+            norm_feed_forward: make(&[16]),
+            gate_up: gate_up.clone(),
+            down: down.clone(),
+        };
+        let settings = DecoderSettings { heads, activation: Activation::Silu, eps: 1e-6 };
+        let path = Path::Fused;
+        let results = [
+            linear(&flat, &make(&[3, 16]), path).unwrap(),
+            linear(&x, &make(&[3, 16]), path).unwrap(),
+            rms_norm(&x, &make(&[16]), 1e-6, path).unwrap(),
+            layer_norm(&x, &make(&[16]), None, 1e-6, path).unwrap(),
+            residual_rms_norm(&x, &x, &make(&[16]), 1e-6, path).unwrap().1,
+            residual_layer_norm(&x, &x, &make(&[16]), None, 1e-6, path).unwrap().1,
+            vesper_model::ops::dropout(&x, 0.5, Philox::default(), path).unwrap(),
+            vesper_model::ops::rope(&make(&[0, 2, 3, 8]), &rope, 0).unwrap(),
+            causal_attention(&make(&[0, 5, heads.packed()]), heads, Some(&rope), path).unwrap(),
+            self_attention(&x, &qkv, &out, heads, Some(&rope), path).unwrap(),
+            gated_feed_forward(&x, &gate_up, &down, Activation::Silu, path).unwrap(),
+            decoder_block(&x, &weights, settings, Some(&rope), path).unwrap(),
+            embedding(&make(&[7, 16]), &none, path).unwrap(),
+        ];
+        for (i, y) in results.iter().enumerate() {
+            assert!(y.elem_count() == 0 && y.dtype() == dtype, "{i}: {y:?}");
+        }
+        let settings = CrossEntropy::default();
+        let loss = linear_cross_entropy(&flat, &make(&[7, 16]), &none, settings, path).unwrap().loss;
+        assert_eq!(loss.to_scalar::<f32>().unwrap(), 0.0);
     }
 }
 

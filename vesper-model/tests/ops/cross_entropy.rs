@@ -210,16 +210,59 @@ fn extreme_logits_stay_finite() {
 
 #[test]
 fn a_target_outside_the_vocabulary_is_refused() {
-    let targets = Tensor::new(&[0u32, 5], &Device::Cpu).unwrap();
-    let out = linear_cross_entropy(
-        &random(1, &[2, 4]),
-        &random(2, &[5, 4]),
-        &targets,
-        CrossEntropy::default(),
-        Path::Fused,
-    );
-    let message = out.unwrap_err().to_string();
-    assert!(message.contains("target 5 of row 1") && message.contains("vocabulary of 5"), "{message}");
+    for path in [Path::Fused, Path::Reference] {
+        for target in [5, u32::MAX] {
+            let targets = Tensor::new(&[0u32, target], &Device::Cpu).unwrap();
+            let settings = CrossEntropy::default().with_ignore_index(1);
+            let out =
+                linear_cross_entropy(&random(1, &[2, 4]), &random(2, &[5, 4]), &targets, settings, path);
+            let message = out.unwrap_err().to_string();
+            let named = format!("target {target} of row 1");
+            assert!(message.contains(&named) && message.contains("vocabulary of 5"), "{message}");
+        }
+    }
+}
+
+#[test]
+fn signed_targets_below_zero_are_ignored_by_default() {
+    let (hidden, weight) = (random(1, &[4, 3]), random(2, &[5, 3]));
+    let loss = |targets: &Tensor, path| {
+        let out = linear_cross_entropy(&hidden, &weight, targets, CrossEntropy::default(), path).unwrap();
+        out.loss.to_scalar::<f64>().unwrap()
+    };
+    let signed = Tensor::new(&[2i64, -1, (1 << 32) + 1, 0], &Device::Cpu).unwrap();
+    let plain = Tensor::new(&[2u32, u32::MAX, u32::MAX, 0], &Device::Cpu).unwrap();
+    let expected = loss(&plain, Path::Fused);
+    for path in [Path::Fused, Path::Reference] {
+        assert!((loss(&signed, path) - expected).abs() < 1e-14);
+    }
+}
+
+#[test]
+fn f16_gradients_of_many_rows_keep_their_bits_under_a_loss_scale() {
+    // Without the scale the gradients, about 1e-6, are subnormal in f16.
+    let (n, vocab) = (4096, 7);
+    let (hidden, weight, targets) = (random(1, &[n, 4]), random(2, &[vocab, 4]), targets(n, vocab as u32));
+    let gradient = |dtype, factor: f64| {
+        let hidden = Var::from_tensor(&hidden.to_dtype(dtype).unwrap()).unwrap();
+        let weight = weight.to_dtype(dtype).unwrap();
+        let settings = CrossEntropy::default();
+        let out = linear_cross_entropy(hidden.as_tensor(), &weight, &targets, settings, Path::Fused).unwrap();
+        let grads = (out.loss * factor).unwrap().backward().unwrap();
+        (grads.get(&hidden).unwrap().to_dtype(DType::F64).unwrap() / factor).unwrap()
+    };
+    let exact = gradient(DType::F64, 1.0);
+    let off = error(&gradient(DType::F16, 4096.0), &exact);
+    assert!(off < 1e-3, "off by {off:e}");
+}
+
+#[test]
+fn a_hidden_state_without_columns_is_refused() {
+    let (hidden, weight) = (random(1, &[2, 0]), random(2, &[5, 0]));
+    for path in [Path::Fused, Path::Reference] {
+        let out = linear_cross_entropy(&hidden, &weight, &targets(2, 5), CrossEntropy::default(), path);
+        assert!(out.unwrap_err().to_string().contains("no columns"));
+    }
 }
 
 #[test]

@@ -47,9 +47,26 @@ fn bf16_gradients_of_a_frequent_token_do_not_saturate() {
 
 #[test]
 fn an_id_outside_the_table_is_refused() {
-    let ids = Tensor::new(&[4u32], &Device::Cpu).unwrap();
-    let message = embedding(&random(1, &[4, 3]), &ids, Path::Fused).unwrap_err().to_string();
-    assert!(message.contains("token id 4") && message.contains("4 rows"), "{message}");
+    let ids = |ids: &[i64]| Tensor::new(ids, &Device::Cpu).unwrap();
+    let last = u32::MAX.to_string();
+    for path in [Path::Fused, Path::Reference] {
+        for (ids, named) in [
+            (ids(&[4]).to_dtype(DType::U32).unwrap(), "4"),
+            (ids(&[4]).to_dtype(DType::U8).unwrap(), "4"),
+            (ids(&[4]), "4"),
+            (ids(&[-1]), &last),
+            (ids(&[(1 << 32) + 1]), &last),
+            (Tensor::new(&[u32::MAX], &Device::Cpu).unwrap(), &last),
+        ] {
+            let message = embedding(&random(1, &[4, 3]), &ids, path).unwrap_err().to_string();
+            assert!(
+                message.contains(&format!("token id {named}")) && message.contains("4 rows"),
+                "{message}"
+            );
+        }
+        let message = embedding(&random(1, &[4, 3]), &random(2, &[1]), path).unwrap_err().to_string();
+        assert!(message.contains("must be u32, u8 or i64, got F64"), "{message}");
+    }
 }
 
 #[test]

@@ -48,6 +48,13 @@ fn more_elements_than_u32_counts_are_refused() {
             assert!(message.contains("more than the 4294967295 elements"), "{i}: {message}");
         }
     }
+    let layer = FrozenLinear::new(huge(&[1 << 13, 1]), None).unwrap();
+    // The reference holds all scores; the fused path never does.
+    let scores = causal_attention(&huge(&[1, 70_000, 6]), heads, None, Path::Reference);
+    for result in [layer.forward(&huge(&[N, 1])), scores] {
+        let message = result.unwrap_err().to_string();
+        assert!(message.contains("more than the 4294967295 elements"), "{message}");
+    }
 }
 
 #[test]

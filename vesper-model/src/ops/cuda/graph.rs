@@ -1,6 +1,7 @@
 //! CUDA graphs of steps.
 
 use std::sync::Arc;
+use std::thread::ThreadId;
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaStream, result, sys};
@@ -17,7 +18,9 @@ pub(in crate::ops) struct Recording {
     /// The addresses that the graph reads and writes.
     inputs: Vec<Tensor>,
     output: Option<Tensor>,
-    runs: usize,
+    /// Warm runs so far, and the thread that made them: what candle keeps of its uploads is a thread's own.
+    warm: usize,
+    thread: Option<ThreadId>,
 }
 
 // SAFETY: the driver's graph objects belong to no thread, and `&mut self` keeps two threads from launching one at once.
@@ -34,7 +37,7 @@ impl Recording {
         inputs: &[&Tensor],
         mut step: impl FnMut(&[Tensor]) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        if self.runs == 0 {
+        if self.inputs.is_empty() {
             self.inputs = inputs.iter().map(|x| x.detach().force_contiguous()).collect::<Result<_>>()?;
         } else if self.fits(inputs) {
             for (to, from) in self.inputs.iter().zip(inputs) {
@@ -44,7 +47,12 @@ impl Recording {
             let inputs: Vec<Tensor> = inputs.iter().map(|x| x.detach()).collect();
             return Ok(step(&inputs)?.detach());
         }
-        if self.graph.is_none() && self.runs < WARM {
+        let thread = Some(std::thread::current().id());
+        if self.graph.is_none() && self.thread != thread {
+            (self.warm, self.thread) = (0, thread);
+        }
+        if self.graph.is_none() && self.warm < WARM {
+            self.warm += 1;
             let _kept = device.enable_cuda_graph_htod_cache();
             let out = step(&self.inputs)?.detach();
             match &self.output {
@@ -58,7 +66,6 @@ impl Recording {
             let Some(graph) = &self.graph else { bail!("a captured step lost its recording") };
             graph.launch().w()?;
         }
-        self.runs += 1;
         match &self.output {
             Some(output) => Ok(output.clone()),
             None => bail!("a captured step has no result"),

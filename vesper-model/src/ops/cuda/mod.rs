@@ -20,7 +20,7 @@ pub(super) mod rms_norm;
 mod rope;
 pub(super) mod self_attention;
 
-pub(super) use launch::has_kernels;
+pub(super) use launch::{has_kernels, zeros};
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{result, sys};

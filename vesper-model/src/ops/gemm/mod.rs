@@ -22,9 +22,12 @@ mod blocks;
 #[cfg(test)]
 mod tests;
 
+use std::sync::Once;
+
 use candle_core::DType;
 
 use super::matrix::{Matrix, Target, Threads, by_crate};
+use super::notice;
 
 /// What the operands of a product are rounded to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +54,16 @@ pub(super) enum Level {
 impl Precision {
     /// That of activations in `dtype`.
     pub(super) fn of(dtype: DType) -> Self {
-        if dtype == DType::BF16 { Self::Bf16 } else { Self::Full }
+        static ASKED: Once = Once::new();
+        if dtype != DType::BF16 {
+            return Self::Full;
+        }
+        ASKED.call_once(|| {
+            if !Level::best(Self::Bf16).rounds() {
+                notice::once("this processor has no products in bf16 (AVX512-BF16); they run in f32".into());
+            }
+        });
+        Self::Bf16
     }
 }
 
