@@ -27,10 +27,13 @@
 //! | [`decoder_block`] | a whole pre-norm block of the above | what they save; on CUDA one node of the graph |
 //! | [`linear_cross_entropy`] | matmul and `candle_nn::loss::cross_entropy` | the two gradients; on CUDA that of the weight in f32 |
 //! | [`embedding`] | `candle_nn::Embedding` | the ids |
+//! | [`rope`] | `candle_nn::rotary_emb::rope` | what candle's operations save |
 //! | [`checkpoint`] | any part of a model | that part's inputs; it runs again in the backward |
 //!
-//! Weights may be in f32 beside activations in bf16 or f16 (mixed precision), and get their gradients in f32. The kernels
-//! on the CPU read them as they are; all others, and the references, convert them to the dtype of the activations.
+//! Weights may be in f32 beside activations in bf16 or f16 (mixed precision), and get their gradients in f32, except those of a
+//! [`FrozenLinear`], which takes x in its weight's dtype. The kernels on the CPU read them as they are; all others, and the
+//! references, convert them to the dtype of the activations. Of a norm's weight, a few numbers, the gradient is rounded to that
+//! dtype first; inside of [`decoder_block`] it is not.
 //!
 //! On the CPU the matrix products of bf16 activations multiply in bf16 and add in f32 where the processor has AVX512-BF16,
 //! twice as fast as in f32; elsewhere they run in f32, and bf16 is converted while it is read. The instructions are
