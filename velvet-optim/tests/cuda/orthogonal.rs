@@ -14,13 +14,15 @@ fn orthogonalised_updates_are_near_the_cpus() {
     let Some(device) = gpu("orthogonalised_updates_are_near_the_cpus") else { return };
     let shapes: [&[usize]; 9] =
         [&[64, 64], &[64, 64], &[96, 32], &[64, 200], &[200, 64], &[33, 47], &[2, 2], &[24, 8, 3], &[5]];
-    for row_moment in [RowMoment::Off, RowMoment::Average { decay: 0.95 }] {
+    let moments = [RowMoment::Off, RowMoment::Average { decay: 0.95 }];
+    let forms = [Momentum::Nesterov, Momentum::Averaged];
+    for (row_moment, form) in moments.into_iter().flat_map(|moment| forms.map(|form| (moment, form))) {
         for (dtype, half) in [
             (DType::F32, HalfParameters::Nearest),
             (DType::BF16, HalfParameters::Master),
             (DType::F16, HalfParameters::Master),
         ] {
-            let rule = Rule::Orthogonal(Orthogonal { row_moment, ..Default::default() });
+            let rule = Rule::Orthogonal(Orthogonal { row_moment, form, ..Default::default() });
             let group = ParamGroup { rule: Some(Rule::AdamW), ..ParamGroup::of(["w8"]) };
             let config = config()
                 .with_rule(rule)
@@ -40,11 +42,11 @@ fn orthogonalised_updates_are_near_the_cpus() {
                 let far = distance(&before, &a[&name], &b[&name]);
                 report.push((shape, far));
             }
-            eprintln!("{row_moment:?} {dtype:?}: {report:?}");
+            eprintln!("{row_moment:?} {form:?} {dtype:?}: {report:?}");
             for (shape, far) in report {
                 // Small matrices average the rounding of bf16 over fewer elements.
                 let bound = if shape.iter().product::<usize>() < 100 { 0.06 } else { 0.025 };
-                assert!(far < bound, "{row_moment:?} {dtype:?} {shape:?}: {far}");
+                assert!(far < bound, "{row_moment:?} {form:?} {dtype:?} {shape:?}: {far}");
             }
             let momentum = distance(
                 &tensor(99, &[64, 64], DType::F32),

@@ -38,7 +38,7 @@ __device__ __forceinline__ void direction(const Table &table, const Control *con
     const auto element = [&](float g, float &m) {
         g = g * c.clip;
         m = m + (g - m) * c.first_weight;
-        const bf16 u = __float2bfloat16_rn(g + (m - g) * c.past);
+        const bf16 u = __float2bfloat16_rn((c.options & NESTEROV) ? g + (m - g) * c.past : m);
         const float rounded = __bfloat162float(u);
         sum[0] += static_cast<double>(rounded) * static_cast<double>(rounded);
         return u;

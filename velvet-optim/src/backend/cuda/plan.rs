@@ -217,6 +217,9 @@ fn param(parameter: &Parameter, config: &VelvetConfig) -> Param {
         }
         Rule::Lion(lion) => (layout::LION, [lion.beta1, lion.beta2, 0.0, 0.0]),
         Rule::Orthogonal(orthogonal) => {
+            if orthogonal.form == Momentum::Nesterov {
+                options |= layout::NESTEROV;
+            }
             let rows = var.dims().first().copied().unwrap_or(1);
             let cols = var.elem_count() / rows.max(1);
             let (decay, size) = match orthogonal.row_moment {
