@@ -60,7 +60,7 @@ struct Flags {
 }
 
 /// Both sides: betas .9 and .95, weight decay .1, clipping at norm 1, linear decay over the last 90 %. AdamW warms up
-/// over 5 % of the steps, Velvet by the entropy of the loss; AdamW decays every tensor, as candle's does.
+/// over 5 % of the steps, Velvet has its trust region in place of that; AdamW decays every tensor, as candle's does.
 const BETAS: (f64, f64) = (0.9, 0.95);
 const WEIGHT_DECAY: f64 = 0.1;
 const CLIP: f64 = 1.0;

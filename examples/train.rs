@@ -60,7 +60,7 @@ fn train(flags: &Flags) -> Result<ExitCode> {
     // The optimizer.
     let mut optimizer = Velvet::named(trainable(&config, &varmap)?, optimizer_config(&settings, &config))?;
     let schedule = Schedule::Linear {
-        // Velvet's own warm-up follows the loss.
+        // Velvet has its trust region in place of a warm-up.
         warm_up: Span::Fraction(if settings.optimizer == Optimizer::Velvet { 0.0 } else { 0.05 }),
         decay: Span::Fraction(0.9),
         end: 0.0,
