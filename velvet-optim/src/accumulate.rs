@@ -116,7 +116,7 @@ impl Accumulator {
     pub fn add_weighted(&mut self, grads: &GradStore, weight: f64) -> Result<()> {
         if !(weight.is_finite() && weight >= 0.0) {
             let (field, expected) = ("accumulator.weight", "a finite number of at least 0");
-            return Err(Error::Config { field, expected, got: weight });
+            return Err(Error::Config { field: field.into(), expected, got: weight });
         }
         for entry in &self.entries {
             if let Some(grad) = grads.get(&entry.var) {

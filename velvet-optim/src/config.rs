@@ -260,11 +260,13 @@ impl VelvetConfig {
         if let GradClip::GlobalNorm(max) = self.clip {
             positive("clip.GlobalNorm", max)?;
         }
-        self.rule.validate()?;
+        self.rule.validate().map_err(|error| error.within("rule"))?;
         if let Some(rule) = &self.hidden_matrices {
-            rule.validate()?;
+            rule.validate().map_err(|error| error.within("hidden_matrices"))?;
         }
-        self.groups.iter().try_for_each(ParamGroup::validate)?;
+        for (i, group) in self.groups.iter().enumerate() {
+            group.validate().map_err(|error| error.within(&format!("groups[{i}]")))?;
+        }
         adaptive::validate(self)
     }
 
@@ -285,7 +287,7 @@ impl VelvetConfig {
 }
 
 fn check(field: &'static str, got: f64, expected: &'static str, good: bool) -> Result<()> {
-    if good { Ok(()) } else { Err(Error::Config { field, expected, got }) }
+    if good { Ok(()) } else { Err(Error::Config { field: field.into(), expected, got }) }
 }
 
 pub(crate) fn unit(field: &'static str, got: f64) -> Result<()> {
@@ -333,17 +335,26 @@ mod tests {
             ("clip.GlobalNorm", base().with_clip(GradClip::GlobalNorm(0.0))),
             ("rule.Lion.beta2", base().with_rule(Rule::Lion(Lion { beta2: 1.0, ..Lion::default() }))),
             (
-                "rule.Sgd.momentum",
+                "hidden_matrices.Sgd.momentum",
                 base().with_hidden_matrices(Rule::Sgd(Sgd { momentum: -1.0, ..Sgd::default() })),
             ),
             (
-                "rule.Orthogonal.steps",
+                "hidden_matrices.Orthogonal.steps",
                 base()
                     .with_hidden_matrices(Rule::Orthogonal(Orthogonal { steps: 0, ..Orthogonal::default() })),
             ),
             (
-                "groups.lr_scale",
-                base().with_group(ParamGroup { lr_scale: f64::NAN, ..ParamGroup::of(["*"]) }),
+                "groups[1].lr_scale",
+                base()
+                    .with_group(ParamGroup::of(["*"]))
+                    .with_group(ParamGroup { lr_scale: f64::NAN, ..ParamGroup::of(["*"]) }),
+            ),
+            (
+                "groups[0].rule.Lion.beta1",
+                base().with_group(ParamGroup {
+                    rule: Some(Rule::Lion(Lion { beta1: 1.0, ..Lion::default() })),
+                    ..ParamGroup::of(["*"])
+                }),
             ),
             ("brake.nats", base().with_brake(Brake::Gap { margin: 0.1, nats: 0.0, floor: 0.1, decay: 0.8 })),
             (

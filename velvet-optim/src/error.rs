@@ -1,5 +1,6 @@
 //! The one error type of the crate.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 /// What can go wrong in an optimizer; every message names the place and what was expected there.
@@ -10,7 +11,7 @@ pub enum Error {
     #[error("the setting `{field}`: expected {expected}, got {got}")]
     Config {
         /// The field, with its path inside an enum variant.
-        field: &'static str,
+        field: Cow<'static, str>,
         /// The range that is allowed.
         expected: &'static str,
         /// The value that was given.
@@ -25,18 +26,18 @@ pub enum Error {
         problem: String,
     },
     /// No parameter matches a group, which is most likely misspelt.
-    #[error("VelvetConfig.groups: no parameter matches {}", list(.names))]
+    #[error("VelvetConfig.groups: {}", unused(.names))]
     UnusedGroup {
         /// The group's patterns.
         names: Vec<String>,
     },
-    /// A setting does not fit a parameter's shape.
-    #[error("`{name}`: {what} needs a matrix, got shape {shape:?}")]
+    /// A setting does not fit a parameter, which has this shape.
+    #[error("`{name}`: {problem} (its shape is {shape:?})")]
     Unfit {
         /// The parameter.
         name: String,
-        /// The setting.
-        what: &'static str,
+        /// What does not fit, and why.
+        problem: &'static str,
         /// The parameter's shape.
         shape: Vec<usize>,
     },
@@ -80,9 +81,19 @@ pub enum Error {
         /// The gradient's value.
         got: String,
     },
+    /// A mask has another shape than its parameter.
+    #[error("`{name}`: expected a mask of shape {expected:?}, got {got:?}")]
+    Mask {
+        /// The parameter.
+        name: String,
+        /// Its shape.
+        expected: Vec<usize>,
+        /// The mask's.
+        got: Vec<usize>,
+    },
     /// Parameters received no gradient, and
     /// [`MissingGradients::Error`](crate::MissingGradients::Error) is set.
-    #[error("step {step}: no gradient for {}", list(.names))]
+    #[error("step {step}: no gradient for {}", names.join(", "))]
     MissingGradients {
         /// The step that was not taken (the first is 1).
         step: u64,
@@ -90,7 +101,7 @@ pub enum Error {
         names: Vec<String>,
     },
     /// A gradient holds NaN or infinity, and [`NonFinite::Error`](crate::NonFinite::Error) is set.
-    #[error("step {step}: the gradient norm is {norm}; NaN or infinity in the gradient of {}", list(.names))]
+    #[error("step {step}: the gradient norm is {norm}; NaN or infinity in the gradient of {}", names.join(", "))]
     NonFiniteGradients {
         /// The step that was not taken (the first is 1).
         step: u64,
@@ -172,6 +183,25 @@ impl From<Error> for candle_core::Error {
             // Not `wrap`: it adds a backtrace to what should be one line.
             other => Self::Wrapped(Box::new(other)),
         }
+    }
+}
+
+impl Error {
+    /// A field of something that is itself a field: `place`, then its own path.
+    pub(crate) fn within(self, place: &str) -> Self {
+        match self {
+            Self::Config { field, expected, got } => {
+                Self::Config { field: format!("{place}.{field}").into(), expected, got }
+            }
+            other => other,
+        }
+    }
+}
+
+fn unused(names: &[String]) -> String {
+    match names {
+        [] => "a group has no patterns, so no parameter matches it".to_owned(),
+        names => format!("no parameter matches {}", list(names)),
     }
 }
 

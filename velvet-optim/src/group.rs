@@ -68,12 +68,12 @@ impl ParamGroup {
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
-        at_least_zero("groups.lr_scale", self.lr_scale)?;
+        at_least_zero("lr_scale", self.lr_scale)?;
         if let Some(decay) = self.weight_decay {
-            at_least_zero("groups.weight_decay", decay)?;
+            at_least_zero("weight_decay", decay)?;
         }
         if let Some(rule) = &self.rule {
-            rule.validate()?;
+            rule.validate().map_err(|error| error.within("rule"))?;
         }
         for pattern in &self.names {
             compile(pattern)?;
@@ -144,16 +144,20 @@ fn plan(
     };
     let sparse_rows = group.and_then(|group| group.sparse_rows).unwrap_or(config.sparse_rows);
     let matrix = shape.len() >= 2;
-    let unfit = |what| Err(Error::Unfit { name: name.to_owned(), what, shape: shape.to_vec() });
-    if matches!(rule, Rule::Orthogonal(_)) && !matrix {
-        return unfit("orthogonalised momentum");
-    }
-    if group.is_some_and(|group| group.sparse_rows == Some(SparseRows::Skip)) {
-        if !matrix {
-            return unfit("SparseRows::Skip");
+    let training = group.map_or(Training::On, |group| group.training);
+    let unfit = |problem| Err(Error::Unfit { name: name.to_owned(), problem, shape: shape.to_vec() });
+    // What is never updated fits any rule.
+    if training == Training::On {
+        if matches!(rule, Rule::Orthogonal(_)) && !matrix {
+            return unfit("orthogonalised momentum needs a matrix");
         }
-        if matches!(rule, Rule::Orthogonal(_)) {
-            return unfit("SparseRows::Skip with orthogonalised momentum");
+        if group.is_some_and(|group| group.sparse_rows == Some(SparseRows::Skip)) {
+            if !matrix {
+                return unfit("SparseRows::Skip needs a matrix");
+            }
+            if matches!(rule, Rule::Orthogonal(_)) {
+                return unfit("orthogonalised momentum mixes rows, so SparseRows::Skip cannot leave any out");
+            }
         }
     }
     let sparse_rows =
@@ -170,7 +174,7 @@ fn plan(
             rate: group.and_then(|group| group.weight_decay).unwrap_or(default),
             cautious: config.decay_mode == DecayMode::Cautious,
         },
-        training: group.map_or(Training::On, |group| group.training),
+        training,
         sparse_rows,
     })
 }

@@ -73,6 +73,9 @@ pub enum NonFinite {
 }
 
 /// The form of a momentum.
+///
+/// Averaged by default in AdamW, for which Nesterov's gained .036 ± .022 nats over 180 steps in the book's study, less than two
+/// deviations; Nesterov's by default in [`Orthogonal`](crate::Orthogonal), as it is published.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -85,6 +88,9 @@ pub enum Momentum {
 }
 
 /// Whether elements of an AdamW update that point against their gradient are left out.
+///
+/// Off by default: in the book's study it gained AdamW .036 ± .016 nats over 180 steps and cost .022 ± .012 beside
+/// orthogonalised momentum.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -93,11 +99,14 @@ pub enum CautiousUpdate {
     #[default]
     Off,
     /// Elements whose update and gradient differ in sign do not move; the others are scaled up by the share that is
-    /// left, at most 1000 times. Costs one more reading of gradients and first moments.
+    /// left, at most 1000 times. Rows that [`SparseRows::Skip`] leaves out do not count. Costs one more reading of gradients and first moments.
     Aligned,
 }
 
 /// Where a parameter that decays does so.
+///
+/// Everywhere by default: in the book's study the cautious form did nothing (AdamW -.005 ± .004 nats, beside orthogonalised
+/// momentum .000 ± .007).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -124,6 +133,9 @@ pub enum HalfParameters {
         seed: u64,
     },
     /// An f32 copy of each such parameter is kept in the state and updated; the parameter is its rounding.
+    ///
+    /// The copy is made with the optimizer. Where weights are loaded or changed by hand after that, call
+    /// [`Velvet::refresh_masters`](crate::Velvet::refresh_masters), or the next step writes the old ones back.
     Master,
 }
 

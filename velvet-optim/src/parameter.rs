@@ -4,9 +4,9 @@ use crate::backend::{self, Measured};
 use crate::config::VelvetConfig;
 use crate::error::{Error, Result};
 use crate::group::{self, Plan, Training};
-use crate::rule::Rule;
-use crate::state::Slot;
-use candle_core::{CpuStorage, Device, Storage, Tensor, Var};
+use crate::rule::{Rule, SlotSpec};
+use crate::state::{Data, MASTER, Slot, Values};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor, Var};
 use half::slice::HalfFloatSliceExt;
 use std::collections::{HashMap, HashSet};
 
@@ -40,7 +40,7 @@ pub(crate) struct Parameter {
 /// Root mean squares of a parameter's last update.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct UpdateSize {
-    /// Of the change for each unit of learning rate.
+    /// Of the change for each unit of learning rate; of the last update that had a gradient other than zeros.
     pub(crate) change: f64,
     /// Of the weights before it.
     pub(crate) weight: f64,
@@ -49,10 +49,20 @@ pub(crate) struct UpdateSize {
 }
 
 impl UpdateSize {
-    pub(crate) fn new(measured: Measured, elements: usize, lr: f64) -> Option<Self> {
+    /// The change for each unit of learning rate that is expected of a first update: AdamW's.
+    pub(crate) const FIRST_CHANGE: f64 = 1.0;
+
+    /// What was measured of an update after that of size `last`; `None` where there was nothing to measure.
+    pub(crate) fn new(measured: Measured, elements: usize, lr: f64, last: Option<Self>) -> Option<Self> {
+        if elements == 0 || lr <= 0.0 {
+            return None;
+        }
         let rms = |sum: f64| (sum / elements as f64).sqrt();
-        let (change, weight) = (rms(measured.change_sq), rms(measured.weight_sq));
-        (elements > 0 && lr > 0.0).then(|| Self { change: change / lr, weight, ratio: change / weight })
+        let (moved, weight) = (rms(measured.change_sq), rms(measured.weight_sq));
+        // A gradient of zeros tells nothing about the update that the next gradient will make.
+        let known = last.map_or(Self::FIRST_CHANGE, |last| last.change);
+        let change = if measured.descent == 0.0 { known.max(moved / lr) } else { moved / lr };
+        Some(Self { change, weight, ratio: moved / weight })
     }
 }
 
@@ -88,6 +98,7 @@ impl Parameter {
             }
             None => grad.contiguous()?,
         };
+        self.check_state()?;
         // A gradient may be a parameter's own storage (a hand-made GradStore): reading it while it is lent for
         // writing would wait for ever.
         if storages.contains(&backend::storage_address(&grad)) { Ok(grad.copy()?) } else { Ok(grad) }
@@ -95,6 +106,18 @@ impl Parameter {
 }
 
 impl Parameter {
+    /// Back ends take state arrays by their place and would make nothing of a wrong number of them.
+    fn check_state(&self) -> Result<()> {
+        let has_master = self.slots.last().is_some_and(|slot| slot.spec.name == MASTER);
+        let (expected, got) = (self.plan.rule.arrays(), self.slots.len() - usize::from(has_master));
+        if expected == got {
+            return Ok(());
+        }
+        let (name, rule) = (&self.name, self.plan.rule.name());
+        let message = format!("`{name}`: {rule} needs {expected} state arrays, got {got}");
+        Err(candle_core::Error::Msg(message).into())
+    }
+
     /// Keeps the elements at zero from now on where `kept`, of the parameter's shape and u8, is 0.
     pub(crate) fn set_mask(&mut self, kept: &Tensor) -> Result<()> {
         let values = self.var.as_detached_tensor();
@@ -107,13 +130,31 @@ impl Parameter {
         Ok(())
     }
 
-    /// Sets masked elements to zero again after an update that mixes elements.
+    /// Sets masked elements to zero again after an update that mixes elements, in the master copy too.
     pub(crate) fn keep_masked(&self) -> Result<()> {
         if let (Some(mask), Rule::Orthogonal(_)) = (&self.mask, self.plan.rule) {
+            let kept = mask.ne(0.0)?;
             let values = self.var.as_detached_tensor();
-            self.var.set(&mask.ne(0.0)?.where_cond(&values, &values.zeros_like()?)?)?;
+            self.var.set(&kept.where_cond(&values, &values.zeros_like()?)?)?;
+            if let Some(Slot { spec: SlotSpec { name: MASTER, .. }, data: Data::Tensor(master) }) =
+                self.slots.last()
+                && master.elem_count() > 0
+            {
+                // In its place: kernels, and steps captured in a graph, have its address.
+                master.slice_set(&kept.where_cond(master, &master.zeros_like()?)?, 0, 0)?;
+            }
         }
         Ok(())
+    }
+
+    /// Makes the master copy from the parameter as it is now; whether there is one.
+    pub(crate) fn refresh_master(&mut self) -> Result<bool> {
+        let Some(slot) = self.slots.last_mut().filter(|slot| slot.spec.name == MASTER) else {
+            return Ok(false);
+        };
+        let values = self.var.as_detached_tensor().to_device(&Device::Cpu)?.flatten_all()?;
+        slot.data = slot.data_of(&Values::F32(values.to_dtype(DType::F32)?.to_vec1()?))?;
+        Ok(true)
     }
 }
 
@@ -205,7 +246,22 @@ impl Mixer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::DType;
+    use crate::options::BackendChoice;
+    use crate::velvet::Velvet;
+
+    #[test]
+    fn a_rule_without_its_state_arrays_is_an_error() {
+        for backend in [BackendChoice::Auto, BackendChoice::Plain] {
+            let w = Var::ones(3, DType::F32, &Device::Cpu).unwrap();
+            let config = VelvetConfig::default().with_backend(backend);
+            let mut opt = Velvet::named(vec![("w".to_owned(), w.clone())], config).unwrap();
+            opt.parameters[0].plan.rule = Rule::Lion(crate::Lion::default());
+            let grads = w.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            let error = opt.try_step(&grads).unwrap_err().to_string();
+            assert_eq!(error, "`w`: lion needs 1 state arrays, got 2");
+            assert_eq!(w.to_vec1::<f32>().unwrap(), [1.0; 3]);
+        }
+    }
 
     #[test]
     fn fingerprints_see_shape_type_and_every_bit() {

@@ -11,13 +11,14 @@ impl VelvetConfig {
     /// ```text
     /// betas (.9, .95), weight decay .1 on matrices, clip at global norm 1, lr 1e-3
     /// hidden matrices: Rule::Orthogonal, with the second moment of rows; AdamW elsewhere
-    /// TrustRegion::relative():                  no parameter changes by more than 5 % of itself in a step
+    /// TrustRegion::relative():                  a parameter's rate is held where its update, judged by that of the step before,
+    ///                                           would be more than 5 % of it
     /// PerplexityMomentum::progress(vocab_size): beta1 from .8 to .9 and the matrices' momentum from .85 to .95 over
     ///                                           the first 4.4 nats below ln V
     /// ```
     ///
     /// No warm-up is needed beside it: the trust region holds the first steps back where they would do damage. Decay the
-    /// learning rate over about the last half of the run (linear decay over all steps measured worse). A parameter that
+    /// learning rate over about the last half of the run, as the study below did. A parameter that
     /// starts at zero, as the B of a low-rank adapter, is held back for its first hundred steps or so
     /// ([`TrustRegion`]'s `weight_floor`): train adapters with AdamW.
     ///

@@ -3,6 +3,7 @@
 use crate::adaptive::{Adaptive, Averages};
 use crate::backend::{Failure, Resident};
 use crate::error::{Error, Result};
+use crate::group::Training;
 use crate::parameter::UpdateSize;
 use crate::state::Slot;
 use crate::stats::Stats;
@@ -63,8 +64,9 @@ impl Velvet {
         self.resident = Resident::new(&self.parameters, &self.config)?;
         let held = self.held();
         let Some(resident) = &mut self.resident else {
-            // Candle operations read no blocks of 8 bits.
-            let slots = self.parameters.iter_mut().flat_map(|parameter| &mut parameter.slots);
+            // Candle operations read no blocks of 8 bits; nothing reads those of a parameter that is frozen.
+            let trained = self.parameters.iter_mut().filter(|p| p.plan.training == Training::On);
+            let slots = trained.flat_map(|parameter| &mut parameter.slots);
             return slots.filter(|slot| !slot.is_on_host()).try_for_each(Slot::widen);
         };
         resident.push(&self.parameters, self.config.lr, &held)

@@ -341,5 +341,5 @@ fn factor(field: &'static str, x: f64) -> Result<()> {
 }
 
 fn check(field: &'static str, expected: &'static str, got: f64, is_valid: bool) -> Result<()> {
-    if is_valid { Ok(()) } else { Err(Error::Config { field, expected, got }) }
+    if is_valid { Ok(()) } else { Err(Error::Config { field: field.into(), expected, got }) }
 }

@@ -144,7 +144,7 @@ impl Velvet {
         for (i, sum) in unknown.into_iter().zip(sums) {
             if let Some(parameter) = self.parameters.get_mut(i) {
                 let weight = (sum / parameter.var.elem_count().max(1) as f64).sqrt();
-                parameter.size = Some(UpdateSize { change: 1.0, weight, ratio: 0.0 });
+                parameter.size = Some(UpdateSize { change: UpdateSize::FIRST_CHANGE, weight, ratio: 0.0 });
             }
         }
         Ok(())
@@ -204,7 +204,8 @@ impl Velvet {
             parameter.beta_products = products;
             parameter.keep_masked()?;
             if measure {
-                parameter.size = UpdateSize::new(measured, parameter.var.elem_count(), lr).or(parameter.size);
+                let elements = parameter.var.elem_count();
+                parameter.size = UpdateSize::new(measured, elements, lr, parameter.size).or(parameter.size);
                 all += measured;
             }
         }

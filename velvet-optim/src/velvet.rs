@@ -6,7 +6,7 @@ use crate::config::VelvetConfig;
 use crate::error::{Error, Result};
 use crate::group::{self, Training};
 use crate::options::{GradClip, SparseRows};
-use crate::parameter::{self, Naming, Parameter};
+use crate::parameter::{self, Naming, Parameter, UpdateSize};
 use crate::state::Slot;
 use crate::stats::Stats;
 use candle_core::{DType, Tensor, Var};
@@ -15,7 +15,8 @@ use std::collections::{HashMap, HashSet};
 
 type WarningHook = Box<dyn Fn(&str) + Send + Sync>;
 
-/// AdamW, fused and resumable, with an optional entropy-adaptive learning rate and perplexity-guided momentum.
+/// AdamW and other rules, fused and resumable, with optional adaptive parts: a trust region on the size of updates,
+/// perplexity-guided momentum, an entropy-adaptive learning rate.
 ///
 /// ```text
 /// g = clip_scale * g
@@ -24,9 +25,9 @@ type WarningHook = Box<dyn Fn(&str) + Send + Sync>;
 /// p = (1 - lr * weight_decay) * p - lr * (m / (1 - prod beta1)) / (sqrt(v / (1 - prod beta2)) + eps)
 /// ```
 ///
-/// with `lr` the base learning rate times [`EntropyLr`](crate::EntropyLr)'s scale and beta1 that of
-/// [`PerplexityMomentum`](crate::PerplexityMomentum). With everything adaptive off this is
-/// `torch.optim.AdamW`.
+/// with `lr` the base learning rate times the scales of [`EntropyLr`](crate::EntropyLr), [`Brake`](crate::Brake) and, for each
+/// parameter, [`TrustRegion`](crate::TrustRegion), and beta1 that of [`PerplexityMomentum`](crate::PerplexityMomentum). With
+/// everything adaptive off, as it is by default, this is `torch.optim.AdamW`.
 ///
 /// Other rules are chosen by [`VelvetConfig::rule`], [`VelvetConfig::hidden_matrices`] and
 /// [`VelvetConfig::groups`]; see [`Rule`](crate::Rule).
@@ -246,15 +247,19 @@ impl Velvet {
         Ok(Stats { update_ratio: stats.update_ratio.filter(|ratio| !ratio.is_nan()), ..stats })
     }
 
-    /// The size of the last update of each parameter relative to its weights (the ratio of their norms), by name;
-    /// parameters that were not updated or not measured ([`UpdateNorms`](crate::UpdateNorms)) are left out.
+    /// The size of the last measured update of each parameter relative to its weights (the ratio of their norms), by name.
+    ///
+    /// A parameter without a gradient in the last step keeps the ratio of the last step in which it had one. Left out are
+    /// parameters that were never measured ([`UpdateNorms`](crate::UpdateNorms)) and weights of zero that did not move,
+    /// which are no ratio.
     ///
     /// # Errors
     /// They are on a device that cannot be read.
     pub fn update_ratios(&self) -> Result<Vec<(String, f64)>> {
         let sizes = self.snapshot()?.sizes;
         let named = self.parameters.iter().zip(sizes);
-        Ok(named.filter_map(|(parameter, size)| Some((parameter.name.clone(), size?.ratio))).collect())
+        let ratio = |size: UpdateSize| Some(size.ratio).filter(|ratio| !ratio.is_nan());
+        Ok(named.filter_map(|(parameter, size)| Some((parameter.name.clone(), ratio(size?)?))).collect())
     }
 
     /// The rule of each parameter, by name, and whether it is trained: what the heuristic and the groups made of the
@@ -298,17 +303,43 @@ impl Velvet {
         };
         let var = &parameter.var;
         if mask.dims() != var.dims() {
-            return Err(Error::Gradient {
-                name: name.to_owned(),
-                what: "a mask of shape",
-                expected: format!("{:?}", var.dims()),
-                got: format!("{:?}", mask.dims()),
-            });
+            let (expected, got) = (var.dims().to_vec(), mask.dims().to_vec());
+            return Err(Error::Mask { name: name.to_owned(), expected, got });
         }
         let kept = mask.detach().to_device(var.device())?.ne(0.0)?;
         parameter.set_mask(&kept)?;
         if let Some(resident) = &mut self.resident {
             resident.invalidate();
+        }
+        Ok(())
+    }
+
+    /// Makes the f32 master copies of bf16 and f16 parameters from the parameters as they are now
+    /// ([`HalfParameters::Master`](crate::HalfParameters::Master)): to be called after weights were loaded, averaged or
+    /// changed by hand, since a step updates the copies and writes their rounding. [`Velvet::load`] does not need it.
+    ///
+    /// # Errors
+    /// A parameter cannot be read from its device; copies made before it stay.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor, Var};
+    /// use velvet_optim::{HalfParameters, Optimizer, Velvet, VelvetConfig};
+    /// let w = Var::zeros(2, DType::BF16, &Device::Cpu)?;
+    /// let config = VelvetConfig::default().with_half_parameters(HalfParameters::Master);
+    /// let mut opt = Velvet::named(vec![("w".to_owned(), w.clone())], config)?;
+    /// w.set(&Tensor::ones(2, DType::BF16, &Device::Cpu)?)?; // pretrained weights
+    /// opt.refresh_masters()?;
+    /// opt.backward_step(&w.sqr()?.sum_all()?)?;
+    /// assert!(w.to_dtype(DType::F32)?.to_vec1::<f32>()?[0] > 0.9);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn refresh_masters(&mut self) -> Result<()> {
+        for parameter in &mut self.parameters {
+            if parameter.refresh_master()?
+                && let Some(resident) = &mut self.resident
+            {
+                resident.invalidate();
+            }
         }
         Ok(())
     }
@@ -334,8 +365,8 @@ impl Velvet {
 
     /// Replaces the configuration in mid-run: learning rate, groups, frozen parameters, adaptive parts.
     ///
-    /// Moments, products of betas and averages of the loss stay. A parameter whose rule changes begins with an empty state
-    /// under the new one, and so does one that was frozen from the start and is no longer. The back end, the rounding of
+    /// Moments, products of betas and averages of the loss stay. A parameter whose rule changes, while it is frozen too,
+    /// begins with an empty state under the new one, and so does one that was frozen from the start and is no longer. The back end, the rounding of
     /// half-precision parameters and the format of the state stay those that the state was made for.
     ///
     /// # Errors
@@ -352,11 +383,11 @@ impl Velvet {
             let kept = !parameter.slots.is_empty() && parameter.plan.rule.name() == plan.rule.name();
             let same = kept
                 && parameter.plan.rule.slots(parameter.var.dims()) == plan.rule.slots(parameter.var.dims());
-            let needed = plan.training == Training::On && !same;
-            fresh.push(if needed {
-                Some(backend::empty_state(&parameter.var, plan, &config)?)
-            } else {
-                None
+            fresh.push(match plan.training {
+                _ if same => None,
+                Training::On => Some(backend::empty_state(&parameter.var, plan, &config)?),
+                // What another rule left is of no use when it is thawed.
+                Training::Frozen => Some(Vec::new()),
             });
         }
         self.pull()?;

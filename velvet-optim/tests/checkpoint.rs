@@ -270,6 +270,13 @@ fn unnamed_parameters_of_equal_values_are_refused_only_where_it_matters() {
     assert_eq!(all_bits(&reordered), before);
     // In the same order there is no question.
     Velvet::new(vec![ones(), ones(), other()], config()).unwrap().load_bytes(&bytes).unwrap();
+    // Equal values and moments, but one has a mask.
+    let zeros = || Var::zeros(3, DType::F32, &Device::Cpu).unwrap();
+    let mut masked = Velvet::new(vec![zeros(), zeros(), other()], config()).unwrap();
+    masked.set_mask("param.00000", Some(&Tensor::new(&[1u8, 0, 1], &Device::Cpu).unwrap())).unwrap();
+    let bytes = masked.to_bytes().unwrap();
+    let mut reordered = Velvet::new(vec![other(), zeros(), zeros()], config()).unwrap();
+    assert!(reordered.load_bytes(&bytes).unwrap_err().to_string().contains("from_varmap"));
 }
 
 /// Loads `bytes`, expects an error, and that nothing changed.

@@ -5,12 +5,22 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
-use common::{all_bits, bits, config, named, noise, store, tensor, train, var};
+use common::{all_bits, bits, config, named, noise, store, tensor, train, values, var};
 use proptest::prelude::*;
-use velvet_optim::{BackendChoice, GradClip, Velvet, VelvetConfig};
+use velvet_optim::{BackendChoice, GradClip, PolyakCap, TrustRegion, Velvet, VelvetConfig};
 
 const CHUNK: usize = 64 * 1024;
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
+
+fn trained(shapes: &[&[usize]], dtype: DType, config: &VelvetConfig, steps: u64) -> [Velvet; 2] {
+    [BackendChoice::Auto, BackendChoice::Plain].map(|backend| {
+        let vars = named(shapes, dtype);
+        let mut opt = Velvet::named(vars.clone(), config.clone().with_backend(backend)).unwrap();
+        train(&mut opt, &vars, 1, steps);
+        assert_eq!(opt.stats().unwrap().step, steps);
+        opt
+    })
+}
 
 fn both(
     shapes: &[&[usize]],
@@ -18,13 +28,7 @@ fn both(
     config: &VelvetConfig,
     steps: u64,
 ) -> [Vec<(String, Vec<u64>)>; 2] {
-    [BackendChoice::Auto, BackendChoice::Plain].map(|backend| {
-        let vars = named(shapes, dtype);
-        let mut opt = Velvet::named(vars.clone(), config.clone().with_backend(backend)).unwrap();
-        train(&mut opt, &vars, 1, steps);
-        assert_eq!(opt.stats().unwrap().step, steps);
-        all_bits(&opt)
-    })
+    trained(shapes, dtype, config, steps).map(|opt| all_bits(&opt))
 }
 
 #[test]
@@ -37,6 +41,32 @@ fn fused_and_plain_give_the_same_bits_for_every_dtype_and_odd_sizes() {
             let [fused, plain] = both(&shapes, dtype, config, 4);
             for (fused, plain) in fused.iter().zip(&plain) {
                 assert!(fused == plain, "{dtype:?}: {} differs", fused.0);
+            }
+        }
+    }
+}
+
+#[test]
+fn rates_that_follow_measured_updates_agree_within_the_rounding_of_their_sums() {
+    let shapes: [&[usize]; 4] = [&[CHUNK + 3], &[1025], &[130, 70], &[7]];
+    let held = VelvetConfig::language_model(8192).with_lr(0.4);
+    for dtype in DTYPES {
+        for config in [held.clone(), held.clone().with_polyak(PolyakCap::cap())] {
+            let [fused, plain] = trained(&shapes, dtype, &config, 5);
+            let unheld = VelvetConfig { trust_region: TrustRegion::Off, ..config };
+            let [unheld, _] = trained(&shapes, dtype, &unheld, 5);
+            for (((name, a), (_, b)), (_, c)) in
+                fused.parameters().zip(plain.parameters()).zip(unheld.parameters())
+            {
+                let norm = |a: &[f64], b: &[f64]| {
+                    a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt()
+                        / (a.len() as f64).sqrt()
+                };
+                let (a, b, c) = (values(a), values(b), values(c));
+                // An element may be rounded to the other neighbour of its type.
+                let bound = if dtype.size_in_bytes() == 2 { 1e-4 } else { 1e-6 };
+                assert!(norm(&a, &b) < bound, "{dtype:?} {name}: {}", norm(&a, &b));
+                assert!(norm(&a, &c) > 1e-2, "{dtype:?} {name} was not held back");
             }
         }
     }
@@ -81,10 +111,13 @@ fn results_have_the_same_bits_for_any_number_of_threads() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let vars = named(&[&[3 * CHUNK + 11], &[5], &[300, 301]], DType::F32);
-            let config = config().with_clip(GradClip::GlobalNorm(1.0));
+            let config = config().with_clip(GradClip::GlobalNorm(1.0)).with_lr(0.1);
+            let config = config.with_trust_region(TrustRegion::relative()).with_polyak(PolyakCap::cap());
             let mut opt = Velvet::named(vars.clone(), config).unwrap();
             train(&mut opt, &vars, 1, 3);
-            (opt.stats().unwrap().grad_norm.unwrap().to_bits(), all_bits(&opt))
+            let stats = opt.stats().unwrap();
+            let measured = [stats.grad_norm, stats.update_ratio].map(|x| x.unwrap().to_bits());
+            (measured, all_bits(&opt))
         })
     };
     let one = run(1);

@@ -5,10 +5,12 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
-use common::{Transformer, all_bits, bits, named, record_warnings, rules, scalar, store, tensor, train, var};
+use common::{
+    Transformer, all_bits, bits, named, record_warnings, rosenbrock, rules, scalar, store, tensor, train, var,
+};
 use velvet_optim::{
-    BackendChoice, Error, GradClip, HalfParameters, Lion, NonFinite, Optimizer, Orthogonal, Rule, Sgd,
-    StateFormat, Velvet, VelvetConfig,
+    BackendChoice, Error, GradClip, HalfParameters, Lion, NonFinite, Orthogonal, Rule, Sgd, StateFormat,
+    Velvet, VelvetConfig,
 };
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
@@ -169,23 +171,7 @@ fn gradients_that_are_views_are_read_as_their_elements() {
 #[test]
 fn an_update_goes_downhill_on_rosenbrock() {
     for (name, config) in rules() {
-        let lr = if name.starts_with("sgd") { 2e-4 } else { 1e-2 };
-        // A valley for each pair of columns; a matrix, so that every rule takes it.
-        let start = Tensor::new(&[[-1.2f64, 1.0], [1.5, -0.5]], &Device::Cpu).unwrap();
-        let p = Var::from_tensor(&start).unwrap();
-        let config = VelvetConfig { weight_decay: 0.0, lr, ..config };
-        let mut opt = Velvet::named(vec![("w".into(), p.clone())], config).unwrap();
-        let loss = || {
-            let (x, y) = (p.narrow(1, 0, 1).unwrap(), p.narrow(1, 1, 1).unwrap());
-            let valley = ((y - x.sqr().unwrap()).unwrap().sqr().unwrap() * 100.0).unwrap();
-            (valley + (1.0 - x).unwrap().sqr().unwrap()).unwrap().sum_all().unwrap()
-        };
-        let first = scalar(&loss()).unwrap();
-        for step in 0..2000 {
-            opt.set_learning_rate(lr * (1.0 - f64::from(step) / 2000.0));
-            opt.backward_step(&loss()).unwrap();
-        }
-        let last = scalar(&loss()).unwrap();
+        let (first, last) = rosenbrock(name, config, DType::F64, &Device::Cpu);
         assert!(last < 0.05 * first, "{name}: {first} to {last}");
     }
 }

@@ -34,7 +34,7 @@ pub enum EntropyLr {
         initial_loss: f64,
         /// Added to it, >= 0 (0.05 in [`EntropyLr::warm_up`]): a fresh model's loss is a little above ln V.
         margin: f64,
-        /// The progress in nats over which the scale reaches 1, > 0 (3; over 1.5 it helped half as much).
+        /// The progress in nats over which the scale reaches 1, > 0 (3).
         nats: f64,
         /// The smallest scale, in [0, 1] (0.02); with 0 a run that starts above `initial_loss` never moves.
         floor: f64,

@@ -64,7 +64,10 @@ impl Averaging {
 /// bf16's last place.
 ///
 /// How much it helps depends on the schedule: with a learning rate that decays to zero the last weights are themselves
-/// an average of sorts. Over 600 steps with linear decay, averages of the last tenth or fifth measured no difference.
+/// an average of sorts. This crate has not measured a gain.
+///
+/// It knows nothing of [`Velvet::set_mask`](crate::Velvet::set_mask): elements that are masked after it has begun keep what
+/// was averaged before, which fades (`Ema`) or stays (`Tail`). Begin it after the masks are set.
 ///
 /// # Examples
 /// ```
@@ -122,7 +125,7 @@ impl WeightAverage {
             && !(0.0..1.0).contains(&decay)
         {
             let (field, expected) = ("averaging.ema.decay", "a number in [0, 1)");
-            return Err(Error::Config { field, expected, got: decay });
+            return Err(Error::Config { field: field.into(), expected, got: decay });
         }
         let mut vars: Vec<_> = vars.into_iter().filter(|(_, var)| var.dtype().is_float()).collect();
         vars.sort_by(|a, b| a.0.cmp(&b.0));

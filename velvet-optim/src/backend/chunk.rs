@@ -18,8 +18,6 @@ const SLOTS: usize = 2;
 pub(super) struct Settings {
     /// The position of the job.
     pub(super) at: usize,
-    /// The elements of the whole parameter.
-    pub(super) elements: usize,
     pub(super) step: Step,
     /// The length of a row, where rows without a gradient are left out.
     pub(super) sparse_row: Option<usize>,
@@ -134,13 +132,31 @@ impl<P: Stored> Chunk<'_, P> {
                 for start in (0..self.p.len()).step_by(row) {
                     let (head, tail) = rest.split_at(row);
                     rest = tail;
+                    let row = start..start + head.len();
                     if !head.is_zero() {
-                        self.run_range(rule, start..start + head.len(), &mut buffers, &mut measured);
+                        self.run_range(rule, row, &mut buffers, &mut measured);
+                    } else if self.settings.measure {
+                        measured.weight_sq += self.weights(row, &mut buffers.p);
                     }
                 }
             }
         }
         measured
+    }
+
+    /// The sum of squares of some of the weights, in f64.
+    fn weights(&self, range: std::ops::Range<usize>, buffer: &mut [P::Compute; BLOCK]) -> f64 {
+        if let Some(master) = &self.master {
+            return sums::squares(&master[range]);
+        }
+        let mut sum = 0.0;
+        for start in range.clone().step_by(BLOCK) {
+            let stored = &self.p[start..range.end.min(start + BLOCK)];
+            let block = &mut buffer[..stored.len()];
+            P::load(stored, block);
+            sum += sums::squares(block);
+        }
+        sum
     }
 
     /// The whole chunk at once, where nothing is to be converted or measured.
@@ -154,7 +170,7 @@ impl<P: Stored> Chunk<'_, P> {
             let SlotRun::Full(x) = slot else { return None };
             *slice = x;
         }
-        P::Compute::apply(rule, p, g, &mut slices[..count]);
+        P::Compute::apply(rule, p, g, &mut slices[..count], None);
         Some(Measured::default())
     }
 
@@ -166,7 +182,7 @@ impl<P: Stored> Chunk<'_, P> {
         buffers: &mut Buffers<P::Compute>,
         measured: &mut Measured,
     ) {
-        let Buffers { p: p_buffer, g: g_buffer, before, slots: slot_buffers } = buffers;
+        let Buffers { p: p_buffer, g: g_buffer, slots: slot_buffers } = buffers;
         for start in range.clone().step_by(BLOCK) {
             let block = start..range.end.min(start + BLOCK);
             let len = block.len();
@@ -183,15 +199,9 @@ impl<P: Stored> Chunk<'_, P> {
             {
                 *slice = slot.open(block.clone(), &mut buffer[..len]);
             }
-            let (measure, before) = (self.settings.measure, &mut before[..len]);
-            let mut update = |p: &mut [P::Compute]| {
-                if measure {
-                    before.copy_from_slice(p);
-                }
-                P::Compute::apply(rule, p, g, &mut slices[..count]);
-                if measure {
-                    *measured += sums::measure(before, p, g);
-                }
+            let measured = self.settings.measure.then_some(&mut *measured);
+            let update = |p: &mut [P::Compute]| {
+                P::Compute::apply(rule, p, g, &mut slices[..count], measured);
             };
             let stored = &mut self.p[block.clone()];
             let separate = if let Some(master) = &mut self.master {
@@ -219,10 +229,11 @@ impl<P: Stored> Chunk<'_, P> {
         }
     }
 
-    /// How many elements of the update will have the sign of their gradient.
-    pub(super) fn aligned(&self) -> u64 {
-        let Some(rule) = self.settings.step.elementwise() else { return 0 };
+    /// How many elements of the update will have the sign of their gradient, and how many will move at all.
+    pub(super) fn aligned(&self) -> [u64; 2] {
+        let Some(rule) = self.settings.step.elementwise() else { return [0; 2] };
         let mut buffers = Buffers::new();
+        // No element of a row without a gradient has its sign.
         let mut count = 0;
         for start in (0..self.p.len()).step_by(BLOCK) {
             let block = start..self.p.len().min(start + BLOCK);
@@ -234,7 +245,14 @@ impl<P: Stored> Chunk<'_, P> {
             }
             count += P::Compute::count_aligned(rule, &buffers.g[..len], &slices[..self.slots.len()]);
         }
-        count
+        let moving = match self.settings.sparse_row {
+            None => self.p.len(),
+            Some(row) => {
+                let starts = (0..self.p.len()).step_by(row);
+                row * starts.filter(|&start| !self.g.range(start..start + row).is_zero()).count()
+            }
+        };
+        [count, moving as u64]
     }
 }
 
@@ -242,14 +260,13 @@ impl<P: Stored> Chunk<'_, P> {
 struct Buffers<C> {
     p: [C; BLOCK],
     g: [C; BLOCK],
-    before: [C; BLOCK],
     slots: [[C; BLOCK]; SLOTS],
 }
 
 impl<C: Real> Buffers<C> {
     fn new() -> Self {
         let zeros = [C::ZERO; BLOCK];
-        Self { p: zeros, g: zeros, before: zeros, slots: [zeros; SLOTS] }
+        Self { p: zeros, g: zeros, slots: [zeros; SLOTS] }
     }
 }
 

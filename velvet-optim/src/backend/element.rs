@@ -1,5 +1,6 @@
 //! The element types the fused pass reads and writes, and their way to the type it computes in.
 
+use super::Measured;
 use crate::quantised;
 use crate::rounding;
 use crate::rule::{Elementwise, Real};
@@ -76,7 +77,14 @@ impl<'a> Grad<'a> {
 
 /// A type the update is computed in.
 pub(super) trait Compute: Real + Default {
-    fn apply(rule: &dyn Elementwise, p: &mut [Self], g: &[Self], slots: &mut [&mut [Self]]);
+    /// Updates a run of elements, and adds to `measured` what that did: then at most [`BLOCK`].
+    fn apply(
+        rule: &dyn Elementwise,
+        p: &mut [Self],
+        g: &[Self],
+        slots: &mut [&mut [Self]],
+        measured: Option<&mut Measured>,
+    );
     fn count_aligned(rule: &dyn Elementwise, g: &[Self], slots: &[&[Self]]) -> u64;
     /// The elements of a state array of this type.
     fn of(data: &mut Data) -> Option<&mut [Self]>;
@@ -90,8 +98,14 @@ pub(super) trait Compute: Real + Default {
 }
 
 impl Compute for f32 {
-    fn apply(rule: &dyn Elementwise, p: &mut [Self], g: &[Self], slots: &mut [&mut [Self]]) {
-        rule.update_f32(p, g, slots);
+    fn apply(
+        rule: &dyn Elementwise,
+        p: &mut [Self],
+        g: &[Self],
+        slots: &mut [&mut [Self]],
+        measured: Option<&mut Measured>,
+    ) {
+        rule.update_f32(p, g, slots, measured);
     }
     fn count_aligned(rule: &dyn Elementwise, g: &[Self], slots: &[&[Self]]) -> u64 {
         rule.aligned_f32(g, slots)
@@ -119,8 +133,14 @@ impl Compute for f32 {
 }
 
 impl Compute for f64 {
-    fn apply(rule: &dyn Elementwise, p: &mut [Self], g: &[Self], slots: &mut [&mut [Self]]) {
-        rule.update_f64(p, g, slots);
+    fn apply(
+        rule: &dyn Elementwise,
+        p: &mut [Self],
+        g: &[Self],
+        slots: &mut [&mut [Self]],
+        measured: Option<&mut Measured>,
+    ) {
+        rule.update_f64(p, g, slots, measured);
     }
     fn count_aligned(rule: &dyn Elementwise, g: &[Self], slots: &[&[Self]]) -> u64 {
         rule.aligned_f64(g, slots)

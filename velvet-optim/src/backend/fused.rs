@@ -42,7 +42,6 @@ pub(super) fn update(jobs: Vec<(usize, Job<'_>)>, measured: &mut [Measured]) -> 
             .map(|(at, job)| {
                 let settings = Settings {
                     at: *at,
-                    elements: job.param.elem_count(),
                     step: job.step,
                     sparse_row: job.sparse_row.filter(|&row| row > 0),
                     rounding: job.rounding,
@@ -85,16 +84,17 @@ fn borrow_all<'a>(
 
 fn run_all(mut tasks: Vec<Task<'_>>) -> Vec<(usize, Measured)> {
     if tasks.iter().any(|task| task.settings().step.wants_alignment()) {
-        let counts: Vec<(usize, u64)> =
+        let counts: Vec<(usize, [u64; 2])> =
             tasks.par_iter().map(|task| (task.settings().at, task.aligned())).collect();
-        let mut sums: HashMap<usize, u64> = HashMap::new();
-        for (at, count) in counts {
-            *sums.entry(at).or_default() += count;
+        let mut sums: HashMap<usize, [u64; 2]> = HashMap::new();
+        for (at, [aligned, moving]) in counts {
+            let sum = sums.entry(at).or_default();
+            *sum = [sum[0] + aligned, sum[1] + moving];
         }
         for task in &mut tasks {
             let settings = task.settings_mut();
-            let aligned = sums.get(&settings.at).copied().unwrap_or_default();
-            settings.step.set_alignment(aligned, settings.elements as u64);
+            let [aligned, moving] = sums.get(&settings.at).copied().unwrap_or_default();
+            settings.step.set_alignment(aligned, moving);
         }
     }
     tasks.into_par_iter().map(Task::run).collect()
@@ -155,7 +155,7 @@ impl Task<'_> {
         )
     }
 
-    fn aligned(&self) -> u64 {
+    fn aligned(&self) -> [u64; 2] {
         match self {
             Self::F32(chunk) => chunk.aligned(),
             Self::F64(chunk) => chunk.aligned(),

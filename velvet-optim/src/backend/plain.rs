@@ -54,19 +54,28 @@ pub(super) fn update(jobs: Vec<(usize, Job<'_>)>, measured: &mut [Measured]) -> 
 }
 
 fn elementwise(job: &mut Job<'_>, p: &Tensor, g: &Tensor, state: &mut [Tensor]) -> Result<Tensor> {
+    let rows = job.sparse_row.filter(|&row| row > 0).map(|row| (g.elem_count() / row, row));
+    // (rows, 1): whether the row has a gradient
+    let moves = |rows: (usize, usize)| {
+        g.reshape(rows)?.ne(0.0)?.to_dtype(DType::U32)?.sum_keepdim(D::Minus1)?.gt(0u32)
+    };
+    let moves = rows.map(moves).transpose()?;
     if job.step.wants_alignment()
         && let Some(rule) = job.step.elementwise()
     {
         let aligned = rule.aligned_plain(g, state)?;
-        job.step.set_alignment(aligned, g.elem_count() as u64);
+        let moving = match (rows, &moves) {
+            (Some((_, row)), Some(moves)) => {
+                row as u64 * u64::from(moves.to_dtype(DType::U32)?.sum_all()?.to_scalar::<u32>()?)
+            }
+            _ => g.elem_count() as u64,
+        };
+        job.step.set_alignment(aligned, moving);
     }
     let Some(rule) = job.step.elementwise() else { return Ok(p.clone()) };
     let before = state.to_vec();
     let new = rule.update_plain(p, g, state)?;
-    let Some(row) = job.sparse_row.filter(|&row| row > 0) else { return Ok(new) };
-    // (rows, 1): whether the row has a gradient
-    let rows = (g.elem_count() / row, row);
-    let moves = g.reshape(rows)?.ne(0.0)?.to_dtype(DType::U32)?.sum_keepdim(D::Minus1)?.gt(0u32)?;
+    let (Some(rows), Some(moves)) = (rows, moves) else { return Ok(new) };
     let choose = |new: &Tensor, old: &Tensor| -> candle_core::Result<Tensor> {
         let chosen = moves.broadcast_as(rows)?.where_cond(&new.reshape(rows)?, &old.reshape(rows)?)?;
         chosen.reshape(old.shape())

@@ -334,8 +334,13 @@ impl Reader<'_> {
                 .flat_map(|slot| ["", ".codes", ".scales"].map(|part| format!("{}.{slot}{part}", entry.name)))
                 .map(array)
                 .collect();
-            let products = self.products(tensors, header.parameters.len()).ok()?.get(row)?.map(f64::to_bits);
-            Some((slots, products))
+            let mask = array(format!("{}.{MASK}", entry.name));
+            let count = header.parameters.len();
+            let products = self.products(tensors, count).ok()?.get(row)?.map(f64::to_bits);
+            let size = *self.sizes(tensors, count).ok()?.get(row)?;
+            // Bits: a ratio may be NaN, which equals nothing.
+            let size = size.map(|size| [size.change, size.weight, size.ratio].map(f64::to_bits));
+            Some((slots, mask, products, size))
         };
         rows.iter().map(|&row| state(row)).collect::<Vec<_>>().windows(2).all(|pair| pair[0] == pair[1])
     }

@@ -19,6 +19,7 @@
 
 use super::real::{Loop, Real, vectorised};
 use super::{Decay, Elementwise, SlotKind, SlotSpec, StepScalars, decayed_plain};
+use crate::backend::Measured;
 use candle_core::{Result, Tensor};
 
 pub(super) const NAME: &str = "adamw";
@@ -73,8 +74,9 @@ impl Adam {
         }
     }
 
-    pub(super) fn set_alignment(&mut self, aligned: f64, elements: f64) {
-        self.aligned_scale = elements / aligned.max(1e-3 * elements);
+    /// Of the elements that move; where there are none, the scale is of nothing.
+    pub(super) fn set_alignment(&mut self, aligned: f64, moving: f64) {
+        self.aligned_scale = if moving > 0.0 { moving / aligned.max(1e-3 * moving) } else { 1.0 };
     }
 
     /// The numerator's weights of the momentum after this step and of the scaled gradient.
@@ -104,7 +106,7 @@ impl Adam {
         g: &[F],
         slots: &mut [&mut [F]],
     ) {
-        let [m, v] = slots else { return };
+        let [m, v] = slots else { return }; // see Parameter::check_state
         let c = F::coefficient;
         let (clip_scale, first_weight) = (c(self.clip_scale), c(self.first_weight));
         let (beta2, second_weight) = (c(self.beta2), c(self.second_weight));
@@ -145,12 +147,24 @@ impl Loop for Adam {
 }
 
 impl Elementwise for Adam {
-    fn update_f32(&self, p: &mut [f32], g: &[f32], slots: &mut [&mut [f32]]) {
-        vectorised(self, p, g, slots);
+    fn update_f32(
+        &self,
+        p: &mut [f32],
+        g: &[f32],
+        slots: &mut [&mut [f32]],
+        measured: Option<&mut Measured>,
+    ) {
+        vectorised(self, p, g, slots, measured);
     }
 
-    fn update_f64(&self, p: &mut [f64], g: &[f64], slots: &mut [&mut [f64]]) {
-        vectorised(self, p, g, slots);
+    fn update_f64(
+        &self,
+        p: &mut [f64],
+        g: &[f64],
+        slots: &mut [&mut [f64]],
+        measured: Option<&mut Measured>,
+    ) {
+        vectorised(self, p, g, slots, measured);
     }
 
     fn update_plain(&self, p: &Tensor, g: &Tensor, slots: &mut [Tensor]) -> Result<Tensor> {

@@ -2,6 +2,7 @@
 
 use super::real::{Loop, Real, vectorised};
 use super::{Decay, Elementwise, SlotKind, SlotSpec, StepScalars, decayed_plain};
+use crate::backend::Measured;
 use crate::config::unit;
 use crate::error::Result;
 use candle_core::Tensor;
@@ -39,8 +40,8 @@ impl Default for Lion {
 
 impl Lion {
     pub(super) fn validate(&self) -> Result<()> {
-        unit("rule.Lion.beta1", self.beta1)?;
-        unit("rule.Lion.beta2", self.beta2)
+        unit("Lion.beta1", self.beta1)?;
+        unit("Lion.beta2", self.beta2)
     }
 }
 
@@ -75,7 +76,7 @@ impl LionStep {
 impl Loop for LionStep {
     #[inline(always)]
     fn run<F: Real>(&self, p: &mut [F], g: &[F], slots: &mut [&mut [F]]) {
-        let [m] = slots else { return };
+        let [m] = slots else { return }; // see Parameter::check_state
         let c = F::coefficient;
         let (clip_scale, lr, keep) = (c(self.clip_scale), c(self.lr), c(self.keep));
         let (of_m, of_g) = (c(self.beta1), c(1.0 - self.beta1));
@@ -92,12 +93,24 @@ impl Loop for LionStep {
 }
 
 impl Elementwise for LionStep {
-    fn update_f32(&self, p: &mut [f32], g: &[f32], slots: &mut [&mut [f32]]) {
-        vectorised(self, p, g, slots);
+    fn update_f32(
+        &self,
+        p: &mut [f32],
+        g: &[f32],
+        slots: &mut [&mut [f32]],
+        measured: Option<&mut Measured>,
+    ) {
+        vectorised(self, p, g, slots, measured);
     }
 
-    fn update_f64(&self, p: &mut [f64], g: &[f64], slots: &mut [&mut [f64]]) {
-        vectorised(self, p, g, slots);
+    fn update_f64(
+        &self,
+        p: &mut [f64],
+        g: &[f64],
+        slots: &mut [&mut [f64]],
+        measured: Option<&mut Measured>,
+    ) {
+        vectorised(self, p, g, slots, measured);
     }
 
     fn update_plain(&self, p: &Tensor, g: &Tensor, slots: &mut [Tensor]) -> candle_core::Result<Tensor> {

@@ -6,6 +6,7 @@
 
 mod adamw;
 mod lion;
+mod measure;
 mod newton_schulz;
 mod orthogonal;
 mod real;
@@ -20,6 +21,7 @@ pub(crate) use adamw::Adam;
 pub(crate) use orthogonal::OrthogonalStep;
 pub(crate) use real::Real;
 
+use crate::backend::Measured;
 use crate::config::VelvetConfig;
 use crate::error::Result;
 use candle_core::Tensor;
@@ -67,6 +69,15 @@ impl Rule {
             Self::Orthogonal(options) => options.slots(shape),
             Self::Sgd(_) => sgd::slots(shape),
             Self::Lion(_) => lion::slots(shape),
+        }
+    }
+
+    /// How many state arrays that is, whatever the shape: a step asks for every parameter, so nothing is allocated.
+    pub(crate) fn arrays(&self) -> usize {
+        match self {
+            Self::AdamW => 2,
+            Self::Orthogonal(options) => 1 + usize::from(options.row_moment != RowMoment::Off),
+            Self::Sgd(_) | Self::Lion(_) => 1,
         }
     }
 
@@ -182,15 +193,15 @@ impl Step {
         }
     }
 
-    /// Whether the step must be told how many elements of its update have the sign of their gradient.
+    /// Whether the step must be told how many of the elements that it moves have the sign of their gradient.
     pub(crate) fn wants_alignment(&self) -> bool {
         matches!(self, Self::AdamW(step) if step.cautious)
     }
 
     /// Tells it.
-    pub(crate) fn set_alignment(&mut self, aligned: u64, elements: u64) {
+    pub(crate) fn set_alignment(&mut self, aligned: u64, moving: u64) {
         if let Self::AdamW(step) = self {
-            step.set_alignment(aligned as f64, elements as f64);
+            step.set_alignment(aligned as f64, moving as f64);
         }
     }
 }
@@ -200,11 +211,12 @@ impl Step {
 /// State arrays are of the state's element type (f64 for f64 parameters, f32 for all others), in the order of the
 /// rule's slots.
 pub(crate) trait Elementwise: Sync {
-    /// Updates a run of f32 elements in place.
-    fn update_f32(&self, p: &mut [f32], g: &[f32], slots: &mut [&mut [f32]]);
+    /// Updates a run of f32 elements in place, and adds to `measured` what that did: then at most some thousand elements,
+    /// which are summed in f32.
+    fn update_f32(&self, p: &mut [f32], g: &[f32], slots: &mut [&mut [f32]], measured: Option<&mut Measured>);
 
-    /// Updates a run of f64 elements in place.
-    fn update_f64(&self, p: &mut [f64], g: &[f64], slots: &mut [&mut [f64]]);
+    /// The same in f64.
+    fn update_f64(&self, p: &mut [f64], g: &[f64], slots: &mut [&mut [f64]], measured: Option<&mut Measured>);
 
     /// The same in candle operations: returns the new parameter and replaces the slots. All tensors are of the state's
     /// element type.
@@ -238,4 +250,23 @@ pub(crate) fn decayed_plain(
     }
     let same = (p * update)?.gt(0.0)?.to_dtype(p.dtype())?; // 1 where they have one sign
     p * same.affine(keep - 1.0, 1.0)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_state_arrays_are_counted_as_there_are() {
+        let rows_off = Orthogonal { row_moment: RowMoment::Off, ..Orthogonal::default() };
+        for rule in [
+            Rule::AdamW,
+            Rule::Orthogonal(Orthogonal::default()),
+            Rule::Orthogonal(rows_off),
+            Rule::Sgd(Sgd::default()),
+            Rule::Lion(Lion::default()),
+        ] {
+            assert_eq!(rule.arrays(), rule.slots(&[3, 4]).len(), "{rule:?}");
+        }
+    }
 }

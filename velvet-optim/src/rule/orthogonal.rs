@@ -100,21 +100,21 @@ impl Default for Orthogonal {
 
 impl Orthogonal {
     pub(super) fn validate(&self) -> Result<()> {
-        unit("rule.Orthogonal.momentum", self.momentum)?;
-        unit("rule.Orthogonal.early_momentum", self.early_momentum)?;
-        positive("rule.Orthogonal.scale", self.scale)?;
+        unit("Orthogonal.momentum", self.momentum)?;
+        unit("Orthogonal.early_momentum", self.early_momentum)?;
+        positive("Orthogonal.scale", self.scale)?;
         if let Some(&got) = self.coefficients.iter().find(|c| !c.is_finite()) {
             return Err(Error::Config {
-                field: "rule.Orthogonal.coefficients",
+                field: "Orthogonal.coefficients".into(),
                 expected: "finite numbers",
                 got,
             });
         }
         if !(1..=32).contains(&self.steps) {
             let got = self.steps as f64;
-            return Err(Error::Config { field: "rule.Orthogonal.steps", expected: "1 to 32", got });
+            return Err(Error::Config { field: "Orthogonal.steps".into(), expected: "1 to 32", got });
         }
-        unit("rule.Orthogonal.row_moment.decay", self.row_decay())
+        unit("Orthogonal.row_moment.decay", self.row_decay())
     }
 
     pub(super) fn slots(&self, shape: &[usize]) -> Vec<SlotSpec> {

@@ -1,5 +1,8 @@
 //! The arithmetic a rule's loop needs of f32 and f64.
 
+use super::measure::RunMeasured;
+use crate::backend::Measured;
+
 /// f32 or f64.
 pub(crate) trait Real:
     Copy
@@ -19,10 +22,20 @@ pub(crate) trait Real:
     fn sqrt(self) -> Self;
     /// -1, 0 or 1; NaN stays NaN.
     fn sign(self) -> Self;
+
+    /// A vector of the processor's.
+    type Vector<S: pulp::Simd>: Copy + 'static;
+    fn splat<S: pulp::Simd>(simd: S, x: Self) -> Self::Vector<S>;
+    fn add_vectors<S: pulp::Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    fn sub_vectors<S: pulp::Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    fn mul_vectors<S: pulp::Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    /// The whole vectors of a slice.
+    fn vectors<S: pulp::Simd>(simd: S, x: &[Self]) -> &[Self::Vector<S>];
+    fn vectors_mut<S: pulp::Simd>(simd: S, x: &mut [Self]) -> &mut [Self::Vector<S>];
 }
 
 macro_rules! real {
-    ($float:ty) => {
+    ($float:ty, $vector:ident, $splat:ident, $add:ident, $sub:ident, $mul:ident, $of:ident, $of_mut:ident) => {
         impl Real for $float {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
@@ -45,11 +58,37 @@ macro_rules! real {
                     self
                 }
             }
+
+            type Vector<S: pulp::Simd> = S::$vector;
+            #[inline(always)]
+            fn splat<S: pulp::Simd>(simd: S, x: Self) -> S::$vector {
+                simd.$splat(x)
+            }
+            #[inline(always)]
+            fn add_vectors<S: pulp::Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
+                simd.$add(a, b)
+            }
+            #[inline(always)]
+            fn sub_vectors<S: pulp::Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
+                simd.$sub(a, b)
+            }
+            #[inline(always)]
+            fn mul_vectors<S: pulp::Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
+                simd.$mul(a, b)
+            }
+            #[inline(always)]
+            fn vectors<S: pulp::Simd>(_: S, x: &[Self]) -> &[S::$vector] {
+                S::$of(x).0
+            }
+            #[inline(always)]
+            fn vectors_mut<S: pulp::Simd>(_: S, x: &mut [Self]) -> &mut [S::$vector] {
+                S::$of_mut(x).0
+            }
         }
     };
 }
-real!(f32);
-real!(f64);
+real!(f32, f32s, splat_f32s, add_f32s, sub_f32s, mul_f32s, as_simd_f32s, as_mut_simd_f32s);
+real!(f64, f64s, splat_f64s, add_f64s, sub_f64s, mul_f64s, as_simd_f64s, as_mut_simd_f64s);
 
 /// A rule's loop over one run of elements, with whatever vectors the processor has.
 ///
@@ -59,9 +98,18 @@ pub(super) trait Loop {
     fn run<F: Real>(&self, p: &mut [F], g: &[F], slots: &mut [&mut [F]]);
 }
 
-/// Runs a loop on the processor's widest vectors.
-pub(super) fn vectorised<L: Loop, F: Real>(rule: &L, p: &mut [F], g: &[F], slots: &mut [&mut [F]]) {
-    pulp::Arch::new().dispatch(Run { rule, p, g, slots });
+/// Runs a loop on the processor's widest vectors, and adds to `measured` what it did: then at most some thousand elements.
+pub(super) fn vectorised<L: Loop, F: Real>(
+    rule: &L,
+    p: &mut [F],
+    g: &[F],
+    slots: &mut [&mut [F]],
+    measured: Option<&mut Measured>,
+) {
+    match measured {
+        None => pulp::Arch::new().dispatch(Run { rule, p, g, slots }),
+        Some(measured) => *measured += pulp::Arch::new().dispatch(RunMeasured { rule, p, g, slots }),
+    }
 }
 
 struct Run<'a, 'b, L, F> {

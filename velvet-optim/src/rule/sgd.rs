@@ -2,6 +2,7 @@
 
 use super::real::{Loop, Real, vectorised};
 use super::{Decay, Elementwise, SlotKind, SlotSpec, StepScalars, decayed_plain};
+use crate::backend::Measured;
 use crate::config::unit;
 use crate::error::Result;
 use crate::options::Momentum;
@@ -48,7 +49,7 @@ impl Default for Sgd {
 
 impl Sgd {
     pub(super) fn validate(&self) -> Result<()> {
-        unit("rule.Sgd.momentum", self.momentum)
+        unit("Sgd.momentum", self.momentum)
     }
 }
 
@@ -87,7 +88,7 @@ impl SgdStep {
 impl Loop for SgdStep {
     #[inline(always)]
     fn run<F: Real>(&self, p: &mut [F], g: &[F], slots: &mut [&mut [F]]) {
-        let [b] = slots else { return };
+        let [b] = slots else { return }; // see Parameter::check_state
         let c = F::coefficient;
         let (clip_scale, momentum, lr, keep) =
             (c(self.clip_scale), c(self.momentum), c(self.lr), c(self.keep));
@@ -104,12 +105,24 @@ impl Loop for SgdStep {
 }
 
 impl Elementwise for SgdStep {
-    fn update_f32(&self, p: &mut [f32], g: &[f32], slots: &mut [&mut [f32]]) {
-        vectorised(self, p, g, slots);
+    fn update_f32(
+        &self,
+        p: &mut [f32],
+        g: &[f32],
+        slots: &mut [&mut [f32]],
+        measured: Option<&mut Measured>,
+    ) {
+        vectorised(self, p, g, slots, measured);
     }
 
-    fn update_f64(&self, p: &mut [f64], g: &[f64], slots: &mut [&mut [f64]]) {
-        vectorised(self, p, g, slots);
+    fn update_f64(
+        &self,
+        p: &mut [f64],
+        g: &[f64],
+        slots: &mut [&mut [f64]],
+        measured: Option<&mut Measured>,
+    ) {
+        vectorised(self, p, g, slots, measured);
     }
 
     fn update_plain(&self, p: &Tensor, g: &Tensor, slots: &mut [Tensor]) -> candle_core::Result<Tensor> {

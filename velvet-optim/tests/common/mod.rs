@@ -44,6 +44,10 @@ pub fn store<'a>(grads: impl IntoIterator<Item = (&'a Var, Tensor)>) -> GradStor
     store
 }
 
+pub fn values(t: &Tensor) -> Vec<f64> {
+    t.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap()
+}
+
 /// The bits of a tensor's elements in row-major order.
 pub fn bits(tensor: &Tensor) -> Vec<u64> {
     let tensor = tensor.contiguous().unwrap();
@@ -136,6 +140,27 @@ pub fn rules() -> Vec<(&'static str, VelvetConfig)> {
             VelvetConfig { decay_mode: DecayMode::Cautious, ..matrices(Rule::Orthogonal(orthogonal)) },
         ),
     ]
+}
+
+/// Rosenbrock's valley, under a rule of [`rules`]; returns the loss before and after.
+pub fn rosenbrock(name: &str, config: VelvetConfig, dtype: DType, device: &Device) -> (f64, f64) {
+    let lr = if name.starts_with("sgd") { 2e-4 } else { 1e-2 };
+    // A valley for each row; a matrix, so that every rule takes it.
+    let start = Tensor::new(&[[-1.2f32, 1.0], [1.5, -0.5]], device).unwrap().to_dtype(dtype).unwrap();
+    let p = Var::from_tensor(&start).unwrap();
+    let config = VelvetConfig { weight_decay: 0.0, lr, ..config };
+    let mut opt = Velvet::named(vec![("w".into(), p.clone())], config).unwrap();
+    let loss = || {
+        let (x, y) = (p.narrow(1, 0, 1).unwrap(), p.narrow(1, 1, 1).unwrap());
+        let valley = ((y - x.sqr().unwrap()).unwrap().sqr().unwrap() * 100.0).unwrap();
+        (valley + (1.0 - x).unwrap().sqr().unwrap()).unwrap().sum_all().unwrap()
+    };
+    let first = scalar(&loss()).unwrap();
+    for step in 0..2000 {
+        opt.set_learning_rate(lr * (1.0 - f64::from(step) / 2000.0));
+        opt.backward_step(&loss()).unwrap();
+    }
+    (first, scalar(&loss()).unwrap())
 }
 
 /// One block of a transformer without norms that learns to repeat the token before the last.

@@ -340,6 +340,6 @@ fn eight_bit_state_is_read_and_written_in_other_formats() {
 #[test]
 fn a_captured_step_of_eight_bits_replays_as_steps_do() {
     let shapes: [&[usize]; 3] = [&[5000], &[140, 50], &[17, 3]];
-    let config = eight(adaptive());
+    let config = eight(measured());
     replay("a_captured_step_of_eight_bits_replays_as_steps_do", &shapes, &config);
 }

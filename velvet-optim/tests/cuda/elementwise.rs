@@ -33,11 +33,66 @@ fn updates_over_elements_have_the_bits_of_the_cpus() {
 }
 
 #[test]
+fn rates_that_follow_measured_updates_are_near_the_cpus() {
+    let Some(device) = gpu("rates_that_follow_measured_updates_are_near_the_cpus") else { return };
+    let shapes: [&[usize]; 8] =
+        [&[0], &[1], &[1023], &[2, CHUNK], &[CHUNK + 3], &[3, 5, 7], &[], &[129, 257]];
+    let types = [(DType::F32, DType::F32), (DType::BF16, DType::BF16), (DType::F16, DType::F32)];
+    for (dtype, grads) in types {
+        for (name, config) in [
+            ("both", measured()),
+            ("trust region", VelvetConfig { polyak: PolyakCap::Off, ..measured() }),
+            ("masters", measured().with_half_parameters(HalfParameters::Master)),
+        ] {
+            let [cpu, cuda] = both(&shapes, dtype, grads, &config, &device);
+            assert_eq!(far(&cpu, &cuda), Vec::<String>::new(), "{name}, {dtype:?}");
+            assert_eq!(stats_apart(&cpu, &cuda, MEASURED), Vec::<String>::new(), "{name}, {dtype:?}");
+            let unheld = VelvetConfig { polyak: PolyakCap::Off, trust_region: TrustRegion::Off, ..config };
+            let [unheld, _] = both(&shapes, dtype, grads, &unheld, &device);
+            assert!(!far(&cpu, &unheld).is_empty(), "{name}: nothing was held back");
+        }
+    }
+}
+
+#[test]
+fn a_step_without_a_gradient_does_not_lift_the_trust_region() {
+    let Some(device) = gpu("a_step_without_a_gradient_does_not_lift_the_trust_region") else { return };
+    let config = VelvetConfig::language_model(8192).with_lr(8e-3);
+    let config = VelvetConfig { hidden_matrices: None, ..config };
+    let run = |device: &Device| {
+        let vars = named(&[&[64], &[16, 32]], DType::F32, device);
+        vars[0].1.set(&vars[0].1.zeros_like().unwrap()).unwrap();
+        let mut opt = Velvet::named(vars.clone(), config.clone()).unwrap();
+        for step in 0..4u64 {
+            let grads = vars.iter().enumerate().map(|(i, (_, var))| {
+                let g = on(&gradient(step, i, var.dims(), DType::F32), device);
+                (var, if step < 2 { g.zeros_like().unwrap() } else { g })
+            });
+            opt.try_step(&store(grads)).unwrap();
+            if step == 2 {
+                let largest = values(&vars[0].1).into_iter().map(f64::abs).fold(0.0, f64::max);
+                assert!(largest > 0.0 && largest < 2e-4, "{largest}");
+            }
+        }
+        opt
+    };
+    let (cpu, cuda) = (run(&Device::Cpu), run(&device));
+    assert_eq!(far(&cpu, &cuda), Vec::<String>::new());
+    assert_eq!(stats_apart(&cpu, &cuda, MEASURED), Vec::<String>::new());
+}
+
+#[test]
 fn rows_without_a_gradient_keep_weights_and_moments() {
     let Some(device) = gpu("rows_without_a_gradient_keep_weights_and_moments") else { return };
-    for (dtype, width) in [(DType::F32, 64), (DType::F32, 37), (DType::BF16, 64), (DType::BF16, 36)] {
-        let config =
-            VelvetConfig { sparse_rows: SparseRows::Skip, update_norms: UpdateNorms::On, ..config() };
+    let kinds = [(DType::F32, 64), (DType::F32, 37), (DType::BF16, 64), (DType::BF16, 36)];
+    let cautious = [CautiousUpdate::Off, CautiousUpdate::Aligned];
+    for ((dtype, width), cautious_update) in kinds.into_iter().flat_map(|kind| cautious.map(|c| (kind, c))) {
+        let config = VelvetConfig {
+            sparse_rows: SparseRows::Skip,
+            update_norms: UpdateNorms::On,
+            cautious_update,
+            ..config()
+        };
         let run = |device: &Device| {
             let vars = named(&[&[1000, width]], dtype, device);
             let mut opt = Velvet::named(vars.clone(), config.clone()).unwrap();
@@ -110,28 +165,48 @@ fn a_gradient_that_shares_a_parameters_storage_is_read_before_it_is_written() {
 #[test]
 fn masked_elements_stay_zero() {
     let Some(device) = gpu("masked_elements_stay_zero") else { return };
-    for rule in [Rule::AdamW, Rule::Orthogonal(Orthogonal::default())] {
-        let vars = named(&[&[16, 24]], DType::F32, &device);
-        let mut opt = Velvet::named(vars.clone(), config().with_rule(rule)).unwrap();
-        train(&mut opt, &vars, DType::F32, 1..3);
+    let rules = [Rule::AdamW, Rule::Orthogonal(Orthogonal::default())];
+    for (rule, dtype) in rules.into_iter().flat_map(|rule| [DType::F32, DType::BF16].map(|d| (rule, d))) {
+        let vars = named(&[&[16, 24]], dtype, &device);
+        let config = config().with_rule(rule).with_half_parameters(HalfParameters::Master);
+        let mut opt = Velvet::named(vars.clone(), config).unwrap();
+        train(&mut opt, &vars, dtype, 1..3);
         let mask: Vec<u8> = (0..16 * 24).map(|i| u8::from(i % 3 != 0)).collect();
         let mask = Tensor::from_vec(mask, (16, 24), &device).unwrap();
         opt.set_mask("w0", Some(&mask)).unwrap();
-        train(&mut opt, &vars, DType::F32, 3..6);
-        let weights = values(&vars[0].1);
-        assert!(weights.iter().enumerate().all(|(i, w)| (i % 3 == 0) == (*w == 0.0)), "{rule:?}");
+        train(&mut opt, &vars, dtype, 3..6);
+        let is_kept = |x: &[f64]| x.iter().enumerate().all(|(i, w)| (i % 3 == 0) == (*w == 0.0));
+        assert!(is_kept(&values(&vars[0].1)), "{rule:?} {dtype:?}");
+        if let Some(master) = opt.state().unwrap().get("w0.master") {
+            assert!(is_kept(&values(master)), "{rule:?} {dtype:?}: master");
+        }
         if rule == Rule::AdamW {
-            let moments = values(&opt.state().unwrap()["w0.exp_avg"]);
-            assert!(moments.iter().enumerate().all(|(i, m)| (i % 3 == 0) == (*m == 0.0)));
+            assert!(is_kept(&values(&opt.state().unwrap()["w0.exp_avg"])));
         }
     }
+}
+
+#[test]
+fn weights_that_were_loaded_later_train_from_where_they_are() {
+    let Some(device) = gpu("weights_that_were_loaded_later_train_from_where_they_are") else { return };
+    let run = |device: &Device| {
+        let vars = named(&[&[100]], DType::BF16, device);
+        let config = config().with_half_parameters(HalfParameters::Master);
+        let mut opt = Velvet::named(vars.clone(), config).unwrap();
+        train(&mut opt, &vars, DType::BF16, 1..2);
+        vars[0].1.set(&on(&tensor(77, &[100], DType::BF16), device)).unwrap();
+        opt.refresh_masters().unwrap();
+        train(&mut opt, &vars, DType::BF16, 2..4);
+        opt
+    };
+    assert_eq!(differences(&run(&Device::Cpu), &run(&device)), Vec::<String>::new());
 }
 
 #[test]
 fn f64_parameters_and_the_plain_back_end_work_on_the_device() {
     let Some(device) = gpu("f64_parameters_and_the_plain_back_end_work_on_the_device") else { return };
     for (dtype, backend) in [(DType::F64, BackendChoice::Auto), (DType::F32, BackendChoice::Plain)] {
-        let config = adaptive().with_backend(backend);
+        let config = measured().with_backend(backend);
         let [cpu, cuda] = both(&[&[100], &[40, 5]], dtype, dtype, &config, &device);
         let (a, b) = (all(&cpu), all(&cuda));
         for (name, a) in &a {
@@ -143,20 +218,10 @@ fn f64_parameters_and_the_plain_back_end_work_on_the_device() {
 }
 
 #[test]
-fn rosenbrock_is_minimised() {
-    let Some(device) = gpu("rosenbrock_is_minimised") else { return };
-    let start = |x: f32| Var::from_tensor(&Tensor::new(x, &device).unwrap()).unwrap();
-    let (x, y) = (start(-1.2), start(1.0));
-    let rosenbrock = || -> candle_core::Result<Tensor> {
-        let valley = (y.as_tensor() - x.sqr()?)?.sqr()?;
-        (1.0 - x.as_tensor())?.sqr()? + (valley * 100.0)?
-    };
-    let mut opt =
-        Velvet::new(vec![x.clone(), y.clone()], VelvetConfig { weight_decay: 0.0, ..config() }).unwrap();
-    for step in 0..2000 {
-        opt.set_learning_rate(0.1 * (1.0 - f64::from(step) / 2000.0));
-        opt.backward_step(&rosenbrock().unwrap()).unwrap();
+fn every_rule_goes_downhill_on_rosenbrock() {
+    let Some(device) = gpu("every_rule_goes_downhill_on_rosenbrock") else { return };
+    for (name, config) in common::rules() {
+        let (first, last) = common::rosenbrock(name, config, DType::F32, &device);
+        assert!(last < 0.05 * first, "{name}: {first} to {last}");
     }
-    let loss = values(&rosenbrock().unwrap())[0];
-    assert!(loss < 1e-3, "{loss}");
 }

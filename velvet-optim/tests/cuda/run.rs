@@ -145,8 +145,8 @@ fn losses_on_the_device_are_taken_in_there() {
 fn a_loaded_run_goes_on_with_the_same_bits() {
     let Some(device) = gpu("a_loaded_run_goes_on_with_the_same_bits") else { return };
     let orthogonal = config().with_hidden_matrices(Rule::Orthogonal(Orthogonal::default()));
-    let master = adaptive().with_half_parameters(HalfParameters::Master);
-    for (dtype, config) in [(DType::F32, adaptive()), (DType::BF16, master), (DType::F32, orthogonal)] {
+    let master = measured().with_half_parameters(HalfParameters::Master);
+    for (dtype, config) in [(DType::F32, measured()), (DType::BF16, master), (DType::F32, orthogonal)] {
         let shapes: [&[usize]; 4] = [&[100], &[40, 50], &[5], &[0]];
         let vars = named(&shapes, dtype, &device);
         let mut whole = Velvet::named(vars.clone(), config.clone()).unwrap();
@@ -204,10 +204,47 @@ fn the_configuration_can_change_in_mid_run() {
     assert_eq!(different_stats(&cpu, &cuda), Vec::<String>::new());
 }
 
+#[test]
+fn a_rule_can_change_while_a_parameter_is_frozen() {
+    let Some(device) = gpu("a_rule_can_change_while_a_parameter_is_frozen") else { return };
+    let run = |device: &Device| {
+        let vars = named(&[&[100], &[40, 5]], DType::F32, device);
+        let frozen = ParamGroup { training: Training::Frozen, ..ParamGroup::of(["w1"]) };
+        let mut opt = Velvet::named(vars.clone(), config()).unwrap();
+        train(&mut opt, &vars, DType::F32, 1..4);
+        opt.set_config(config().with_rule(Rule::Lion(Lion::default())).with_group(frozen)).unwrap();
+        train(&mut opt, &vars, DType::F32, 4..6);
+        opt.set_config(config().with_rule(Rule::Lion(Lion::default()))).unwrap();
+        train(&mut opt, &vars, DType::F32, 6..8);
+        opt
+    };
+    assert_eq!(differences(&run(&Device::Cpu), &run(&device)), Vec::<String>::new());
+}
+
+#[test]
+fn eight_bit_state_outlasts_a_time_in_which_everything_is_frozen() {
+    let Some(device) = gpu("eight_bit_state_outlasts_a_time_in_which_everything_is_frozen") else { return };
+    let run = |device: &Device| {
+        let vars = named(&[&[5000]], DType::F32, device);
+        let eight = || config().with_state_format(StateFormat::Blockwise8);
+        let mut opt = Velvet::named(vars.clone(), eight()).unwrap();
+        train(&mut opt, &vars, DType::F32, 1..4);
+        let (before, bytes) = (opt.to_bytes().unwrap(), opt.state_bytes());
+        let frozen = ParamGroup { training: Training::Frozen, ..ParamGroup::of(["*"]) };
+        opt.set_config(eight().with_group(frozen)).unwrap();
+        assert_eq!(opt.state_bytes(), bytes);
+        opt.set_config(eight()).unwrap();
+        assert!(opt.to_bytes().unwrap() == before);
+        train(&mut opt, &vars, DType::F32, 4..6);
+        opt
+    };
+    assert_eq!(differences(&run(&Device::Cpu), &run(&device)), Vec::<String>::new());
+}
+
 // It shows as well that a step never waits for its stream, which is an error during a capture.
 #[test]
 fn a_captured_step_replays_as_steps_do() {
-    let config = adaptive().with_hidden_matrices(Rule::Orthogonal(Orthogonal::default()));
+    let config = measured().with_hidden_matrices(Rule::Orthogonal(Orthogonal::default()));
     replay("a_captured_step_replays_as_steps_do", &[&[100], &[40, 50], &[17, 3]], &config);
 }
 

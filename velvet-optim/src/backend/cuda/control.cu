@@ -18,6 +18,9 @@ enum Setting : uint32_t {
     ERROR = 1024,
 };
 
+// The change for each unit of learning rate that is expected of a first update: AdamW's.
+constexpr double FIRST_CHANGE = 1.0;
+
 // The configuration, by value.
 struct Settings {
     double warm_initial, warm_margin, warm_nats, warm_floor, warm_decay;
@@ -107,7 +110,7 @@ extern "C" __global__ void finish_weights(const __grid_constant__ Present presen
     sum = warp_sum(sum);
     double *size = sizes + 3 * (base + i);
     if (lane == 0 && isnan(size[0])) {
-        size[0] = 1.0;
+        size[0] = FIRST_CHANGE;
         size[1] = sqrt(sum / static_cast<double>(param.elements > 0 ? param.elements : 1));
         size[2] = 0.0;
     }
@@ -288,8 +291,21 @@ extern "C" __global__ void finish_aligned(const Control *control, const __grid_c
     double aligned = 0.0;
     for (uint32_t k = lane; k < chunks; k += 32) aligned += partials[param.chunk + k];
     aligned = warp_sum(aligned);
-    const double elements = static_cast<double>(param.elements);
-    if (lane == 0) coefficients[base + i].scale = static_cast<float>(elements / fmax(aligned, 1e-3 * elements));
+    double moving = static_cast<double>(param.elements);
+    if (param.rows) {
+        // A byte a row, 1 where it moves; the memory is of whole 16 bytes, and those past the last row stay 0.
+        const uint4 *rows = reinterpret_cast<const uint4 *>(param.rows);
+        const uint64_t sixteens = (param.elements / param.row + 15) / 16;
+        uint32_t moves = 0;
+        for (uint64_t k = lane; k < sixteens; k += 32) {
+            const uint4 some = rows[k];
+            moves += __popc(some.x) + __popc(some.y) + __popc(some.z) + __popc(some.w);
+        }
+        moving = warp_sum(static_cast<double>(moves)) * param.row;
+    }
+    if (lane == 0 && moving > 0.0) {
+        coefficients[base + i].scale = static_cast<float>(moving / fmax(aligned, 1e-3 * moving));
+    }
 }
 
 // One warp a parameter: what its update was, out of three sums a chunk.
@@ -316,7 +332,9 @@ extern "C" __global__ void finish_measured(const Control *control, const __grid_
         const double elements = static_cast<double>(param.elements);
         const double change = sqrt(sums[0] / elements), weight = sqrt(sums[1] / elements);
         double *size = sizes + 3 * (base + i);
-        size[0] = change / rates[base + i];
+        // A gradient of zeros tells nothing about the update that the next gradient will make.
+        const double known = isnan(size[0]) ? FIRST_CHANGE : size[0], now = change / rates[base + i];
+        size[0] = sums[2] == 0.0 ? fmax(known, now) : now;
         size[1] = weight;
         size[2] = change / weight;
     }

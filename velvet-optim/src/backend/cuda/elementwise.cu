@@ -33,7 +33,8 @@ __device__ __forceinline__ void update(const Table &table, const Control *contro
     const int vectors = wide ? len / W : 0;
     for (int v = threadIdx.x; v < vectors; v += THREADS) {
         const int i = v * W;
-        if (FULL && rows && !rows[(start + i) / param.row]) continue;
+        const bool moves = !FULL || !rows || rows[(start + i) / param.row];
+        if (FULL && !moves && !measures) continue;
         Run<P, W> pv;
         Run<G, W> gv;
         Run<float, W> av, bv, mv;
@@ -41,6 +42,11 @@ __device__ __forceinline__ void update(const Table &table, const Control *contro
             mv.load(master + i);
         } else {
             pv.load(p + i);
+        }
+        if (FULL && !moves) {
+#pragma unroll
+            for (int k = 0; k < W; ++k) measure_weight(sums, master ? mv.v[k] : to_float(pv.v[k]));
+            continue;
         }
         gv.load(g + i);
         av.load(a + i);
@@ -61,8 +67,13 @@ __device__ __forceinline__ void update(const Table &table, const Control *contro
         pv.store(p + i);
     }
     for (int i = vectors * W + threadIdx.x; i < len; i += THREADS) {
-        if (FULL && rows && !rows[(start + i) / param.row]) continue;
+        const bool moves = !FULL || !rows || rows[(start + i) / param.row];
+        if (FULL && !moves && !measures) continue;
         float x = FULL && master ? master[i] : to_float(p[i]);
+        if (FULL && !moves) {
+            measure_weight(sums, x);
+            continue;
+        }
         const float before = x, gradient = to_float(g[i]);
         float first = a[i], second = TWO ? b[i] : 0.0f;
         update_element<RULE>(c, x, gradient, first, second);

@@ -158,6 +158,19 @@ pub(super) fn squares<'a>(
     Ok(())
 }
 
+/// Notes which rows have a gradient, where the others are left out.
+pub(super) fn rows(control: &ControlBlock, plan: &Plan, gradients: &Gradients) -> Result<()> {
+    let (device, params) = (control.device(), plan.params());
+    let sparse = gradients.entries().filter(|entry| entry.planned.sparse);
+    for (name, entries) in by_gradient("rows", sparse) {
+        let groups_of_rows = |planned: &Planned| planned.rows().div_ceil(THREADS as usize / 32);
+        for (table, count) in tables(entries.into_iter(), groups_of_rows)? {
+            launch!(device, ELEMENTWISE, &name, blocks(count, THREADS), &*table, &params);
+        }
+    }
+    Ok(())
+}
+
 /// Measures how much of cautious updates points along the gradient.
 pub(super) fn align(
     control: &ControlBlock,
@@ -206,13 +219,6 @@ pub(super) fn update(
     let (device, params, changes) = (control.device(), plan.params(), control.changes.address);
     let (block, coefficients, measure) =
         (control.address(), control.coefficients.address, u32::from(measures));
-    let sparse = gradients.entries().filter(|entry| entry.planned.sparse);
-    for (name, entries) in by_gradient("rows", sparse) {
-        let groups_of_rows = |planned: &Planned| planned.rows().div_ceil(THREADS as usize / 32);
-        for (table, count) in tables(entries.into_iter(), groups_of_rows)? {
-            launch!(device, ELEMENTWISE, &name, blocks(count, THREADS), &*table, &params);
-        }
-    }
     let key = |entry: &Entry| {
         let rule = match entry.planned.rule {
             layout::ADAMW => "adamw",

@@ -188,6 +188,7 @@ impl Resident {
         }
         control.begin(&settings)?;
         control.coefficients(&settings, plan, &positions)?;
+        elementwise::rows(control, plan, &gradients)?;
         elementwise::align(control, plan, &gradients, &positions)?;
         elementwise::update(control, plan, &gradients, settings.measures())?;
         orthogonal::update(control, plan, workspace, &gradients, settings.measures())?;

@@ -91,10 +91,15 @@ template <typename P> __device__ __forceinline__ P stored(const Coefficients &c,
     return from_float<P>(x);
 }
 
+// The weight of an element that did not move is one of those that an update is measured against.
+__device__ __forceinline__ void measure_weight(double (&sums)[3], float weight) {
+    sums[1] += static_cast<double>(weight) * static_cast<double>(weight);
+}
+
 // What an update did to one element: sums of change^2, weight^2 and g * change.
 __device__ __forceinline__ void measure(double (&sums)[3], float before, float after, float g) {
     const double moved = static_cast<double>(before) - static_cast<double>(after);
     sums[0] += moved * moved;
-    sums[1] += static_cast<double>(before) * static_cast<double>(before);
+    measure_weight(sums, before);
     sums[2] += static_cast<double>(g) * moved;
 }
