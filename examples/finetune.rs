@@ -401,7 +401,7 @@ impl Run<'_> {
         let Some(merged) = model.merged()? else { return Ok("unsupported") };
         let tokenizer = std::fs::read_to_string(self.folder.join("tokenizer.json"))?;
         let generation = hf::read_generation_config(&self.folder)?;
-        let extras = hf::Extras { tokenizer_json: Some(&tokenizer), generation };
+        let extras = hf::Extras { tokenizer_json: Some(&tokenizer), generation, ..hf::Extras::default() };
         hf::save(dir.join("model"), merged.config(), &merged.weights(), &extras)?;
         Ok("exact")
     }

@@ -39,7 +39,11 @@ pub fn save_model(
         .inner()
         .to_string(true)
         .map_err(|error| anyhow!("the tokenizer cannot be written: {error}"))?;
-    let extras = hf::Extras { tokenizer_json: Some(&tokenizer), generation: generation(config) };
+    let extras = hf::Extras {
+        tokenizer_json: Some(&tokenizer),
+        generation: generation(config),
+        ..hf::Extras::default()
+    };
     Ok(hf::save(dir, config, &weights, &extras)?)
 }
 

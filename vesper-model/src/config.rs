@@ -4,6 +4,7 @@ use era_act::Activation;
 use flylora::{LoraConfig, LoraInit};
 use serde::{Deserialize, Serialize};
 
+use crate::ops::RopeScaling;
 use crate::{ModelError, Result};
 
 /// The vocabulary of a model is padded up to a multiple of this, so that matrix products stay aligned.
@@ -95,6 +96,9 @@ pub struct VesperConfig {
     pub rms_norm_eps: f64,
     /// Base of the rotary angles. Default 10 000.
     pub rope_theta: f64,
+    /// How rotary angles are lowered for longer sequences; absent: not at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
     /// Whether the output layer is the embedding, transposed. Default true.
     pub tie_word_embeddings: bool,
     /// The gate of the feed-forward. Default ERA.
@@ -164,6 +168,7 @@ impl VesperConfig {
             max_position_embeddings: positions,
             rms_norm_eps: 1e-6,
             rope_theta: 1e4,
+            rope_scaling: None,
             tie_word_embeddings: true,
             hidden_act: Activation::default(),
             initializer_range: 0.02,
@@ -293,6 +298,9 @@ impl VesperConfig {
         }
         if !(self.rope_theta.is_finite() && self.rope_theta > 1.0) {
             return bad("rope_theta", self.rope_theta.to_string(), "a number over 1".into());
+        }
+        if let Some(scaling) = &self.rope_scaling {
+            scaling.validate()?;
         }
         if !(self.initializer_range.is_finite() && self.initializer_range >= 0.0) {
             return bad("initializer_range", self.initializer_range.to_string(), "zero or more".into());

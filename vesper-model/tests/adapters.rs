@@ -127,6 +127,20 @@ fn what_does_not_fit_is_refused_and_the_model_stays_as_it_was() {
     other.save_adapters(dir.path()).unwrap();
     let error = model.attach_from(dir.path()).unwrap_err().to_string();
     assert!(error.contains("no projection named model.layers.2.self_attn.q_proj"), "{error}");
+    // And of one whose layers are wider.
+    let wider = VesperConfig { num_attention_heads: 2 * config().num_attention_heads, ..config() }
+        .with_kv_heads(config().num_key_value_heads);
+    let mut other = VesperLM::initialize(&wider, &VarMap::new(), 5, DType::F32, &Device::Cpu).unwrap();
+    other.attach(&kind, &Targets::names(["q_proj"])).unwrap();
+    let wide = tempfile::tempdir().unwrap();
+    other.save_adapters(wide.path()).unwrap();
+    let error = model.attach_from(wide.path()).unwrap_err().to_string();
+    assert!(
+        error.contains("adapter_model.safetensors")
+            && error.contains("q_proj")
+            && error.contains("expected shape"),
+        "{error}"
+    );
     assert!(model.adapters().is_empty());
     assert!(model.save_adapters(dir.path()).unwrap_err().to_string().contains("no adapter"));
 }

@@ -1,58 +1,35 @@
-//! The configuration of a Llama: from `transformers`, and for it.
+//! The configuration of a Llama, or of what is one but for a detail: from `transformers`, and for it.
 
 use std::path::Path;
 
 use era_act::Activation;
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use super::invalid;
-use crate::generate::OneOrMany;
+use super::fields::Fields;
+use super::{invalid, rope};
 use crate::{Result, VesperConfig};
 
 /// What `transformers` takes for a `MistralConfig` whose `sliding_window` is absent.
 const MISTRAL_WINDOW: usize = 4096;
 
-struct Fields<'a> {
-    path: &'a Path,
-    map: &'a Map<String, Value>,
+/// The classes whose mathematics is ours.
+const ARCHITECTURES: [&str; 3] = ["LlamaForCausalLM", "MistralForCausalLM", "VesperForCausalLM"];
+
+/// Whose defaults hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Family {
+    Llama,
+    Mistral,
+    /// A VesperLM that `transformers` saved, with the classes of `python/`.
+    Vesper,
 }
 
-impl Fields<'_> {
-    /// A field that is absent or null is `None`.
-    fn get<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
-        match self.map.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => serde_json::from_value(value.clone())
-                .map(Some)
-                .map_err(|error| invalid(self.path, format!("{key} is {value}: {error}"))),
-        }
-    }
-
-    fn require<T: DeserializeOwned>(&self, key: &str) -> Result<T> {
-        self.get(key)?.ok_or_else(|| invalid(self.path, format!("{key} is missing")))
-    }
-
-    fn refuse(&self, key: &str, why: &str) -> Result<()> {
-        let value = self.map.get(key).unwrap_or(&Value::Null);
-        Err(invalid(self.path, format!("{key} is {value}: {why}")))
-    }
-
-    /// `transformers` gives the beginning and end of text a default id, which an explicit null removes.
-    fn token(&self, key: &str, default: u32, vocab: usize) -> Result<Option<u32>> {
-        if !self.map.contains_key(key) {
-            return Ok(Some(default).filter(|&id| (id as usize) < vocab));
-        }
-        Ok(self.get::<OneOrMany>(key)?.map(Vec::from).and_then(|ids| ids.first().copied()))
-    }
-}
-
-/// Translates the `config.json` of a Llama or a Mistral.
+/// Translates a `config.json` that `transformers` wrote.
 ///
 /// `transformers` ignores a field that its Llama does not know, so everything but the fields below only informs.
-pub(super) fn translate(path: &Path, kind: &str, map: &Map<String, Value>) -> Result<VesperConfig> {
-    let fields = Fields { path, map };
-    let mistral = kind == "mistral";
+pub(super) fn translate(path: &Path, family: Family, map: &Map<String, Value>) -> Result<VesperConfig> {
+    let fields = Fields::new(path, map);
+    let mistral = family == Family::Mistral;
     refuse_other_mathematics(&fields)?;
     let vocab_size: usize = fields.require("vocab_size")?;
     let hidden_size: usize = fields.require("hidden_size")?;
@@ -69,6 +46,8 @@ pub(super) fn translate(path: &Path, kind: &str, map: &Map<String, Value>) -> Re
     };
     let positions = fields.get("max_position_embeddings")?.unwrap_or(if mistral { 131_072 } else { 2048 });
     refuse_sliding_window(&fields, mistral, positions)?;
+    let (rope_theta, rope_scaling) = rope::read(&fields, positions)?;
+    let default = |id: u32| Some(id).filter(|_| family != Family::Vesper && (id as usize) < vocab_size);
     Ok(VesperConfig {
         model_type: "vesper".into(),
         architectures: vec!["VesperForCausalLM".into()],
@@ -81,65 +60,35 @@ pub(super) fn translate(path: &Path, kind: &str, map: &Map<String, Value>) -> Re
         intermediate_size: fields.require("intermediate_size")?,
         max_position_embeddings: positions,
         rms_norm_eps: fields.get("rms_norm_eps")?.unwrap_or(1e-6),
-        rope_theta: rope_theta(&fields)?,
+        rope_theta,
+        rope_scaling,
         tie_word_embeddings: fields.get("tie_word_embeddings")?.unwrap_or(false),
-        hidden_act: activation(&fields)?,
+        hidden_act: fields.get("hidden_act")?.unwrap_or(Activation::Silu),
         initializer_range: fields.get("initializer_range")?.unwrap_or(0.02),
-        bos_token_id: fields.token("bos_token_id", 1, vocab_size)?,
-        eos_token_id: fields.token("eos_token_id", 2, vocab_size)?,
+        bos_token_id: fields.token("bos_token_id", default(1))?,
+        eos_token_id: fields.token("eos_token_id", default(2))?,
         adapter: None,
-    })
-}
-
-fn activation(fields: &Fields<'_>) -> Result<Activation> {
-    let name = fields.get::<String>("hidden_act")?.unwrap_or_else(|| "silu".into());
-    name.parse().map_err(|error| invalid(fields.path, format!("hidden_act: {error}")))
-}
-
-/// Newer versions write the base inside `rope_parameters`, older ones beside it.
-fn rope_theta(fields: &Fields<'_>) -> Result<f64> {
-    let inner = match fields.map.get("rope_parameters") {
-        Some(Value::Object(map)) => Fields { path: fields.path, map }.get("rope_theta")?,
-        _ => None,
-    };
-    Ok(match inner {
-        Some(theta) => theta,
-        None => fields.get("rope_theta")?.unwrap_or(1e4),
     })
 }
 
 fn refuse_other_mathematics(fields: &Fields<'_>) -> Result<()> {
     if let Some(names) = fields.get::<Vec<String>>("architectures")?
         && !names.is_empty()
-        && !names.iter().any(|name| name == "LlamaForCausalLM" || name == "MistralForCausalLM")
+        && !names.iter().any(|name| ARCHITECTURES.contains(&name.as_str()))
     {
-        fields.refuse("architectures", "expected LlamaForCausalLM or MistralForCausalLM")?;
-    }
-    for key in ["rope_scaling", "rope_parameters"] {
-        let Some(rope) = fields.get::<Map<String, Value>>(key)? else { continue };
-        for name in ["rope_type", "type"] {
-            if rope.get(name).is_some_and(|kind| kind != "default") {
-                fields.refuse(key, "only the default rotary embedding is supported")?;
-            }
-        }
-        if rope.get("partial_rotary_factor").is_some_and(|factor| factor.as_f64() != Some(1.0)) {
-            fields.refuse(key, "only rotary embeddings over the whole head are supported")?;
-        }
-        // Versions before `rope_type` scaled by the factor alone.
-        if rope.get("factor").is_some_and(|factor| factor.as_f64() != Some(1.0)) {
-            fields.refuse(key, "scaled rotary angles are not supported")?;
-        }
+        return Err(fields.refusal("architectures", &format!("expected {}", ARCHITECTURES.join(" or "))));
     }
     if fields.get::<f64>("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
-        fields.refuse("partial_rotary_factor", "only rotary embeddings over the whole head are supported")?;
+        let why = "only rotary embeddings over the whole head are supported";
+        return Err(fields.refusal("partial_rotary_factor", why));
     }
     for key in ["attention_bias", "mlp_bias"] {
         if fields.get::<bool>(key)? == Some(true) {
-            fields.refuse(key, "biases are not supported")?;
+            return Err(fields.refusal(key, "biases are not supported"));
         }
     }
     if fields.get::<Value>("quantization_config")?.is_some() {
-        fields.refuse("quantization_config", "quantised weights are not supported")?;
+        return Err(fields.refusal("quantization_config", "quantised weights are not supported"));
     }
     Ok(())
 }
@@ -147,7 +96,7 @@ fn refuse_other_mathematics(fields: &Fields<'_>) -> Result<()> {
 /// A window that is as long as the longest sequence hides nothing.
 fn refuse_sliding_window(fields: &Fields<'_>, mistral: bool, positions: usize) -> Result<()> {
     let window = match fields.get::<usize>("sliding_window")? {
-        None if mistral && !fields.map.contains_key("sliding_window") => Some(MISTRAL_WINDOW),
+        None if mistral && !fields.has("sliding_window") => Some(MISTRAL_WINDOW),
         window => window,
     };
     match window {
@@ -183,7 +132,7 @@ pub(super) fn describe(config: &VesperConfig, dtype: &str) -> Value {
         "num_key_value_heads": config.num_key_value_heads,
         "pretraining_tp": 1,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": null,
+        "rope_scaling": config.rope_scaling,
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,

@@ -9,21 +9,27 @@
 //! | `model.layers.{i}.mlp.gate_up_proj.weight` | `(2 ffn, hidden)` | rows of `gate_proj`, `up_proj` |
 //!
 //! All other names are the same in both. A checkpoint of `transformers` with `model_type` `llama` or `mistral`
-//! loads as it is, and a model with SiLU and without adapters is saved as one that `transformers` loads.
+//! loads as it is, and a model with SiLU and without adapters is saved as one that `transformers` loads. For all others
+//! [`write_python`] puts the classes beside the weights that `transformers` needs.
 
 mod config;
+mod fields;
 mod generation;
 pub(crate) mod header;
 mod layout;
 mod llama;
 mod load;
+mod python;
+mod rope;
 mod save;
+mod staging;
 mod tokenizer;
 pub(crate) mod write;
 
 pub use config::read_config;
 pub use generation::read_generation_config;
 pub use load::read_weights;
+pub use python::write_python;
 pub use save::{Extras, save};
 pub use tokenizer::{check_tokenizer, read_tokenizer};
 

@@ -1,18 +1,17 @@
 //! Writing a directory, so that a reader or a crash never meets half of it.
 
 use std::collections::{BTreeSet, HashMap};
-use std::fs;
 use std::hash::BuildHasher;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use serde_json::json;
-use tempfile::TempDir;
 
 use super::layout::entries;
+use super::staging::Staging;
 use super::{
-    CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS, check_tokenizer, config, invalid, io,
-    tokenizer, write,
+    CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS, check_tokenizer, config, invalid,
+    python, tokenizer, write,
 };
 use crate::generate::GenerationConfig;
 use crate::{Result, VesperConfig};
@@ -24,6 +23,9 @@ pub struct Extras<'a> {
     pub tokenizer_json: Option<&'a str>,
     /// How the model is meant to generate; tokens it does not name are taken from the configuration.
     pub generation: GenerationConfig,
+    /// Whether to write Python beside the weights, as [`write_python`](super::write_python) does, where `transformers`
+    /// needs it.
+    pub python: bool,
 }
 
 /// Writes a model as a Hugging Face directory.
@@ -41,7 +43,8 @@ pub struct Extras<'a> {
 ///
 /// # Errors
 /// [`ModelError::InvalidFile`](crate::ModelError::InvalidFile) for weights that do not fit `config` or a tokenizer
-/// that cannot be read, [`ModelError::TokenizerTooLarge`](crate::ModelError::TokenizerTooLarge) for one that does not
+/// that cannot be read, and Python asked for beside adapters,
+/// [`ModelError::TokenizerTooLarge`](crate::ModelError::TokenizerTooLarge) for one that does not
 /// fit it, [`ModelError::InvalidConfig`](crate::ModelError::InvalidConfig) and
 /// [`ModelError::InvalidGeneration`](crate::ModelError::InvalidGeneration) for settings out of range: all before
 /// anything is written. [`ModelError::Io`](crate::ModelError::Io) names the file that cannot be written.
@@ -105,6 +108,7 @@ fn texts(
         let token = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
         let mut about = json!({
             "clean_up_tokenization_spaces": false,
+            "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": config.max_position_embeddings,
             "tokenizer_class": "PreTrainedTokenizerFast",
         });
@@ -137,91 +141,12 @@ fn texts(
         _ => "float32",
     };
     let path = dir.join(CONFIG);
-    let json = config::render(config, dtype).map_err(|error| invalid(&path, error.to_string()))?;
+    let python = extras.python && !config::is_llama(config);
+    if python {
+        python::refuse_adapters(&path, config)?;
+        texts.extend(python::SOURCES.map(|(name, source)| (name, source.to_owned())));
+    }
+    let json = config::render(config, dtype, python).map_err(|error| invalid(&path, error.to_string()))?;
     texts.push((CONFIG, json));
     Ok(texts)
-}
-
-/// A temporary folder on the disk of the directory, removed unless it becomes the directory.
-struct Staging {
-    folder: TempDir,
-    target: PathBuf,
-    existed: bool,
-}
-
-impl Staging {
-    fn beside(target: &Path) -> Result<Self> {
-        let existed = target.is_dir();
-        let parent = match target.parent() {
-            _ if existed => target,
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        fs::create_dir_all(parent).map_err(io(parent))?;
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".saving-");
-        // The folder is to become the directory, which others may read: temporary folders are private otherwise.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        let folder = builder.tempdir_in(parent).map_err(io(target))?;
-        Ok(Self { folder, target: target.to_path_buf(), existed })
-    }
-
-    /// Writes a file in the folder; an error names the file that it was to become.
-    fn file(&self, name: &str, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-        use crate::ModelError::{InvalidFile, Io};
-        let path = self.target.join(name);
-        write(&self.folder.path().join(name)).map_err(|error| match error {
-            Io { source, .. } => Io { path, source },
-            InvalidFile { reason, .. } => InvalidFile { path, reason },
-            other => other,
-        })
-    }
-
-    fn install(self, texts: &[(&'static str, String)]) -> Result<()> {
-        if self.existed {
-            self.replace(texts)?;
-            sync_folder(&self.target);
-        } else {
-            fs::rename(self.folder.path(), &self.target).map_err(io(&self.target))?;
-            let _ = self.folder.keep();
-            sync_folder(self.target.parent().unwrap_or(Path::new(".")));
-        }
-        Ok(())
-    }
-
-    fn replace(&self, texts: &[(&'static str, String)]) -> Result<()> {
-        let config = self.target.join(CONFIG);
-        let aside = self.folder.path().join("old-config.json");
-        let unchanged = fs::read_to_string(&config)
-            .is_ok_and(|old| texts.iter().any(|(name, text)| *name == CONFIG && *text == old));
-        let moved = !unchanged && config.exists();
-        if moved {
-            fs::rename(&config, &aside).map_err(io(&config))?;
-        }
-        // The one that can fail though all is written: Windows does not replace a file that a reader has mapped.
-        if let Err(error) = self.rename(WEIGHTS) {
-            if moved {
-                fs::rename(&aside, &config).map_err(io(&config))?;
-            }
-            return Err(error);
-        }
-        texts.iter().try_for_each(|(name, _)| self.rename(name))
-    }
-
-    fn rename(&self, name: &str) -> Result<()> {
-        let path = self.target.join(name);
-        fs::rename(self.folder.path().join(name), &path).map_err(io(&path))
-    }
-}
-
-/// Makes renames in the folder last through a power cut, where a system can say so. Not being able to is no
-/// failure: the files themselves are on the disk.
-fn sync_folder(folder: &Path) {
-    #[cfg(unix)]
-    if let Ok(folder) = fs::File::open(if folder.as_os_str().is_empty() { Path::new(".") } else { folder }) {
-        let _ = folder.sync_all();
-    }
-    #[cfg(not(unix))]
-    let _ = folder;
 }

@@ -64,6 +64,7 @@ mod real;
 mod residual;
 mod rms_norm;
 mod rope;
+mod rope_scaling;
 mod self_attention;
 
 pub use attention::{Heads, causal_attention};
@@ -82,6 +83,7 @@ pub use philox::Philox;
 pub use residual::{residual_layer_norm, residual_rms_norm};
 pub use rms_norm::rms_norm;
 pub use rope::{Rope, rope};
+pub use rope_scaling::RopeScaling;
 pub use self_attention::self_attention;
 
 use candle_core::{DType, Device, Result, Tensor, bail};

@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use candle_core::{D, Device, Result, Tensor, bail};
 
-use super::check_sizes;
+use super::{RopeScaling, check_sizes};
 
 /// The angles of the rotary embedding, for positions 0 to `positions - 1`.
 ///
 /// ```text
 /// angle(p, i) = p / theta^(2 i / head_dim),   i = 0 .. head_dim / 2
 /// ```
+///
+/// Frequencies and angles are rounded to f32, in the order of `transformers`: a checkpoint was trained with those.
 ///
 /// # References
 /// Su et al., RoFormer, arXiv 2104.09864.
@@ -30,18 +32,50 @@ impl Rope {
     /// # Errors
     /// An odd `head_dim`, or a device that is out of memory.
     pub fn new(head_dim: usize, positions: usize, theta: f64, device: &Device) -> Result<Self> {
+        Self::scaled(head_dim, positions, theta, None, device)
+    }
+
+    /// As [`Rope::new`], with the frequencies lowered by `scaling`.
+    ///
+    /// # Errors
+    /// As [`Rope::new`], and a parameter of the scaling that is out of its range.
+    ///
+    /// # Examples
+    /// ```
+    /// use vesper_model::candle_core::{Device, Tensor};
+    /// use vesper_model::ops::{Rope, RopeScaling, rope};
+    ///
+    /// let x = Tensor::new(&[[1f32, 0.0]], &Device::Cpu)?;
+    /// let plain = Rope::new(2, 16, 1e4, &Device::Cpu)?;
+    /// let slower = Rope::scaled(2, 16, 1e4, Some(RopeScaling::Linear { factor: 4.0 }), &Device::Cpu)?;
+    /// let (a, b) = (rope(&x, &plain, 2)?, rope(&x, &slower, 8)?); // four times as far, by the same angle
+    /// assert_eq!(a.to_vec2::<f32>()?, b.to_vec2::<f32>()?);
+    /// # Ok::<(), vesper_model::candle_core::Error>(())
+    /// ```
+    pub fn scaled(
+        head_dim: usize,
+        positions: usize,
+        theta: f64,
+        scaling: Option<RopeScaling>,
+        device: &Device,
+    ) -> Result<Self> {
         if !head_dim.is_multiple_of(2) {
             bail!("rotary embedding needs an even head size, got {head_dim}");
         }
+        if let Some(scaling) = scaling {
+            scaling.validate()?;
+        }
         let half = head_dim / 2;
-        let (cos, sin): (Vec<f32>, Vec<f32>) = (0..positions * half)
-            .map(|k| {
-                let (position, i) = (k / half, k % half);
-                // The frequency is rounded to f32 first, as in the models that this one must agree with.
-                let frequency = f64::from((1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32);
-                let angle = position as f64 * frequency;
-                (angle.cos() as f32, angle.sin() as f32)
+        let frequencies: Vec<f32> = (0..half)
+            .map(|i| {
+                let exponent = (2 * i) as f32 / head_dim as f32;
+                let power = f64::from(theta as f32).powf(f64::from(exponent)) as f32;
+                scaling.map_or(1.0 / power, |scaling| scaling.apply(1.0 / power))
             })
+            .collect();
+        let (cos, sin): (Vec<f32>, Vec<f32>) = (0..positions)
+            .flat_map(|position| frequencies.iter().map(move |f| f64::from(position as f32 * f)))
+            .map(|angle| (angle.cos() as f32, angle.sin() as f32))
             .unzip();
         Ok(Self {
             cos: Tensor::from_slice(&cos, (positions, half), device)?,

@@ -2,9 +2,11 @@
 
 use serde_json::{Value, json};
 use vesper_model::VesperConfig;
-use vesper_model::hf::{read_config, read_generation_config};
+use vesper_model::candle_core::DType;
+use vesper_model::hf::{Extras, read_config, read_generation_config, save};
+use vesper_model::ops::RopeScaling;
 
-use super::small;
+use super::{small, weights};
 
 fn read(text: &str) -> Result<VesperConfig, String> {
     let dir = tempfile::tempdir().unwrap();
@@ -68,6 +70,87 @@ fn the_rotary_base_is_found_where_newer_versions_write_it() {
 }
 
 #[test]
+fn scaled_rotary_angles_are_read_in_every_spelling() {
+    let linear = Some(RopeScaling::Linear { factor: 2.0 });
+    for rope in [
+        json!({"rope_theta": 2e4, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+        json!({"rope_theta": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 2}}),
+        json!({"rope_theta": 2e4, "rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 2.0}}),
+        json!({"rope_parameters": {"rope_type": "linear", "rope_theta": 2e4, "factor": 2.0}}),
+        json!({"rope_scaling": null, "rope_parameters": {"type": "linear", "rope_theta": 2e4, "factor": 2.0}}),
+        json!({"rope_scaling": {"type": "linear", "factor": 2.0},
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 2e4, "factor": 2.0}}),
+    ] {
+        let config = read(&with(llama(), rope.clone())).unwrap();
+        assert_eq!((config.rope_theta, config.rope_scaling), (2e4, linear), "{rope}");
+    }
+    for rope in [json!({}), json!({"type": "default"}), json!({"rope_type": "default", "factor": 1.0})] {
+        assert_eq!(read(&with(llama(), json!({"rope_scaling": rope}))).unwrap().rope_scaling, None);
+    }
+}
+
+#[test]
+fn the_scaling_of_llama_3_is_read_and_written() {
+    let llama3 = |original| RopeScaling::Llama3 {
+        factor: 8.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_max_position_embeddings: original,
+    };
+    let mut rope =
+        json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0});
+    // As `transformers`: what is not said is the model's whole context, and the model's own word counts most.
+    let without = with(llama(), json!({"rope_scaling": rope}));
+    assert_eq!(read(&without).unwrap().rope_scaling, Some(llama3(2048)));
+    rope["original_max_position_embeddings"] = 512.into();
+    let fields = json!({"rope_scaling": rope});
+    assert_eq!(read(&with(llama(), fields.clone())).unwrap().rope_scaling, Some(llama3(512)));
+    let mut outside = fields.clone();
+    outside["original_max_position_embeddings"] = 256.into();
+    assert_eq!(read(&with(llama(), outside)).unwrap().rope_scaling, Some(llama3(256)));
+
+    let scaled = VesperConfig { rope_scaling: Some(llama3(512)), ..small() };
+    for config in [scaled.clone(), scaled.with_activation("silu".parse().unwrap())] {
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), &config, &weights(&config, DType::F32), &Extras::default()).unwrap();
+        assert_eq!(read_config(dir.path()).unwrap(), config);
+        let text = std::fs::read_to_string(dir.path().join("config.json")).unwrap();
+        let json: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(json["rope_scaling"], rope);
+    }
+}
+
+#[test]
+fn rotary_scaling_that_cannot_be_read_is_named() {
+    for (rope, part) in [
+        (json!({"rope_scaling": "linear"}), r#"rope_scaling is "linear": expected an object"#),
+        (json!({"rope_scaling": {"type": "linear"}}), "rope_scaling.factor is missing"),
+        (json!({"rope_scaling": {"type": "linear", "factor": "2"}}), r#"rope_scaling.factor is "2""#),
+        (json!({"rope_scaling": {"type": "linear", "factor": 0.5}}), "rope_scaling.factor is 0.5"),
+        (json!({"rope_scaling": {"type": 3}}), "rope_scaling.type is 3"),
+        (
+            json!({"rope_scaling": {"rope_type": "yarn"}}),
+            r#"rope_scaling.rope_type is "yarn": expected default, linear or llama3"#,
+        ),
+        (
+            json!({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}),
+            "rope_parameters.low_freq_factor",
+        ),
+        (
+            json!({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}),
+            "rope_parameters beside it says otherwise",
+        ),
+    ] {
+        let error = error(&with(llama(), rope));
+        assert!(error.contains(part), "{error}");
+    }
+    let mut ours = serde_json::to_value(small()).unwrap();
+    ours["rope_scaling"] = json!({"rope_type": "yarn", "factor": 2.0});
+    let error = error(&ours.to_string());
+    assert!(error.contains("unknown variant `yarn`"), "{error}");
+}
+
+#[test]
 fn fields_that_only_inform_are_ignored() {
     let fields = json!({"torch_dtype": "bfloat16", "transformers_version": "4.40.0", "use_cache": true,
         "pretraining_tp": 4, "attention_dropout": 0.1, "rope_scaling": null, "attention_bias": false,
@@ -78,8 +161,8 @@ fn fields_that_only_inform_are_ignored() {
 #[test]
 fn whatever_changes_the_mathematics_is_refused_by_name() {
     let refused = [
-        json!({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
-        json!({"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        json!({"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}}),
         json!({"rope_scaling": {"factor": 2.0}}),
         json!({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}),
         json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
@@ -149,6 +232,40 @@ fn our_own_file_is_read_strictly() {
     assert!(error(&unknown).contains("unknown field `hidden_sise`"));
     let invalid = with(serde_json::from_str(&text).unwrap(), json!({"head_dim": 3}));
     assert!(error(&invalid).contains("head_dim is 3"));
+}
+
+#[test]
+fn a_field_of_a_wrong_type_is_named_in_ours_and_in_a_llama() {
+    let numbers = [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "initializer_range",
+    ];
+    let others = ["hidden_act", "tie_word_embeddings", "bos_token_id", "eos_token_id", "architectures"];
+    let ours = serde_json::to_value(VesperConfig { bos_token_id: None, ..small() }).unwrap();
+    for field in numbers.iter().chain(&others) {
+        for value in [json!("five"), json!([true]), json!({"a": 1}), json!(-1.5)] {
+            // These take any positive number, and are judged as a whole.
+            if value == json!(-1.5) && ["rms_norm_eps", "rope_theta", "initializer_range"].contains(field) {
+                continue;
+            }
+            for config in [ours.clone(), llama()] {
+                let error = error(&with(config, json!({*field: value})));
+                assert!(error.contains(&format!("config.json: {field} is {value}: ")), "{field}: {error}");
+            }
+        }
+    }
+    let mut short = ours;
+    short.as_object_mut().unwrap().remove("hidden_size");
+    assert!(error(&short.to_string()).contains("missing field `hidden_size`"));
 }
 
 #[test]

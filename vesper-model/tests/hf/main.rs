@@ -4,15 +4,19 @@
 
 mod config;
 mod damage;
+mod llamas;
+mod python;
 mod real;
 mod round_trip;
 mod save;
 mod shards;
 
 use std::collections::HashMap;
+use std::path::Path;
 
+use flylora::LoraConfig;
 use vesper_model::candle_core::{DType, Device, Tensor};
-use vesper_model::{Projection, VesperConfig};
+use vesper_model::{AdapterConfig, Projection, VesperConfig};
 
 /// A model small enough to list: 2 blocks, 4 query heads over 2 key heads of size 4, sizes all different.
 fn small() -> VesperConfig {
@@ -29,6 +33,20 @@ fn small() -> VesperConfig {
         eos_token_id: Some(2),
         ..VesperConfig::preset("nano").unwrap()
     }
+}
+
+/// The same with adapters in its own files.
+fn adapted() -> VesperConfig {
+    let lora = LoraConfig::default().with_r(3).with_alpha(0.1);
+    small().with_adapter(AdapterConfig { lora, targets: vec![Projection::VProj] })
+}
+
+/// The names in a folder.
+fn names(dir: &Path) -> Vec<String> {
+    let name = |entry: std::io::Result<std::fs::DirEntry>| entry.unwrap().file_name().into_string().unwrap();
+    let mut names: Vec<String> = std::fs::read_dir(dir).unwrap().map(name).collect();
+    names.sort();
+    names
 }
 
 /// The names and shapes in memory, written out by hand.

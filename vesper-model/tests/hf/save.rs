@@ -8,7 +8,7 @@ use vesper_model::generate::GenerationConfig;
 use vesper_model::hf::{Extras, check_tokenizer, read_config, read_tokenizer, read_weights, save};
 use vesper_model::{ModelError, VesperConfig};
 
-use super::{assert_equal, small, weights};
+use super::{assert_equal, names, small, weights};
 
 /// A tokenizer with `size` entries, the last of which is a special token with the id `last`.
 fn tokenizer(size: u32, last: u32) -> String {
@@ -33,10 +33,6 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
         files.insert(name, content);
     }
     files
-}
-
-fn names(dir: &Path) -> Vec<String> {
-    files(dir).into_keys().collect()
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use serde_json::json;
+use vesper_model::VesperConfig;
 use vesper_model::candle_core::{DType, Device, Tensor, safetensors};
 use vesper_model::hf::read_weights;
 
@@ -80,6 +81,25 @@ fn a_wrong_index_or_shard_is_named() {
     assert!(message.contains("model-00002-of-00002.safetensors: truncated"), "{message}");
     std::fs::remove_file(&shard).unwrap();
     assert!(error(dir.path()).contains("model-00002-of-00002.safetensors: "));
+    let mut more = map.clone();
+    more.insert("model.norm.weight".into(), "model-00003-of-00002.safetensors".into());
+    std::fs::write(&shard, &bytes).unwrap();
+    write_index(dir.path(), &more);
+    let message = error(dir.path());
+    assert!(message.contains("model-00003-of-00002.safetensors: "), "{message}");
+
+    // Good files, but not of this model.
+    write_index(dir.path(), &map);
+    let deeper = VesperConfig { num_hidden_layers: 3, ..small() };
+    let message = read_weights(dir.path(), &deeper, DType::F32, &Device::Cpu).unwrap_err().to_string();
+    assert!(message.contains("index.json: missing: model.layers.2.input_layernorm.weight"), "{message}");
+    let wider = VesperConfig { intermediate_size: 21, ..small() };
+    let message = read_weights(dir.path(), &wider, DType::F32, &Device::Cpu).unwrap_err().to_string();
+    assert!(
+        message.contains("-of-00002.safetensors: ")
+            && message.contains("has shape [20, 16], expected [21, 16]"),
+        "{message}"
+    );
 
     std::fs::write(dir.path().join("model.safetensors.index.json"), "{\"weight_map\": 3}").unwrap();
     assert!(error(dir.path()).contains("index.json: "));

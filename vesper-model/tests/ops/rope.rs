@@ -1,5 +1,5 @@
 use candle_core::{DType, Device, Tensor};
-use vesper_model::ops::{Rope, rope};
+use vesper_model::ops::{Rope, RopeScaling, rope};
 
 use crate::common::{finite_differences, parity, random};
 
@@ -9,8 +9,8 @@ fn rotated(x: &Tensor, theta: f64, offset: usize) -> Tensor {
     let mut values = x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
     for (r, row) in values.chunks_exact_mut(d).enumerate() {
         for i in 0..d / 2 {
-            let frequency = f64::from((1.0 / theta.powf(2.0 * i as f64 / d as f64)) as f32);
-            let (sin, cos) = ((offset + r % t) as f64 * frequency).sin_cos();
+            let power = theta.powf(f64::from(2.0 * i as f32 / d as f32)) as f32;
+            let (sin, cos) = f64::from((offset + r % t) as f32 * (1.0 / power)).sin_cos();
             let (a, b) = (row[i], row[i + d / 2]);
             (row[i], row[i + d / 2]) = (a * cos - b * sin, b * cos + a * sin);
         }
@@ -73,4 +73,55 @@ fn positions_past_the_table_are_refused_without_wrapping() {
     for offset in [18, usize::MAX] {
         assert!(rope(&x, &table, offset).unwrap_err().to_string().contains("the table has 20"));
     }
+}
+
+/// `golden/rope.py` wrote the file.
+#[test]
+fn cosine_and_sine_are_those_of_transformers() {
+    #[derive(serde::Deserialize)]
+    struct Case {
+        head_dim: usize,
+        theta: f64,
+        scaling: Option<RopeScaling>,
+        positions: Vec<usize>,
+        cos: Vec<Vec<f64>>,
+        sin: Vec<Vec<f64>>,
+    }
+    let cases: Vec<Case> = serde_json::from_str(include_str!("golden/rope.json")).unwrap();
+    for case in cases {
+        let positions = case.positions.iter().max().unwrap() + 1;
+        let table = Rope::scaled(case.head_dim, positions, case.theta, case.scaling, &Device::Cpu).unwrap();
+        // A one in each pair's first place becomes its cosine, and the second place its sine.
+        let half = [case.head_dim / 2];
+        let ones = Tensor::ones(&half, DType::F32, &Device::Cpu).unwrap();
+        let x = Tensor::cat(&[&ones, &ones.zeros_like().unwrap()], 0).unwrap().unsqueeze(0).unwrap();
+        for (i, &position) in case.positions.iter().enumerate() {
+            let row = rope(&x, &table, position).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let expected: Vec<f64> = case.cos[i].iter().chain(&case.sin[i]).copied().collect();
+            assert_eq!(row.len(), expected.len());
+            let off = row.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+            assert!(off <= 1e-6, "{:?} at {position}: off by {off:e}", case.scaling);
+        }
+    }
+}
+
+#[test]
+fn scaling_out_of_its_range_is_refused_by_name() {
+    let llama3 = |low, high, original| RopeScaling::Llama3 {
+        factor: 2.0,
+        low_freq_factor: low,
+        high_freq_factor: high,
+        original_max_position_embeddings: original,
+    };
+    for (scaling, part) in [
+        (RopeScaling::Linear { factor: 0.5 }, "rope_scaling.factor is 0.5"),
+        (RopeScaling::Linear { factor: f64::NAN }, "rope_scaling.factor is NaN"),
+        (llama3(0.0, 4.0, 8), "rope_scaling.low_freq_factor is 0"),
+        (llama3(1.0, 1.0, 8), "rope_scaling.high_freq_factor is 1"),
+        (llama3(1.0, 4.0, 0), "rope_scaling.original_max_position_embeddings is 0"),
+    ] {
+        let error = Rope::scaled(4, 8, 1e4, Some(scaling), &Device::Cpu).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    assert!(Rope::scaled(4, 8, 1e4, Some(llama3(1.0, 4.0, 8)), &Device::Cpu).is_ok());
 }
