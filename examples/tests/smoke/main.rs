@@ -7,6 +7,7 @@
 mod benchmark;
 mod chat;
 mod data;
+mod export;
 mod finetune;
 mod metacognition;
 mod program;

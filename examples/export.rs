@@ -1,0 +1,96 @@
+//! Makes a trained model ready for Python: merges adapters, changes the dtype, writes the classes for `transformers`.
+//!
+//!     cargo run --release --example export -- --python
+//!     cargo run --release --example export -- --adapter adapters/lora --dtype bf16 --to exported --python
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device};
+use clap::{Parser, ValueEnum};
+use vesper_examples::{runs, say};
+use vesper_model::{VesperLM, hf};
+
+/// Writes a model for others: in Python, in another dtype, with its adapters merged.
+#[derive(Debug, Parser)]
+#[command(name = "export", version, about, long_about = None)]
+struct Flags {
+    /// Folder of a run or of a model [default: the last trained run]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Write a copy there; without it, --python writes beside the model's weights
+    #[arg(long, value_name = "DIR")]
+    to: Option<PathBuf>,
+    /// Adapters to merge into the copy: a folder that `finetune` or Hugging Face PEFT wrote
+    #[arg(long, value_name = "DIR", requires = "to")]
+    adapter: Option<PathBuf>,
+    /// What the copy's weights are stored in
+    #[arg(long, value_name = "DTYPE", requires = "to", default_value = "f32")]
+    dtype: Stored,
+    /// Write the classes with which `transformers` loads the model
+    #[arg(long, required_unless_present = "to")]
+    python: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Stored {
+    F32,
+    Bf16,
+    F16,
+}
+
+fn main() -> ExitCode {
+    vesper_examples::run(|| export(&vesper_examples::flags()?))
+}
+
+fn export(flags: &Flags) -> Result<ExitCode> {
+    let model = runs::model_folder(flags.model.as_deref())?;
+    let folder = match &flags.to {
+        Some(to) => {
+            copy(flags, &model, to)?;
+            to
+        }
+        None => &model,
+    };
+    if flags.python {
+        let ours = hf::write_python(folder)?;
+        let trusted = if ours { ", trust_remote_code=True" } else { "" };
+        say!("in Python: AutoModelForCausalLM.from_pretrained({:?}{trusted})", folder.display().to_string());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the model with its adapters merged.
+fn copy(flags: &Flags, from: &Path, to: &Path) -> Result<()> {
+    if to.join("config.json").exists() {
+        bail!("--to {}: there is a model already, choose another folder", to.display());
+    }
+    let mut model = VesperLM::load(from, DType::F32, &Device::Cpu)?;
+    if let Some(adapter) = &flags.adapter {
+        model.attach_from(adapter)?;
+    }
+    let Some(model) = model.merged()? else {
+        bail!("these adapters choose by their input: no weights do what they do, they cannot be merged");
+    };
+    let dtype = match flags.dtype {
+        Stored::F32 => DType::F32,
+        Stored::Bf16 => DType::BF16,
+        Stored::F16 => DType::F16,
+    };
+    let mut weights = model.weights();
+    for weight in weights.values_mut() {
+        *weight = weight.to_dtype(dtype)?;
+    }
+    let path = from.join("tokenizer.json");
+    let read = || std::fs::read_to_string(&path).with_context(|| path.display().to_string());
+    let tokenizer = path.exists().then(read).transpose()?;
+    let extras = hf::Extras {
+        tokenizer_json: tokenizer.as_deref(),
+        generation: hf::read_generation_config(from)?,
+        ..hf::Extras::default()
+    };
+    hf::save(to, model.config(), &weights, &extras)?;
+    say!("{}: {} parameters in {dtype:?}", to.display(), model.config().num_parameters());
+    Ok(())
+}
