@@ -141,11 +141,12 @@ impl Chat {
         let mut session = self.model.session(ids.len().saturating_add(settings.max_new_tokens))?;
         let mut generator = Generator::new(&mut session, &ids, settings)?
             .with_vocab_limit(self.tokenizer.get_vocab_size(true))
-            .with_interrupt(|| self.interrupt.is_set());
+            .with_cancellation(self.interrupt.cancellation())
+            .with_tokenizer(&self.tokenizer)?;
         let mut out = std::io::stdout();
         let mut shown = write!(out, "{prompt}").and_then(|()| out.flush());
         let mut first = prompt.is_empty();
-        for piece in generator.pieces(&self.tokenizer)? {
+        for piece in generator.pieces() {
             let piece = printable(&piece?);
             let piece = if first { piece.trim_start() } else { &piece };
             first = first && piece.is_empty();
@@ -157,7 +158,7 @@ impl Chat {
         let _ = writeln!(out);
         match generator.stop_reason() {
             Some(StopReason::ContextFull) => note!("(stopped: the model reads at most {limit} tokens)"),
-            Some(StopReason::Interrupted) => note!("(stopped)"),
+            Some(StopReason::Cancelled) => note!("(stopped)"),
             _ => {}
         }
         Ok(())

@@ -57,8 +57,9 @@ pub fn sample(model: &VesperLM, tokenizer: &TextTokenizer) -> Result<Option<Stri
         return Ok(None);
     }
     let mut session = model.session(1 + settings.max_new_tokens)?;
-    let mut generator =
-        Generator::new(&mut session, &[], &settings)?.with_vocab_limit(tokenizer.vocab_size());
-    let text = generator.pieces(tokenizer.inner())?.collect::<vesper_model::Result<String>>()?;
+    let mut generator = Generator::new(&mut session, &[], &settings)?
+        .with_vocab_limit(tokenizer.vocab_size())
+        .with_tokenizer(tokenizer.inner())?;
+    let text = generator.pieces().collect::<vesper_model::Result<String>>()?;
     Ok(Some(text.trim().into()))
 }

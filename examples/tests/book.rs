@@ -153,9 +153,14 @@ fn the_table_of_sizes_has_the_presets_and_the_default_settings() {
     }
 }
 
-/// Lines without their indentation; empty ones and those that a doctest hides are left out.
+/// Lines without their indentation and the marks of a doc comment, whose examples are compiled too; empty ones and those that
+/// a doctest hides are left out.
 fn significant(text: &str) -> Vec<&str> {
-    text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("# ")).collect()
+    let lines = text.lines().map(|line| {
+        let line = line.trim();
+        line.strip_prefix("///").or_else(|| line.strip_prefix("//!")).unwrap_or(line).trim()
+    });
+    lines.filter(|line| !line.is_empty() && !line.starts_with("# ")).collect()
 }
 
 fn sources(folder: &Path, found: &mut Vec<String>) {

@@ -94,6 +94,9 @@ pub enum ModelError {
         /// Which score is wrong, and how.
         reason: String,
     },
+    /// The system gives no thread to generate on.
+    #[error("cannot start a thread to generate on: {0}")]
+    Thread(#[source] std::io::Error),
     /// The tokenizer failed.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

@@ -126,10 +126,11 @@ fn decoding_with_a_cache_gives_the_golden_text() {
         assert!(largest_difference(&first, &numbers(&golden["first_logits_after_bos"])) < LIMIT);
 
         let mut session = model.session(expected.len()).unwrap();
-        let mut generator = Generator::new(&mut session, &[], &settings).unwrap();
-        let pieces: Vec<String> = generator.pieces(&tokenizer).unwrap().map(Result::unwrap).collect();
+        let mut generator =
+            Generator::new(&mut session, &[], &settings).unwrap().with_tokenizer(&tokenizer).unwrap();
+        let pieces: Vec<String> = generator.pieces().map(Result::unwrap).collect();
         assert_eq!(generator.generated(), &expected[1..]);
-        assert_eq!(generator.stop_reason(), Some(StopReason::MaxTokens));
+        assert_eq!(generator.stop_reason(), Some(&StopReason::MaxTokens));
         assert!(pieces.len() > 100, "streamed in {} pieces", pieces.len());
         assert_eq!(pieces.concat(), golden["greedy_text"].as_str().unwrap());
     }

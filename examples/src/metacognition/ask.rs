@@ -41,7 +41,7 @@ pub fn answer(
 pub fn report(answer: &Regulated, tokenizer: &TextTokenizer) -> Result<String> {
     let mut text = String::new();
     for (number, draft) in answer.drafts.iter().enumerate() {
-        let end = draft.end.map_or_else(|| "given up".to_owned(), |end| end.to_string());
+        let end = draft.end.as_ref().map_or_else(|| "given up".to_owned(), ToString::to_string);
         let shown = printable(&tokenizer.decode(&draft.ids())?);
         writeln!(text, "draft {number}, wrong with probability {:.3} ({end}): {shown:?}", draft.p_wrong)?;
         for token in &draft.tokens {

@@ -3,8 +3,8 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::GenerationConfig;
 use super::processor::{self, History, LogitsProcessor};
+use super::{GenerationConfig, Token};
 use crate::{ModelError, Result};
 
 /// Chooses tokens by the settings of a [`GenerationConfig`], reproducibly by its seed.
@@ -87,9 +87,17 @@ impl Sampler {
     }
 
     /// Adds a processor of one's own, after the constraints of the configuration and before the temperature.
-    pub fn with_processor(mut self, processor: impl LogitsProcessor + 'static) -> Self {
-        self.constraints.push(Box::new(processor));
+    pub fn with_processor(self, processor: impl LogitsProcessor + 'static) -> Self {
+        self.with_boxed_processor(Box::new(processor))
+    }
+
+    pub(super) fn with_boxed_processor(mut self, processor: Box<dyn LogitsProcessor>) -> Self {
+        self.constraints.push(processor);
         self
+    }
+
+    pub(super) fn set_vocab_limit(&mut self, limit: usize) {
+        self.vocab_limit = limit;
     }
 
     /// Chooses the next token.
@@ -101,19 +109,74 @@ impl Sampler {
     /// [`ModelError::InvalidLogits`] for NaN or plus infinity, or when no token is left;
     /// [`ModelError::TokenOutOfRange`] for a history that is not of this vocabulary.
     pub fn sample(&mut self, logits: &mut [f32], history: &[u32]) -> Result<u32> {
-        if let Some(&id) = history.iter().find(|&&id| id as usize >= logits.len()) {
-            return Err(ModelError::TokenOutOfRange { id, vocab: logits.len() });
-        }
-        let limit = self.vocab_limit.min(logits.len());
-        let possible = &mut logits[..limit];
+        check_history(history, logits.len())?;
+        let possible = within(logits, self.vocab_limit);
         let best = argmax(possible)?;
+        if self.constraints.is_empty() && self.greedy {
+            return Ok(best);
+        }
         let history = History::new(history, self.prompt);
-        self.constraints.iter_mut().for_each(|processor| processor.process(possible, history));
+        self.constrain(possible, history)?;
         if self.greedy {
-            return if self.constraints.is_empty() { Ok(best) } else { argmax(possible) };
+            return argmax(possible);
         }
         self.shapers.iter_mut().for_each(|processor| processor.process(possible, history));
         self.draw(possible)
+    }
+
+    /// Chooses the next token as [`Sampler::sample`] does, and says how probable it was. `model`: whether under the model's
+    /// own distribution too.
+    ///
+    /// # Errors
+    /// Those of [`Sampler::sample`].
+    ///
+    /// # Examples
+    /// ```
+    /// use vesper_model::generate::{GenerationConfig, Sampler};
+    ///
+    /// // Of the odds 1 : 2 : 1 the likelier two are left.
+    /// let config = GenerationConfig::default().with_temperature(1.0).with_top_k(2).with_top_p(1.0);
+    /// let token = Sampler::new(&config)?.choose(&mut [0.0, 2f32.ln(), 0.0], &[], true)?;
+    /// let expected: [f64; 2] = if token.id == 1 { [2.0 / 3.0, 0.5] } else { [1.0 / 3.0, 0.25] };
+    /// assert!((token.log_probability - expected[0].ln()).abs() < 1e-6);
+    /// assert!((token.model_log_probability.unwrap() - expected[1].ln()).abs() < 1e-6);
+    /// # Ok::<(), vesper_model::ModelError>(())
+    /// ```
+    pub fn choose(&mut self, logits: &mut [f32], history: &[u32], model: bool) -> Result<Token> {
+        let before = model.then(|| logits.to_vec());
+        let id = self.sample(logits, history)?;
+        let limit = self.vocab_limit;
+        let log_probability = |scores: &mut [f32]| log_probability(within(scores, limit), id);
+        Ok(Token {
+            id,
+            log_probability: log_probability(logits),
+            model_log_probability: before.map(|mut before| log_probability(&mut before)),
+        })
+    }
+
+    /// Turns logits into log-probabilities, `log_softmax`, and lets the constraints change them, as beam search needs it. Gives
+    /// those of the ids that may be chosen.
+    pub(super) fn log_probabilities<'l>(
+        &mut self,
+        logits: &'l mut [f32],
+        history: &[u32],
+    ) -> Result<&'l [f32]> {
+        check_history(history, logits.len())?;
+        let possible = within(logits, self.vocab_limit);
+        argmax(possible)?;
+        let total = log_sum_exp(possible);
+        for score in possible.iter_mut() {
+            *score = (f64::from(*score) - total) as f32;
+        }
+        let history = History::new(history, self.prompt);
+        self.constraints.iter_mut().for_each(|processor| processor.process(possible, history));
+        Ok(possible)
+    }
+
+    fn constrain(&mut self, scores: &mut [f32], history: History<'_>) -> Result<()> {
+        self.constraints.iter_mut().for_each(|processor| processor.process(scores, history));
+        let excluded = scores.iter().all(|score| *score == f32::NEG_INFINITY);
+        if excluded && !self.constraints.is_empty() { Err(all_excluded()) } else { Ok(()) }
     }
 
     fn draw(&mut self, logits: &[f32]) -> Result<u32> {
@@ -130,6 +193,40 @@ impl Sampler {
         let chosen = chosen.or_else(|| logits.iter().rposition(|logit| weight(logit) > 0.0));
         chosen.map(|id| id as u32).ok_or_else(no_token)
     }
+}
+
+/// No score at all is another error.
+fn check_history(history: &[u32], vocab: usize) -> Result<()> {
+    match history.iter().find(|&&id| id as usize >= vocab) {
+        Some(&id) if vocab > 0 => Err(ModelError::TokenOutOfRange { id, vocab }),
+        _ => Ok(()),
+    }
+}
+
+/// The scores of the ids under `limit`.
+fn within(scores: &mut [f32], limit: usize) -> &mut [f32] {
+    let limit = limit.min(scores.len());
+    &mut scores[..limit]
+}
+
+pub(super) fn all_excluded() -> ModelError {
+    ModelError::InvalidLogits {
+        reason: "every token is excluded (by bad_words_ids, no_repeat_ngram_size, min_new_tokens or a processor of \
+                 one's own)"
+            .into(),
+    }
+}
+
+/// The logarithm of a token's share of the softmax.
+fn log_probability(scores: &[f32], id: u32) -> f64 {
+    let Some(&score) = scores.get(id as usize) else { return f64::NEG_INFINITY };
+    f64::from(score) - log_sum_exp(scores)
+}
+
+/// `ln(sum(exp(scores)))`.
+pub(super) fn log_sum_exp(scores: &[f32]) -> f64 {
+    let max = f64::from(scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    max + scores.iter().map(|&score| (f64::from(score) - max).exp()).sum::<f64>().ln()
 }
 
 /// The lowest id among the largest scores. Refuses scores that are no numbers.

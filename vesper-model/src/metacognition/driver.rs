@@ -55,7 +55,7 @@ pub struct Draft {
 impl Draft {
     /// The ids of its text, without the one that ended it.
     pub fn ids(&self) -> Vec<u32> {
-        let text = self.tokens.len() - usize::from(self.end == Some(StopReason::Eos));
+        let text = self.tokens.len() - usize::from(matches!(self.end, Some(StopReason::Eos(_))));
         self.tokens.iter().take(text).map(|token| token.id).collect()
     }
 }
@@ -79,7 +79,7 @@ impl Regulated {
 
     /// The complete draft that is least likely wrong, the first of equals: the answer, or what was withheld.
     pub fn best(&self) -> Option<&Draft> {
-        let complete = |draft: &&Draft| !matches!(draft.end, None | Some(StopReason::Interrupted));
+        let complete = |draft: &&Draft| !matches!(draft.end, None | Some(StopReason::Cancelled));
         self.drafts.iter().filter(complete).min_by(|a, b| a.p_wrong.total_cmp(&b.p_wrong))
     }
 
@@ -287,7 +287,7 @@ impl<M: Introspective> Drafter<'_, M> {
     ) -> Result<Option<Verdict>> {
         let end = loop {
             if interrupt.as_mut().is_some_and(|interrupt| interrupt()) {
-                self.draft.end = Some(StopReason::Interrupted);
+                self.draft.end = Some(StopReason::Cancelled);
                 return verdict(report.step(Event::Interrupt)?);
             }
             if self.draft.tokens.len() >= self.generation.max_new_tokens {
@@ -301,7 +301,7 @@ impl<M: Introspective> Drafter<'_, M> {
             self.fed = self.tokens.len();
             let Some(id) = self.choose(&logits, report)? else { return Ok(None) };
             if self.generation.eos_token_id.contains(&id) {
-                break StopReason::Eos;
+                break StopReason::Eos(id);
             }
             self.tokens.push(id);
         };

@@ -55,6 +55,25 @@ fn greedy_by_temperature_is_stored_as_not_sampling() {
 }
 
 #[test]
+fn stop_strings_are_read_from_one_text_and_from_several() {
+    assert_eq!(parse(r#"{"stop_strings": "\n\n"}"#).stop_strings, ["\n\n"]);
+    let config = parse(r#"{"stop_strings": ["a", "b"]}"#);
+    assert_eq!(config.stop_strings, ["a", "b"]);
+    assert_eq!(parse(&serde_json::to_string(&config).unwrap()), config);
+    let error = serde_json::from_str::<GenerationConfig>(r#"{"stop_strings": 3}"#).unwrap_err().to_string();
+    assert!(error.contains("a text or a list of texts"), "{error}");
+}
+
+#[test]
+fn a_file_with_a_length_of_the_whole_alone_means_that() {
+    let config = parse(r#"{"max_length": 4096}"#);
+    assert_eq!((config.max_length, config.max_new_tokens), (Some(4096), 4096));
+    let config = parse(r#"{"max_length": 4096, "max_new_tokens": 10}"#);
+    assert_eq!((config.max_length, config.max_new_tokens), (Some(4096), 10));
+    assert_eq!(parse(&serde_json::to_string(&config).unwrap()), config);
+}
+
+#[test]
 fn settings_out_of_range_are_named() {
     let base = GenerationConfig::default;
     let wrong = [
@@ -64,6 +83,7 @@ fn settings_out_of_range_are_named() {
         (base().with_top_p(0.0), "top_p"),
         (base().with_top_p(1.01), "top_p"),
         (base().with_top_p(f64::NAN), "top_p"),
+        (base().with_stop_strings(["x", ""]), "stop_strings"),
         (base().with_repetition_penalty(0.0), "repetition_penalty"),
         (base().with_repetition_penalty(-1.0), "repetition_penalty"),
         (base().with_repetition_penalty(f64::INFINITY), "repetition_penalty"),

@@ -1,9 +1,9 @@
 //! Each processor against Hugging Face's, and what theirs do not say.
 
 use serde::Deserialize;
+use vesper_model::ModelError;
 use vesper_model::generate::{
-    BadWords, FrequencyPenalty, GenerationConfig, History, LogitsProcessor, MinNewTokens, NoRepeatNgram,
-    Sampler,
+    BadWords, FrequencyPenalty, GenerationConfig, History, LogitsProcessor, NoRepeatNgram, Sampler,
 };
 
 #[derive(Deserialize)]
@@ -26,7 +26,7 @@ struct Case {
 #[test]
 fn scores_are_those_of_hugging_face() {
     let golden: Golden = serde_json::from_str(include_str!("golden/processors.json")).unwrap();
-    assert_eq!(golden.cases.len(), 70);
+    assert_eq!(golden.cases.len(), 76);
     for case in golden.cases {
         let mut config = case.config.clone();
         // What the case does not name is off.
@@ -71,10 +71,20 @@ fn a_run_of_tokens_is_excluded_only_where_it_would_be_complete() {
 }
 
 #[test]
-fn what_would_leave_no_token_excludes_none() {
-    assert_eq!(excluded(&mut NoRepeatNgram::new(1), &[0, 1, 2, 3, 4, 5], 0), [0; 0]);
-    assert_eq!(excluded(&mut BadWords::new((0..6).map(|id| vec![id]).collect(), &[]), &[], 0), [0; 0]);
-    assert_eq!(excluded(&mut MinNewTokens::new(1, (0..6).collect()), &[], 0), [0; 0]);
+fn that_every_token_is_excluded_is_an_error_that_says_by_what() {
+    let on = |config: GenerationConfig| [GenerationConfig { do_sample: false, ..config.clone() }, config];
+    let ngram = GenerationConfig::default().with_no_repeat_ngram_size(1);
+    let words = GenerationConfig::default().with_bad_words((0..3).map(|id| vec![id]));
+    let end = GenerationConfig::default().with_eos(0..3).with_min_new_tokens(1);
+    for config in [on(ngram), on(words), on(end)].concat() {
+        let mut sampler = Sampler::new(&config).unwrap().with_prompt(3);
+        match sampler.sample(&mut [0.0, 1.0, 2.0], &[0, 1, 2]) {
+            Err(ModelError::InvalidLogits { reason }) => {
+                assert!(reason.contains("bad_words_ids"), "{reason}")
+            }
+            other => panic!("{config:?}: {other:?}"),
+        }
+    }
 }
 
 #[test]

@@ -157,7 +157,7 @@ fn the_end_of_the_text_is_a_choice_but_no_text() {
     let generation = tokens(9).with_eos([3]);
     let report = run(RegulatorConfig { satisfied_at: 1.0, ..settings() }, &generation, &[0.9999; 4]);
     assert_eq!(report.answer(), Some(vec![1, 2]));
-    assert_eq!((report.drafts[0].end, report.cost()), (Some(StopReason::Eos), 3));
+    assert_eq!((&report.drafts[0].end, report.cost()), (&Some(StopReason::Eos(3)), 3));
 }
 
 #[test]
@@ -172,7 +172,7 @@ fn the_caller_and_the_context_stop_it() {
         Regulation::new(&settings(), &tokens(2), &confidence).unwrap().with_interrupt(interrupt);
     let report = regulation.answer(script(&[0.6]), &[0]).unwrap();
     assert_eq!((report.verdict, report.answer()), (Verdict::Interrupted, None));
-    assert_eq!(report.drafts.last().unwrap().end, Some(StopReason::Interrupted));
+    assert_eq!(report.drafts.last().unwrap().end, Some(StopReason::Cancelled));
     drop(regulation);
 
     let short = || Ok(Script { rows: vec![vec![0.0; 4]], read: 0, capacity: 3 });

@@ -1,10 +1,8 @@
-use super::no_repeat_ngram::restore_if_empty;
 use super::{History, LogitsProcessor, exclude};
 
 /// Excludes sequences of tokens: the last token of one, where the tokens before it are the end of the history.
 ///
-/// As in Hugging Face's `bad_words_ids`, a sequence that is nothing but a token that ends the text is ignored. If
-/// everything that is left would be excluded, nothing is.
+/// As in Hugging Face's `bad_words_ids`, a sequence that is nothing but a token that ends the text is ignored.
 #[derive(Debug, Clone)]
 pub struct BadWords {
     words: Vec<Vec<u32>>,
@@ -20,7 +18,6 @@ impl BadWords {
 
 impl LogitsProcessor for BadWords {
     fn process(&mut self, scores: &mut [f32], history: History<'_>) {
-        let before = scores.to_vec();
         for word in &self.words {
             if let Some((last, start)) = word.split_last()
                 && history.last(start.len()) == Some(start)
@@ -28,6 +25,5 @@ impl LogitsProcessor for BadWords {
                 exclude(scores, *last);
             }
         }
-        restore_if_empty(scores, &before);
     }
 }

@@ -57,8 +57,8 @@ impl<'a> History<'a> {
 
 /// Changes the scores of the next token, `(vocab,)`; minus infinity excludes a token.
 ///
-/// Scores are no NaN and not plus infinity, and at least one is finite; a processor keeps it so. A history may hold ids
-/// that have no score.
+/// Scores are no NaN and not plus infinity; a processor keeps it so. If it excludes every token, there is none to choose, which
+/// is an error. A history may hold ids that have no score.
 ///
 /// # Examples
 /// ```

@@ -1,8 +1,6 @@
 use super::{History, LogitsProcessor, exclude};
 
 /// Excludes every token that would repeat a run of `n` tokens of the history, the prompt's too.
-///
-/// If that would exclude all tokens that are left, nothing is excluded.
 #[derive(Debug, Clone)]
 pub struct NoRepeatNgram {
     n: usize,
@@ -22,15 +20,6 @@ impl LogitsProcessor for NoRepeatNgram {
             let (last, start) = run.split_last()?;
             (start == open).then_some(*last)
         });
-        let before = scores.to_vec();
         banned.for_each(|id| exclude(scores, id));
-        restore_if_empty(scores, &before);
-    }
-}
-
-/// Takes an exclusion of everything back.
-pub(super) fn restore_if_empty(scores: &mut [f32], before: &[f32]) {
-    if scores.iter().all(|score| *score == f32::NEG_INFINITY) {
-        scores.copy_from_slice(before);
     }
 }

@@ -1,4 +1,4 @@
-"""What Hugging Face's logits processors make of scores: python3 processors.py > processors.json
+"""What Hugging Face's logits processors, in its order, make of scores: python3 processors.py > processors.json
 
 Needs torch and transformers. Each case: the settings as generation_config.json has them, history, length of the prompt,
 scores, and what the processors leave as log-probabilities (null: excluded).
@@ -9,34 +9,27 @@ import random
 
 import torch
 import transformers
-from transformers import LogitsProcessorList, generation
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 VOCAB = 24
 EOS = 2
 
 
+class Model(PreTrainedModel, GenerationMixin):
+    """Only to be asked for its processors, in its order."""
+
+
 def processors(c, prompt):
-    """The order of GenerationMixin._get_logits_processor."""
-    p = LogitsProcessorList()
-    if "repetition_penalty" in c:
-        p.append(generation.RepetitionPenaltyLogitsProcessor(c["repetition_penalty"]))
-    if "no_repeat_ngram_size" in c:
-        p.append(generation.NoRepeatNGramLogitsProcessor(c["no_repeat_ngram_size"]))
-    if "bad_words_ids" in c:
-        p.append(generation.NoBadWordsLogitsProcessor(c["bad_words_ids"], EOS))
-    if "min_new_tokens" in c:
-        p.append(generation.MinNewTokensLengthLogitsProcessor(prompt, c["min_new_tokens"], EOS))
-    if "temperature" in c:
-        p.append(generation.TemperatureLogitsWarper(c["temperature"]))
-    if "top_k" in c:
-        p.append(generation.TopKLogitsWarper(c["top_k"]))
-    if "top_p" in c:
-        p.append(generation.TopPLogitsWarper(c["top_p"]))
-    if "min_p" in c:
-        p.append(generation.MinPLogitsWarper(c["min_p"]))
-    if "typical_p" in c:
-        p.append(generation.TypicalLogitsWarper(c["typical_p"]))
-    return p
+    c = dict(c)
+    prefix = c.pop("forced_prefix", None)
+    config = GenerationConfig(**{"do_sample": True, "top_k": 0, "eos_token_id": EOS, "num_beams": 1,
+                                 "num_return_sequences": 1, **c})
+    model = Model(PretrainedConfig())
+    model._prepare_special_tokens(config, device="cpu")
+    return model._get_logits_processor(
+        config, input_ids_seq_length=prompt, device="cpu",
+        prefix_allowed_tokens_fn=prefix and (lambda _, ids: prefix[len(ids) - prompt:][:1] or list(range(VOCAB))),
+    )
 
 
 def main():
@@ -54,8 +47,9 @@ def main():
         {"temperature": 0.7, "top_p": 0.95, "typical_p": 0.8},
         {"min_new_tokens": 7, "repetition_penalty": 1.1, "top_k": 12, "min_p": 0.02, "typical_p": 0.95},
     ]
+    forced = [{"forced_prefix": [4, 9, 1, 0, 7]}, {"forced_prefix": [3, 3, 5], "repetition_penalty": 1.4, "top_p": 0.8}]
     cases = []
-    for config in one * 3 + several * 4:
+    for config in one * 3 + several * 4 + forced * 3:
         # Few different tokens, so that there are repetitions.
         history = [rng.randrange(8) for _ in range(rng.randrange(6, 14))]
         prompt = rng.randrange(1, len(history))

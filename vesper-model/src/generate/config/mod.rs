@@ -1,6 +1,13 @@
 //! The settings of generation, as `generation_config.json` stores them.
 
+mod early_stopping;
+mod stored;
+
 use serde::{Deserialize, Serialize};
+
+pub use early_stopping::EarlyStopping;
+pub(crate) use stored::OneOrMany;
+use stored::Stored;
 
 use crate::{ModelError, Result};
 
@@ -53,6 +60,22 @@ pub struct GenerationConfig {
     pub min_new_tokens: usize,
     /// The most tokens to generate, the prompt not counted. Default 256.
     pub max_new_tokens: usize,
+    /// The most tokens with the prompt; the smaller limit holds. Default none: as many as the model can remember.
+    ///
+    /// Hugging Face uses it only where there is no `max_new_tokens`. A file that has it alone is read as it is meant.
+    pub max_length: Option<usize>,
+    /// Texts that end the answer, and are no part of it; see [`StopStrings`](super::StopStrings). Stored as one text or as
+    /// a list. Default none. They need a tokenizer.
+    pub stop_strings: Vec<String>,
+    /// How many continuations [`beam_search`](super::beam_search) follows side by side; nothing else reads it. Default 1.
+    pub num_beams: usize,
+    /// Over 0 beam search favours long continuations, under 0 short ones: their log-probability is divided by
+    /// `length^length_penalty`. Default 1.
+    pub length_penalty: f64,
+    /// When beam search has found enough. Default [`EarlyStopping::WhenUnlikely`].
+    pub early_stopping: EarlyStopping,
+    /// How many continuations [`beam_search`](super::beam_search) gives, at most `num_beams`. Default 1.
+    pub num_return_sequences: usize,
     /// Seeds the draws: the same seed and logits give the same tokens. Default 0. Not a Hugging Face field.
     pub seed: u64,
     /// The token that begins a document; begins an empty prompt. Default none.
@@ -78,6 +101,12 @@ impl Default for GenerationConfig {
             forced_prefix: Vec::new(),
             min_new_tokens: 0,
             max_new_tokens: MAX_NEW_TOKENS,
+            max_length: None,
+            stop_strings: Vec::new(),
+            num_beams: 1,
+            length_penalty: 1.0,
+            early_stopping: EarlyStopping::default(),
+            num_return_sequences: 1,
             seed: 0,
             bos_token_id: None,
             eos_token_id: Vec::new(),
@@ -172,6 +201,42 @@ impl GenerationConfig {
         self
     }
 
+    /// Sets the most tokens with the prompt.
+    pub fn with_max_length(mut self, tokens: Option<usize>) -> Self {
+        self.max_length = tokens;
+        self
+    }
+
+    /// Sets the texts that end the answer.
+    pub fn with_stop_strings<S: Into<String>>(mut self, stops: impl IntoIterator<Item = S>) -> Self {
+        self.stop_strings = stops.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets how many continuations beam search follows.
+    pub fn with_beams(mut self, beams: usize) -> Self {
+        self.num_beams = beams;
+        self
+    }
+
+    /// Sets what beam search divides log-probabilities by: the length to this power.
+    pub fn with_length_penalty(mut self, penalty: f64) -> Self {
+        self.length_penalty = penalty;
+        self
+    }
+
+    /// Sets when beam search has found enough.
+    pub fn with_early_stopping(mut self, early_stopping: EarlyStopping) -> Self {
+        self.early_stopping = early_stopping;
+        self
+    }
+
+    /// Sets how many continuations beam search gives.
+    pub fn with_return_sequences(mut self, sequences: usize) -> Self {
+        self.num_return_sequences = sequences;
+        self
+    }
+
     /// Sets the seed of the draws.
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.seed = seed;
@@ -193,6 +258,11 @@ impl GenerationConfig {
     /// Whether the most probable token is always taken.
     pub fn is_greedy(&self) -> bool {
         !self.do_sample || self.temperature == 0.0
+    }
+
+    /// The most tokens of a sequence whose prompt has this many, prompt included.
+    pub(super) fn limit(&self, prompt: usize) -> usize {
+        prompt.saturating_add(self.max_new_tokens).min(self.max_length.unwrap_or(usize::MAX))
     }
 
     /// Checks every setting against its range.
@@ -218,11 +288,20 @@ impl GenerationConfig {
         if !(self.typical_p > 0.0 && self.typical_p <= 1.0) {
             return bad("typical_p", self.typical_p, "a number over 0 and up to 1");
         }
-        for (field, penalty) in
-            [("frequency_penalty", self.frequency_penalty), ("presence_penalty", self.presence_penalty)]
-        {
+        for (field, penalty) in [
+            ("frequency_penalty", self.frequency_penalty),
+            ("presence_penalty", self.presence_penalty),
+            ("length_penalty", self.length_penalty),
+        ] {
             if !penalty.is_finite() {
                 return bad(field, penalty, "a finite number");
+            }
+        }
+        for (field, count) in
+            [("num_beams", self.num_beams), ("num_return_sequences", self.num_return_sequences)]
+        {
+            if count == 0 {
+                return bad(field, 0.0, "at least 1");
             }
         }
         if self.bad_words_ids.iter().any(Vec::is_empty) {
@@ -232,6 +311,9 @@ impl GenerationConfig {
                 expected: "lists of at least one token",
             });
         }
+        if self.stop_strings.iter().any(String::is_empty) {
+            return Err(super::stop::empty_stop());
+        }
         if self.min_new_tokens > self.max_new_tokens {
             return Err(ModelError::InvalidGeneration {
                 field: "min_new_tokens",
@@ -240,117 +322,5 @@ impl GenerationConfig {
             });
         }
         Ok(())
-    }
-}
-
-/// The fields as the file has them.
-#[derive(Serialize, Deserialize)]
-struct Stored {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    bad_words_ids: Option<Vec<Vec<u32>>>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    bos_token_id: Option<u32>,
-    #[serde(default)]
-    do_sample: Option<bool>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    eos_token_id: Option<OneOrMany>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    forced_prefix: Option<Vec<u32>>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    frequency_penalty: Option<f64>,
-    #[serde(default)]
-    max_new_tokens: Option<usize>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    min_new_tokens: Option<usize>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    min_p: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    no_repeat_ngram_size: Option<usize>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    presence_penalty: Option<f64>,
-    #[serde(default)]
-    repetition_penalty: Option<f64>,
-    #[serde(default)]
-    seed: Option<u64>,
-    #[serde(default)]
-    temperature: Option<f64>,
-    #[serde(default)]
-    top_k: Option<usize>,
-    #[serde(default)]
-    top_p: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    typical_p: Option<f64>,
-}
-
-/// A token id or a list of them, as Hugging Face writes `eos_token_id`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "a token id must be a whole number from 0 to 4294967295, or a list of such")]
-pub(crate) enum OneOrMany {
-    One(u32),
-    Many(Vec<u32>),
-}
-
-impl From<OneOrMany> for Vec<u32> {
-    fn from(ids: OneOrMany) -> Self {
-        match ids {
-            OneOrMany::One(id) => vec![id],
-            OneOrMany::Many(ids) => ids,
-        }
-    }
-}
-
-impl From<Stored> for GenerationConfig {
-    fn from(stored: Stored) -> Self {
-        Self {
-            do_sample: stored.do_sample.unwrap_or(false),
-            temperature: stored.temperature.unwrap_or(1.0),
-            top_k: stored.top_k.unwrap_or(50),
-            top_p: stored.top_p.unwrap_or(1.0),
-            repetition_penalty: stored.repetition_penalty.unwrap_or(1.0),
-            min_p: stored.min_p.unwrap_or(0.0),
-            typical_p: stored.typical_p.unwrap_or(1.0),
-            frequency_penalty: stored.frequency_penalty.unwrap_or(0.0),
-            presence_penalty: stored.presence_penalty.unwrap_or(0.0),
-            no_repeat_ngram_size: stored.no_repeat_ngram_size.unwrap_or(0),
-            bad_words_ids: stored.bad_words_ids.unwrap_or_default(),
-            forced_prefix: stored.forced_prefix.unwrap_or_default(),
-            min_new_tokens: stored.min_new_tokens.unwrap_or(0),
-            max_new_tokens: stored.max_new_tokens.unwrap_or(MAX_NEW_TOKENS),
-            seed: stored.seed.unwrap_or(0),
-            bos_token_id: stored.bos_token_id,
-            eos_token_id: stored.eos_token_id.map(Vec::from).unwrap_or_default(),
-        }
-    }
-}
-
-impl From<GenerationConfig> for Stored {
-    fn from(config: GenerationConfig) -> Self {
-        let sample = !config.is_greedy();
-        // What is off is left out.
-        let unless = |off: f64, value: f64| (value != off).then_some(value);
-        let positive = |value: usize| (value > 0).then_some(value);
-        Self {
-            bad_words_ids: (!config.bad_words_ids.is_empty()).then_some(config.bad_words_ids),
-            forced_prefix: (!config.forced_prefix.is_empty()).then_some(config.forced_prefix),
-            frequency_penalty: unless(0.0, config.frequency_penalty),
-            presence_penalty: unless(0.0, config.presence_penalty),
-            min_p: unless(0.0, config.min_p),
-            typical_p: unless(1.0, config.typical_p),
-            min_new_tokens: positive(config.min_new_tokens),
-            no_repeat_ngram_size: positive(config.no_repeat_ngram_size),
-            bos_token_id: config.bos_token_id,
-            do_sample: Some(sample),
-            eos_token_id: match config.eos_token_id.as_slice() {
-                [] => None,
-                &[id] => Some(OneOrMany::One(id)),
-                ids => Some(OneOrMany::Many(ids.to_vec())),
-            },
-            max_new_tokens: Some(config.max_new_tokens),
-            repetition_penalty: Some(config.repetition_penalty),
-            seed: Some(config.seed),
-            temperature: Some(config.temperature),
-            top_k: Some(config.top_k),
-            top_p: Some(config.top_p),
-        }
     }
 }
