@@ -13,7 +13,9 @@ fn kernels() {
     let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default());
     let built = cudaforge::KernelBuilder::new()
         .source_dir(directory)
-        .watch(["common", "mma", "norms", "attention"].map(|stem| format!("{directory}/{stem}.cuh")))
+        .watch(
+            ["common", "mma", "norms", "attention", "decode"].map(|stem| format!("{directory}/{stem}.cuh")),
+        )
         .arg("-std=c++17")
         .arg("-O3")
         .build_ptx();

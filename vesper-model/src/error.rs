@@ -75,6 +75,22 @@ pub enum ModelError {
         /// Tokens possible.
         limit: usize,
     },
+    /// Lists for another number of sequences than there are.
+    #[error("got lists for {got} sequences, but the session has {expected}")]
+    Rows {
+        /// Lists given.
+        got: usize,
+        /// Sequences there are.
+        expected: usize,
+    },
+    /// A sequence that is not there.
+    #[error("there is no sequence {row}: the session has {rows}, from 0 on")]
+    NoRow {
+        /// What was asked for.
+        row: usize,
+        /// Sequences there are.
+        rows: usize,
+    },
     /// A generation setting outside its range.
     #[error("invalid generation setting: {field} is {got}, expected {expected}")]
     InvalidGeneration {

@@ -14,4 +14,4 @@ pub use candle_nn;
 pub use config::{AdapterConfig, Projection, VesperConfig};
 pub use error::{ModelError, Result};
 pub use flylora;
-pub use model::{Activations, Parameter, Session, VesperLM, initialize, trainable};
+pub use model::{Activations, BatchSession, DecodeStep, Parameter, Session, VesperLM, initialize, trainable};

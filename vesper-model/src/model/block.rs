@@ -7,8 +7,8 @@ use era_act::Activation;
 use super::cache::LayerCache;
 use super::projection::Packed;
 use crate::ops::{
-    DecoderSettings, DecoderWeights, Heads, Path, Rope, causal_attention, decoder_block, gated_feed_forward,
-    residual_rms_norm, rms_norm, self_attention,
+    DecoderSettings, DecoderWeights, Heads, Path, Place, Rope, causal_attention, decoder_block,
+    gated_feed_forward, residual_rms_norm, rms_norm, self_attention,
 };
 use crate::{Projection, VesperConfig};
 
@@ -52,8 +52,7 @@ impl Block {
     /// x: (batch, t, hidden) to the same shape
     pub(super) fn forward(&self, x: &Tensor, rope: &Rope, path: Path) -> Result<Tensor> {
         if let Some(weights) = self.plain() {
-            let settings = DecoderSettings { heads: self.heads, activation: self.activation, eps: self.eps };
-            return decoder_block(x, &weights, settings, Some(rope), path);
+            return decoder_block(x, &weights, self.settings(), Some(rope), path);
         }
         self.feed_forward(x, &self.attention(x, rope, path)?, path)
     }
@@ -79,8 +78,12 @@ impl Block {
         Ok(((x + self.down.forward(&inner, path)?)?, gates))
     }
 
+    pub(super) fn settings(&self) -> DecoderSettings {
+        DecoderSettings { heads: self.heads, activation: self.activation, eps: self.eps }
+    }
+
     /// The parameters, where no projection has an adapter.
-    fn plain(&self) -> Option<DecoderWeights> {
+    pub(super) fn plain(&self) -> Option<DecoderWeights> {
         Some(DecoderWeights {
             norm_attention: self.norm_attention.clone(),
             qkv: self.qkv.plain()?.clone(),
@@ -91,17 +94,19 @@ impl Block {
         })
     }
 
-    /// As [`Block::forward`], for rows that follow what the cache holds; without a gradient.
+    /// As [`Block::forward`], for tokens that follow what the cache holds before their places: (places, t, hidden);
+    /// without a gradient.
     pub(super) fn forward_cached(
         &self,
         x: &Tensor,
         rope: &Rope,
-        cache: &mut LayerCache,
+        cache: &LayerCache,
+        places: &[Place],
         path: Path,
     ) -> Result<Tensor> {
         let n = rms_norm(x, &self.norm_attention, self.eps, path)?;
         let qkv = self.qkv.forward(&n, path)?;
-        let attention = cache.attend(&qkv, self.heads, rope)?;
+        let attention = cache.attend(&qkv, self.heads, rope, places, path)?;
         self.feed_forward(x, &self.output.forward(&attention, path)?, path)
     }
 

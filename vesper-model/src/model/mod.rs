@@ -1,8 +1,10 @@
 //! VesperLM: a pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and a gated feed-forward.
 
 mod adapters;
+mod batch_session;
 mod block;
 mod cache;
+mod decoding;
 mod parameters;
 mod projection;
 mod session;
@@ -11,12 +13,14 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 
 use crate::ops::{
-    CrossEntropy, Heads, LossAndEntropy, Path, Rope, cast, checkpoint, embedding, linear,
+    CrossEntropy, Heads, LossAndEntropy, Path, Rope, StepWeights, cast, checkpoint, embedding, linear,
     linear_cross_entropy, rms_norm,
 };
 use crate::{ModelError, Result, VesperConfig, hf};
 use block::Block;
 
+pub use batch_session::BatchSession;
+pub use decoding::DecodeStep;
 pub(crate) use parameters::insert;
 pub use parameters::{Parameter, initialize, trainable};
 pub use session::Session;
@@ -189,6 +193,11 @@ impl VesperLM {
         &self.config
     }
 
+    /// What activations are computed in, see [`VesperLM::with_compute_dtype`].
+    pub fn compute_dtype(&self) -> DType {
+        self.compute
+    }
+
     /// The device that the parameters are on.
     pub fn device(&self) -> &Device {
         self.embed.device()
@@ -289,6 +298,28 @@ impl VesperLM {
     /// A device that is out of memory.
     pub fn session(&self, capacity: usize) -> Result<Session> {
         Session::new(self, capacity)
+    }
+
+    /// A decoding session of `rows` sequences of up to `capacity` tokens each, with one key-value cache; `capacity` is
+    /// limited to the model's `max_position_embeddings`.
+    ///
+    /// # Errors
+    /// A device that is out of memory.
+    pub fn batch_session(&self, rows: usize, capacity: usize) -> Result<BatchSession> {
+        BatchSession::new(self, rows, capacity)
+    }
+
+    /// What a fused decoding step reads; none where that takes more than plain weights.
+    fn step_weights(&self) -> Option<StepWeights> {
+        let settings = self.blocks.first().filter(|_| self.path == Path::Fused)?.settings();
+        Some(StepWeights {
+            embed: self.embed.clone(),
+            layers: self.blocks.iter().map(Block::plain).collect::<Option<_>>()?,
+            norm: self.norm.clone(),
+            head: self.output_weight().clone(),
+            settings,
+            rope: self.rope.clone(),
+        })
     }
 
     /// ids (batch, t) to the normalised last hidden states (batch, t, hidden)

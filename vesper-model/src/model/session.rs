@@ -1,14 +1,15 @@
-//! Decoding with a key-value cache.
+//! Decoding one sequence with a key-value cache.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::VesperLM;
-use super::cache::LayerCache;
+use super::decoding::{DecodeStep, Decoding, argmax};
 use crate::generate::NextLogits;
-use crate::ops::embedding;
 use crate::{ModelError, Result};
 
 /// One sequence being decoded: the model and the keys and values of what it has read.
+///
+/// The first tokens, a prompt, are read at the speed of training; single tokens as [`DecodeStep`] says.
 ///
 /// # Examples
 /// ```
@@ -24,68 +25,116 @@ use crate::{ModelError, Result};
 /// assert_eq!(logits.len(), 64);
 /// session.append(&[4])?; // costs one row
 /// assert_eq!(session.remaining(), 12);
+/// session.truncate(3); // back to the prompt
+/// assert_eq!(session.remaining(), 13);
 /// # Ok::<(), vesper_model::ModelError>(())
 /// ```
 #[derive(Debug)]
 pub struct Session {
-    /// Without gradients.
-    model: VesperLM,
-    layers: Vec<LayerCache>,
-    len: usize,
-    capacity: usize,
-    /// (1, 1, hidden), after the last norm.
+    decoding: Decoding,
     last_hidden: Option<Tensor>,
 }
 
 impl Session {
     pub(super) fn new(model: &VesperLM, capacity: usize) -> Result<Self> {
-        let capacity = capacity.min(model.rope.positions());
-        let layers = model
-            .blocks
-            .iter()
-            .map(|_| LayerCache::new(1, capacity, model.heads(), model.compute, model.device()))
-            .collect::<candle_core::Result<_>>()?;
-        Ok(Self { model: model.detach(), layers, len: 0, capacity, last_hidden: None })
+        Ok(Self { decoding: Decoding::new(model, 1, capacity)?, last_hidden: None })
+    }
+
+    /// Takes single tokens through the model in this way; the default is [`DecodeStep::Auto`].
+    ///
+    /// # Errors
+    /// A device that is out of memory.
+    pub fn with_step(mut self, step: DecodeStep) -> Result<Self> {
+        self.decoding.set_step(step)?;
+        Ok(self)
+    }
+
+    /// Whether single tokens take a fused step, rather than operation after operation.
+    pub fn is_fused(&self) -> bool {
+        self.decoding.is_fused()
     }
 
     /// The hidden state of the last token that was read, after the last norm: what the output layer scores. `(1, 1,
-    /// hidden)`, in the dtype of the computation; `None` before the first token.
+    /// hidden)`, in the dtype of the computation; `None` before the first token and after [`Session::truncate`].
     pub fn last_hidden(&self) -> Option<&Tensor> {
         self.last_hidden.as_ref()
+    }
+
+    /// How many tokens the session has read.
+    pub fn len(&self) -> usize {
+        self.decoding.lens().first().copied().unwrap_or(0)
+    }
+
+    /// Whether it has read none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Forgets all but the first `len` tokens; nothing where there are no more.
+    pub fn truncate(&mut self, len: usize) {
+        if self.decoding.truncate(0, len) {
+            self.last_hidden = None;
+        }
+    }
+
+    /// Reads `ids`, then chooses the likeliest token `n` times: those tokens, of which the session has read all but the
+    /// last one.
+    ///
+    /// # Errors
+    /// [`ModelError::EmptyPrompt`] without ids, and what [`NextLogits::append`] refuses; nothing is read where the tokens
+    /// do not fit.
+    ///
+    /// # Examples
+    /// ```
+    /// use vesper_model::candle_core::{DType, Device};
+    /// use vesper_model::candle_nn::VarMap;
+    /// use vesper_model::{VesperConfig, VesperLM};
+    ///
+    /// let config = VesperConfig::preset("nano")?.with_vocab(64);
+    /// let model = VesperLM::initialize(&config, &VarMap::new(), 0, DType::F32, &Device::Cpu)?;
+    /// let mut session = model.session(16)?;
+    /// assert_eq!(session.greedy(&[1, 2, 3], 4)?.len(), 4);
+    /// assert_eq!(session.len(), 6);
+    /// # Ok::<(), vesper_model::ModelError>(())
+    /// ```
+    pub fn greedy(&mut self, ids: &[u32], n: usize) -> Result<Vec<u32>> {
+        let needed = ids.len() + n.saturating_sub(1);
+        if needed > self.remaining() {
+            let limit = self.len() + self.remaining();
+            return Err(ModelError::SequenceTooLong { got: self.len() + needed, limit });
+        }
+        let first = argmax(&self.append(ids)?);
+        if n > 1
+            && let Some((rest, hidden)) = self.decoding.greedy(first, n - 1)?
+        {
+            self.last_hidden = Some(hidden);
+            return Ok([&[first][..], &rest].concat());
+        }
+        let mut chosen = vec![first];
+        while let Some(&id) = chosen.last().filter(|_| chosen.len() < n) {
+            chosen.push(argmax(&self.append(&[id])?));
+        }
+        chosen.truncate(n);
+        Ok(chosen)
     }
 }
 
 impl NextLogits for Session {
     fn append(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
-        let model = &self.model;
-        let vocab = model.config.vocab_size;
-        if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab) {
-            return Err(ModelError::TokenOutOfRange { id, vocab });
+        match self.decoding.append(&[ids])?.pop().flatten() {
+            Some((logits, hidden)) => {
+                self.last_hidden = Some(hidden);
+                Ok(logits)
+            }
+            None => Err(ModelError::EmptyPrompt),
         }
-        if ids.len() > self.remaining() {
-            return Err(ModelError::SequenceTooLong { got: self.len + ids.len(), limit: self.capacity });
-        }
-        if ids.is_empty() {
-            return Err(ModelError::EmptyPrompt);
-        }
-        let ids = Tensor::new(ids, model.device())?.unsqueeze(0)?;
-        let mut h = embedding(&model.embed, &ids, model.path)?.to_dtype(model.compute)?;
-        for (block, cache) in model.blocks.iter().zip(&mut self.layers) {
-            h = block.forward_cached(&h, &model.rope, cache, model.path)?;
-        }
-        let t = h.dim(1)?;
-        self.len += t;
-        let last = model.last_norm(&h.narrow(1, t - 1, 1)?)?;
-        let logits = model.logits(&last)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?;
-        self.last_hidden = Some(last);
-        Ok(logits)
     }
 
     fn remaining(&self) -> usize {
-        self.capacity - self.len
+        self.decoding.remaining(0)
     }
 
     fn vocab_size(&self) -> usize {
-        self.model.config.vocab_size
+        self.decoding.vocab_size()
     }
 }

@@ -48,6 +48,7 @@ mod checkpoint;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod decode;
 mod decoder;
 mod device;
 mod dropout;
@@ -71,6 +72,9 @@ pub use attention::{Heads, causal_attention};
 pub use captured::CapturedStep;
 pub use checkpoint::checkpoint;
 pub use cross_entropy::{CrossEntropy, LossAndEntropy, linear_cross_entropy};
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::decode::CudaStep;
+pub(crate) use decode::{Place, StepWeights};
 pub use decoder::{DecoderSettings, DecoderWeights, decoder_block};
 pub use device::{cuda_device, prepare_cpu, prepare_cuda_device, release_unused_memory};
 pub use dropout::dropout;

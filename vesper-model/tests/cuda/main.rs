@@ -8,6 +8,7 @@ mod attention;
 mod captured;
 mod common;
 mod cross_entropy;
+mod decode;
 mod decoder;
 mod layers;
 mod model;

@@ -106,6 +106,20 @@ impl Recording {
     }
 }
 
+/// What `launches` sends to the device's stream, as a graph; it must have run before, and allocate nothing.
+pub(super) fn record(device: &CudaDevice, launches: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
+    let stream = device.cuda_stream();
+    stream.synchronize().w()?;
+    let mut capture = Capture::begin(stream)?;
+    let ran = launches();
+    let graph = capture.end();
+    ran?;
+    match graph? {
+        Some(graph) => Ok(graph),
+        None => bail!("there was nothing to record as a CUDA graph"),
+    }
+}
+
 /// A stream that is recording, which ends whatever happens.
 struct Capture {
     stream: Option<Arc<CudaStream>>,

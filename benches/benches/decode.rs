@@ -1,0 +1,295 @@
+//! Tokens a second of decoding with a cache, against the rate at which memory could give the weights.
+//!
+//! ```text
+//! cargo bench -p vesper-benches [--features cuda] --bench decode -- [nano small medium] [f32 bf16] [composed]
+//! ```
+//!
+//! A prompt of 64 tokens is read, then 128 tokens are chosen greedily, of one sequence and of eight; prefill is a prompt of
+//! 512 tokens, beside the model's forward over the same tokens in training. On the CPU the presets nano and small in f32 and
+//! bf16, on CUDA also medium, in bf16, by the step that is replayed as a graph. `composed` also measures decoding by the
+//! operations, without the fused step. The floor is what reading the weights and the filled cache once takes at the rate of
+//! a copy on this machine; a model that fits into the caches can be below it.
+//!
+//! A run writes `benches/record/<machine>/<date>-decode.json`, or the file that `VESPER_BENCH_RECORD` names. Lines that
+//! `benches/peers/torch_decode.py` printed in the same session are taken into the record from the file that
+//! `VESPER_BENCH_PEERS` names. Without `--bench`, which cargo bench passes, everything runs once on a tiny model and nothing
+//! is written.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarMap;
+use serde::Serialize;
+use vesper_benches::record::{machine, today};
+use vesper_model::generate::{BatchLogits, NextLogits};
+use vesper_model::ops::cuda_device;
+use vesper_model::{DecodeStep, Result, VesperConfig, VesperLM};
+
+/// Tokens of the prompt and after it, and of the long prompt.
+#[derive(Clone, Copy)]
+struct Sizes {
+    prompt: usize,
+    tokens: usize,
+    prefill: usize,
+    runs: usize,
+}
+
+/// The median and the extremes of several runs.
+#[derive(Serialize)]
+struct Rate {
+    tokens_per_s: f64,
+    least: f64,
+    most: f64,
+}
+
+#[derive(Serialize)]
+struct Decoding {
+    preset: String,
+    compute: String,
+    batch: usize,
+    step: String,
+    decode: Rate,
+    /// What a step reads at least: the weights, and the cache at the mean length.
+    bytes_per_step: f64,
+    /// The share of the rate of a copy at which they are read.
+    share_of_copy: f64,
+}
+
+#[derive(Serialize)]
+struct Prefill {
+    preset: String,
+    compute: String,
+    tokens: usize,
+    prefill: Rate,
+    /// The forward of training over the same tokens, without the output layer.
+    training_forward: Rate,
+}
+
+#[derive(Serialize)]
+struct Record {
+    bench: &'static str,
+    date: String,
+    machine: String,
+    threads: usize,
+    copy_gb_per_s: f64,
+    decoding: Vec<Decoding>,
+    prefill: Vec<Prefill>,
+    /// What other programs printed about themselves in the same session.
+    peers: Vec<String>,
+}
+
+/// `tokens` over the seconds of `f`, after a first run.
+fn rate(device: &Device, runs: usize, tokens: usize, mut f: impl FnMut() -> Result<()>) -> Result<Rate> {
+    f()?;
+    let mut samples = Vec::with_capacity(runs);
+    for _ in 0..runs {
+        device.synchronize()?;
+        let start = Instant::now();
+        f()?;
+        device.synchronize()?;
+        samples.push(tokens as f64 / start.elapsed().as_secs_f64());
+    }
+    samples.sort_by(f64::total_cmp);
+    let at = |i: usize| samples.get(i).copied().unwrap_or(f64::NAN);
+    Ok(Rate { tokens_per_s: at(runs / 2), least: at(0), most: at(runs - 1) })
+}
+
+fn ids(n: usize, vocab: usize, seed: usize) -> Vec<u32> {
+    (0..n).map(|i| ((i + seed) * 7919 % vocab) as u32).collect()
+}
+
+/// Bytes a second of a copy that fits into no cache.
+fn copy(device: &Device, runs: usize, bytes: usize) -> Result<f64> {
+    let from = Tensor::ones(bytes / 4, DType::F32, device)?;
+    if device.is_cpu() {
+        use rayon::prelude::*;
+        let from: Vec<f32> = from.to_vec1()?;
+        let mut to = vec![0f32; from.len()];
+        let rate = rate(device, runs, 2 * bytes, || {
+            to.par_chunks_mut(1 << 18)
+                .zip(from.par_chunks(1 << 18))
+                .for_each(|(to, from)| to.copy_from_slice(from));
+            Ok(())
+        })?;
+        return Ok(rate.tokens_per_s);
+    }
+    Ok(rate(device, runs, 2 * bytes, || Ok(drop(from.copy()?)))?.tokens_per_s)
+}
+
+fn argmax(logits: &[f32]) -> u32 {
+    (0..logits.len()).reduce(|best, i| if logits[i] > logits[best] { i } else { best }).unwrap_or(0) as u32
+}
+
+fn decode(model: &VesperLM, batch: usize, step: DecodeStep, sizes: Sizes) -> Result<Rate> {
+    let capacity = (sizes.prompt + sizes.tokens).next_multiple_of(256);
+    let vocab = model.config().vocab_size;
+    let device = model.device();
+    if batch == 1 {
+        let mut session = model.session(capacity)?.with_step(step)?;
+        session.append(&ids(sizes.prompt, vocab, 0))?;
+        return rate(device, sizes.runs, sizes.tokens, || {
+            session.truncate(sizes.prompt);
+            session.greedy(&[1], sizes.tokens).map(drop)
+        });
+    }
+    let mut session = model.batch_session(batch, capacity)?.with_step(step)?;
+    let prompts: Vec<Vec<u32>> = (0..batch).map(|row| ids(sizes.prompt, vocab, row)).collect();
+    session.append(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
+    rate(device, sizes.runs, batch * sizes.tokens, || {
+        (0..batch).for_each(|row| session.truncate(row, sizes.prompt));
+        let mut tokens = vec![[1u32]; batch];
+        for _ in 0..sizes.tokens {
+            let logits = session.append(&tokens.iter().map(<[u32; 1]>::as_slice).collect::<Vec<_>>())?;
+            tokens = logits.iter().map(|logits| [argmax(logits)]).collect();
+        }
+        Ok(())
+    })
+}
+
+fn prefill(name: &str, model: &VesperLM, sizes: Sizes) -> Result<Prefill> {
+    let prompt = ids(sizes.prefill, model.config().vocab_size, 0);
+    let tensor = Tensor::new(&prompt[..], model.device())?.unsqueeze(0)?;
+    let mut session = model.session(sizes.prefill)?;
+    let row = Prefill {
+        preset: name.into(),
+        compute: format!("{:?}", model.compute_dtype()),
+        tokens: sizes.prefill,
+        prefill: rate(model.device(), sizes.runs, sizes.prefill, || {
+            session.truncate(0);
+            session.append(&prompt).map(drop)
+        })?,
+        training_forward: rate(model.device(), sizes.runs, sizes.prefill, || {
+            model.hidden_states(&tensor).map(drop)
+        })?,
+    };
+    println!(
+        "prefill {name} {} {} tokens: {:.0} tok/s (from {:.0} to {:.0}); forward in training {:.0}",
+        row.compute,
+        row.tokens,
+        row.prefill.tokens_per_s,
+        row.prefill.least,
+        row.prefill.most,
+        row.training_forward.tokens_per_s
+    );
+    Ok(row)
+}
+
+/// What one step reads at least.
+fn bytes(config: &VesperConfig, dtype: DType, batch: usize, sizes: Sizes) -> f64 {
+    let weights = config.num_parameters() * dtype.size_in_bytes();
+    let length = sizes.prompt + sizes.tokens / 2;
+    let position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim;
+    (weights + batch * length * position * dtype.size_in_bytes()) as f64
+}
+
+fn measure(
+    (name, config): (&str, &VesperConfig),
+    dtype: DType,
+    device: &Device,
+    (sizes, composed): (Sizes, bool),
+    record: &mut Record,
+) -> Result<()> {
+    let varmap = VarMap::new();
+    let model = VesperLM::initialize(config, &varmap, 42, dtype, device)?;
+    let steps =
+        if composed { &[DecodeStep::Captured, DecodeStep::Composed][..] } else { &[DecodeStep::Captured] };
+    for &step in steps {
+        for batch in [1, 8] {
+            let decode = decode(&model, batch, step, sizes)?;
+            let bytes_per_step = bytes(config, dtype, batch, sizes);
+            let share = bytes_per_step * decode.tokens_per_s / batch as f64 / (record.copy_gb_per_s * 1e9);
+            println!(
+                "decode {name} {dtype:?} batch {batch} {}: {:.1} tok/s (from {:.1} to {:.1}), {:.2} of a copy's rate",
+                if step == DecodeStep::Composed { "composed" } else { "fused" },
+                decode.tokens_per_s,
+                decode.least,
+                decode.most,
+                share
+            );
+            record.decoding.push(Decoding {
+                preset: name.into(),
+                compute: format!("{dtype:?}"),
+                batch,
+                step: if step == DecodeStep::Composed { "composed" } else { "fused" }.into(),
+                decode,
+                bytes_per_step,
+                share_of_copy: share,
+            });
+        }
+    }
+    record.prefill.push(prefill(name, &model, sizes)?);
+    Ok(())
+}
+
+/// The GPU's name, or that of the processor.
+fn machine_of(device: &Device) -> String {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device
+        && let Ok(name) = device.cuda_stream().context().name()
+    {
+        let name = std::env::var("VESPER_BENCH_MACHINE").unwrap_or(name);
+        return name.to_lowercase().split(|c: char| !c.is_ascii_alphanumeric()).collect::<Vec<_>>().join("-");
+    }
+    let _ = device;
+    machine()
+}
+
+fn main() -> std::result::Result<(), Box<dyn Error>> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let has = |word: &str| words.iter().any(|w| w == word);
+    let device = cuda_device(0).unwrap_or(Device::Cpu);
+    let mut record = Record {
+        bench: "decode",
+        date: today(),
+        machine: machine_of(&device),
+        threads: rayon::current_num_threads(),
+        copy_gb_per_s: f64::NAN,
+        decoding: Vec::new(),
+        prefill: Vec::new(),
+        peers: Vec::new(),
+    };
+    if !has("--bench") {
+        let config = VesperConfig::preset("nano")?.with_vocab(64);
+        let sizes = Sizes { prompt: 3, tokens: 4, prefill: 8, runs: 1 };
+        record.copy_gb_per_s = copy(&device, 1, 1 << 12)? / 1e9;
+        return Ok(measure(("nano", &config), DType::F32, &device, (sizes, true), &mut record)?);
+    }
+    let sizes = Sizes { prompt: 64, tokens: 128, prefill: 512, runs: 7 };
+    record.copy_gb_per_s = copy(&device, 11, if device.is_cpu() { 1 << 28 } else { 1 << 31 })? / 1e9;
+    println!("{}: copy {:.1} GB/s", record.machine, record.copy_gb_per_s);
+    let chosen = |all: &[&'static str]| -> Vec<&'static str> {
+        let named: Vec<_> = VesperConfig::PRESETS.into_iter().filter(|name| has(name)).collect();
+        if named.is_empty() { all.to_vec() } else { named }
+    };
+    let presets = chosen(if device.is_cpu() { &["nano", "small"] } else { &["nano", "small", "medium"] });
+    let named: Vec<DType> = [DType::F32, DType::BF16].into_iter().filter(|d| has(d.as_str())).collect();
+    let dtypes = match (named.is_empty(), device.is_cpu()) {
+        (false, _) => named,
+        (true, true) => vec![DType::F32, DType::BF16],
+        (true, false) => vec![DType::BF16],
+    };
+    for name in presets {
+        for &dtype in &dtypes {
+            let config = VesperConfig::preset(name)?;
+            measure((name, &config), dtype, &device, (sizes, has("composed")), &mut record)?;
+        }
+    }
+    if let Ok(path) = std::env::var("VESPER_BENCH_PEERS") {
+        record.peers = std::fs::read_to_string(path)?.lines().map(str::to_owned).collect();
+    }
+    let path = std::env::var("VESPER_BENCH_RECORD").map_or_else(
+        |_| {
+            let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("record").join(&record.machine);
+            folder.join(format!("{}-decode.json", record.date))
+        },
+        PathBuf::from,
+    );
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
+    println!("{}", path.display());
+    Ok(())
+}

@@ -1,0 +1,263 @@
+//! A model and a cache of several rows: what sessions of one sequence and of several are made of.
+
+use candle_core::{DType, Tensor};
+
+use super::VesperLM;
+use super::cache::LayerCache;
+#[cfg(feature = "cuda")]
+use crate::ops::CudaStep;
+use crate::ops::{Place, StepWeights, embedding};
+use crate::{ModelError, Result};
+
+/// Tokens of a row that go through the model at once where the row is not empty: their scores are (chunk x length) a
+/// head.
+const CHUNK: usize = 256;
+
+/// Whether sessions on CUDA take the fused step where nothing else is asked for.
+const CUDA_BY_DEFAULT: bool = false;
+
+/// How a session takes single tokens through the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DecodeStep {
+    /// By the fastest way that is in use on the device: on the CPU [`DecodeStep::Fused`], elsewhere
+    /// [`DecodeStep::Composed`].
+    #[default]
+    Auto,
+    /// By the operations of [`ops`](crate::ops), which take every model.
+    Composed,
+    /// By a few kernels that read the weights and the cache once: on the CPU for f32 and bf16, on CUDA for f32, bf16 and
+    /// f16; for weights of the dtype of the computation (on the CPU also f32 beside bf16) without adapters. Other models
+    /// are composed.
+    Fused,
+    /// The same on CUDA, recorded as a graph that is replayed for each token; elsewhere as [`DecodeStep::Fused`]. The
+    /// device must be one of [`cuda_device`](crate::ops::cuda_device), with no other thread at work on it during the
+    /// second token.
+    Captured,
+}
+
+/// What takes single tokens through the model.
+#[derive(Debug)]
+enum Stepper {
+    Composed,
+    Cpu(Box<StepWeights>),
+    #[cfg(feature = "cuda")]
+    Cuda(Box<CudaStep>),
+}
+
+/// Logits of the last token of a row, and its hidden state (1, 1, hidden).
+pub(super) type Last = (Vec<f32>, Tensor);
+
+#[derive(Debug)]
+pub(super) struct Decoding {
+    /// Without gradients.
+    model: VesperLM,
+    layers: Vec<LayerCache>,
+    /// How many tokens each row has read.
+    lens: Vec<usize>,
+    capacity: usize,
+    stepper: Stepper,
+}
+
+impl Decoding {
+    pub(super) fn new(model: &VesperLM, rows: usize, capacity: usize) -> Result<Self> {
+        let capacity = capacity.min(model.rope.positions());
+        let layers = model
+            .blocks
+            .iter()
+            .map(|_| LayerCache::new(rows, capacity, model.heads(), model.compute, model.device()))
+            .collect::<candle_core::Result<_>>()?;
+        let (model, stepper) = (model.detach(), Stepper::Composed);
+        let mut decoding = Self { model, layers, lens: vec![0; rows], capacity, stepper };
+        decoding.set_step(DecodeStep::Auto)?;
+        Ok(decoding)
+    }
+
+    pub(super) fn set_step(&mut self, step: DecodeStep) -> Result<()> {
+        self.stepper = Stepper::Composed;
+        let wanted = match step {
+            DecodeStep::Composed => false,
+            DecodeStep::Auto => CUDA_BY_DEFAULT || self.model.device().is_cpu(),
+            DecodeStep::Fused | DecodeStep::Captured => true,
+        };
+        let Some(weights) = self.model.step_weights().filter(|_| wanted && self.capacity > 0) else {
+            return Ok(());
+        };
+        if self.model.device().is_cpu() {
+            if weights.has_cpu_step(self.model.compute) {
+                self.stepper = Stepper::Cpu(Box::new(weights));
+            }
+            return Ok(());
+        }
+        #[cfg(feature = "cuda")]
+        {
+            let caches: Vec<Tensor> = self.layers.iter().map(|layer| layer.tensor().clone()).collect();
+            if let Some(cuda) = CudaStep::new(&weights, &caches, step != DecodeStep::Fused)? {
+                self.stepper = Stepper::Cuda(Box::new(cuda));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether single tokens take a fused step.
+    pub(super) fn is_fused(&self) -> bool {
+        !matches!(self.stepper, Stepper::Composed)
+    }
+
+    pub(super) fn lens(&self) -> &[usize] {
+        &self.lens
+    }
+
+    pub(super) fn remaining(&self, row: usize) -> usize {
+        self.lens.get(row).map_or(0, |len| self.capacity - len)
+    }
+
+    pub(super) fn vocab_size(&self) -> usize {
+        self.model.config.vocab_size
+    }
+
+    /// Row `row` keeps its first `len` tokens. Whether that was fewer than it had.
+    pub(super) fn truncate(&mut self, row: usize, len: usize) -> bool {
+        match self.lens.get_mut(row) {
+            Some(own) if len < *own => {
+                *own = len;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Adds tokens to the rows that have any; the others get none.
+    pub(super) fn append(&mut self, ids: &[&[u32]]) -> Result<Vec<Option<Last>>> {
+        self.check(ids)?;
+        let mut last: Vec<Option<Last>> = vec![None; ids.len()];
+        let places: Vec<Place> = (0..ids.len())
+            .filter(|&row| ids[row].len() == 1)
+            .map(|row| Place { row, position: self.lens[row] })
+            .collect();
+        if !places.is_empty() {
+            let singles: Vec<u32> = places.iter().map(|place| ids[place.row][0]).collect();
+            for (place, done) in places.iter().zip(self.one_each(&singles, &places)?) {
+                last[place.row] = Some(done);
+            }
+        }
+        for (row, ids) in ids.iter().enumerate().filter(|(_, ids)| ids.len() > 1) {
+            last[row] = Some(self.read(row, ids)?);
+        }
+        for (len, ids) in self.lens.iter_mut().zip(ids) {
+            *len += ids.len();
+        }
+        Ok(last)
+    }
+
+    fn check(&self, ids: &[&[u32]]) -> Result<()> {
+        let (rows, vocab) = (self.lens.len(), self.vocab_size());
+        if ids.len() != rows {
+            return Err(ModelError::Rows { got: ids.len(), expected: rows });
+        }
+        for (len, ids) in self.lens.iter().zip(ids) {
+            if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab) {
+                return Err(ModelError::TokenOutOfRange { id, vocab });
+            }
+            if ids.len() > self.capacity - len {
+                return Err(ModelError::SequenceTooLong { got: len + ids.len(), limit: self.capacity });
+            }
+        }
+        Ok(())
+    }
+
+    /// One token a place.
+    fn one_each(&mut self, ids: &[u32], places: &[Place]) -> Result<Vec<Last>> {
+        let (logits, hidden) = match &mut self.stepper {
+            Stepper::Composed => {
+                let ids = Tensor::new(ids, self.model.device())?.unsqueeze(1)?;
+                return self.through(&ids, places);
+            }
+            Stepper::Cpu(weights) => {
+                let caches: Vec<&Tensor> = self.layers.iter().map(LayerCache::tensor).collect();
+                let out = weights.step(ids, places, &caches)?;
+                (out.logits, Tensor::from_vec(out.hidden, (ids.len(), 1, ()), self.model.device())?)
+            }
+            #[cfg(feature = "cuda")]
+            Stepper::Cuda(cuda) => cuda.step(ids, places)?,
+        };
+        let hidden = hidden.to_dtype(self.model.compute)?;
+        let each = logits.into_iter().enumerate();
+        each.map(|(i, logits)| Ok((logits, hidden.narrow(0, i, 1)?))).collect()
+    }
+
+    /// Reads `id` and then `n - 1` times the likeliest token in row 0, where the device does that by itself: the likeliest
+    /// token after each, and the last hidden state. The tokens fit, and the id is in the vocabulary.
+    pub(super) fn greedy(&mut self, id: u32, n: usize) -> Result<Option<(Vec<u32>, Tensor)>> {
+        match &mut self.stepper {
+            Stepper::Composed | Stepper::Cpu(_) => {
+                let _ = (id, n);
+                Ok(None)
+            }
+            #[cfg(feature = "cuda")]
+            Stepper::Cuda(cuda) => {
+                let place = Place { row: 0, position: self.lens[0] };
+                let (chosen, hidden) = cuda.greedy(id, place, n)?;
+                self.lens[0] += n;
+                Ok(Some((chosen, hidden.to_dtype(self.model.compute)?)))
+            }
+        }
+    }
+
+    /// Several tokens of one row.
+    fn read(&self, row: usize, ids: &[u32]) -> Result<Last> {
+        let mut position = self.lens[row];
+        let chunk = if position == 0 { ids.len() } else { CHUNK };
+        let mut last = Vec::new();
+        for ids in ids.chunks(chunk) {
+            let tokens = Tensor::new(ids, self.model.device())?.unsqueeze(0)?;
+            last = self.through(&tokens, &[Place { row, position }])?;
+            position += ids.len();
+        }
+        last.pop().ok_or(ModelError::EmptyPrompt)
+    }
+
+    /// ids (places, t) through the model's own operations.
+    fn through(&self, ids: &Tensor, places: &[Place]) -> Result<Vec<Last>> {
+        let model = &self.model;
+        let mut h = embedding(&model.embed, ids, model.path)?.to_dtype(model.compute)?;
+        for (block, cache) in model.blocks.iter().zip(&self.layers) {
+            h = block.forward_cached(&h, &model.rope, cache, places, model.path)?;
+        }
+        let hidden = model.last_norm(&h.narrow(1, h.dim(1)? - 1, 1)?.contiguous()?)?;
+        let logits = model.logits(&hidden)?.squeeze(1)?.to_dtype(DType::F32)?.to_vec2()?;
+        let each = logits.into_iter().enumerate();
+        each.map(|(i, logits)| Ok((logits, hidden.narrow(0, i, 1)?))).collect()
+    }
+
+    /// Row i becomes what row `from[i]` is.
+    pub(super) fn reorder(&mut self, from: &[usize]) -> Result<()> {
+        let rows = self.lens.len();
+        if from.len() != rows {
+            return Err(ModelError::Rows { got: from.len(), expected: rows });
+        }
+        if let Some(&row) = from.iter().find(|&&row| row >= rows) {
+            return Err(ModelError::NoRow { row, rows });
+        }
+        let longest = from.iter().map(|&row| self.lens[row]).max().unwrap_or(0);
+        if longest > 0 && from.iter().enumerate().any(|(i, &row)| i != row) {
+            let index: Vec<u32> = from.iter().map(|&row| row as u32).collect();
+            let index = Tensor::new(index, self.model.device())?;
+            for layer in &self.layers {
+                layer.reorder(&index, longest)?;
+            }
+        }
+        self.lens = from.iter().map(|&row| self.lens[row]).collect();
+        Ok(())
+    }
+}
+
+/// The first of the largest.
+pub(super) fn argmax(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (i, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = i;
+        }
+    }
+    best as u32
+}

@@ -1,0 +1,5 @@
+// The decoding step in f16: a file a type, since each is compiled for the device when it is first used.
+
+#include "decode.cuh"
+
+TYPE(f16)

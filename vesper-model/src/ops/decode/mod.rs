@@ -1,0 +1,89 @@
+//! One token after another: a decoder's step of a few rows, over a cache, without candle's operations between.
+//!
+//! On the CPU (here) the weights and the cache are read once, as they are stored (f32 or bf16), by all threads; activations are
+//! in f32 throughout. On CUDA (`cuda::decode`) each part of a block is one kernel, and a graph of them is replayed.
+
+mod attention;
+mod matvec;
+mod step;
+
+use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
+use half::slice::HalfFloatSliceExt;
+use pulp::bytemuck;
+
+use super::{DecoderSettings, DecoderWeights, Rope};
+use matvec::Rows;
+
+/// A row of a cache and the position of the token that is read there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) row: usize,
+    pub(crate) position: usize,
+}
+
+/// Everything that a step reads but the cache.
+#[derive(Debug, Clone)]
+pub(crate) struct StepWeights {
+    /// (vocab, d)
+    pub(crate) embed: Tensor,
+    pub(crate) layers: Vec<DecoderWeights>,
+    /// (d)
+    pub(crate) norm: Tensor,
+    /// (vocab, d)
+    pub(crate) head: Tensor,
+    pub(crate) settings: DecoderSettings,
+    pub(crate) rope: Rope,
+}
+
+#[cfg(feature = "cuda")]
+impl StepWeights {
+    pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let layers = self.layers.iter().flat_map(DecoderWeights::all);
+        [&self.embed, &self.norm, &self.head].into_iter().chain(layers)
+    }
+}
+
+/// What a step computes of each token.
+#[derive(Debug)]
+pub(crate) struct StepOutput {
+    /// After the last norm, (rows, d).
+    pub(crate) hidden: Vec<f32>,
+    /// (vocab) each
+    pub(crate) logits: Vec<Vec<f32>>,
+}
+
+/// Runs `f` on the rows of a CPU matrix of f32 or bf16.
+fn with_rows<R>(matrix: &Tensor, f: impl FnOnce(Rows<'_>) -> Result<R>) -> Result<R> {
+    let (_, width) = matrix.dims2()?;
+    let (storage, layout) = matrix.storage_and_layout();
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("a decoding step got a matrix that is not contiguous: {layout:?}");
+    };
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(data)) => {
+            f(Rows::new(bytemuck::cast_slice(&data[start..end]), width, false))
+        }
+        Storage::Cpu(CpuStorage::BF16(data)) => {
+            match bytemuck::try_cast_slice(data[start..end].reinterpret_cast()) {
+                Ok(words) if width.is_multiple_of(2) => f(Rows::new(words, width / 2, true)),
+                _ => bail!("a decoding step needs rows of bf16 that begin at multiples of 4 bytes"),
+            }
+        }
+        _ => bail!("a decoding step on the CPU needs f32 or bf16, got {:?}", matrix.dtype()),
+    }
+}
+
+/// Rotates heads of `dim` as tokens at `position`, in place.
+fn rotated(heads: &mut [f32], dim: usize, rope: &Rope, position: usize) {
+    let half = dim / 2;
+    let (cos, sin) = &*rope.table;
+    let (cos, sin) = (&cos[position * half..][..half], &sin[position * half..][..half]);
+    for head in heads.chunks_exact_mut(dim) {
+        let (a, b) = head.split_at_mut(half);
+        for i in 0..half {
+            let (x, y) = (a[i], b[i]);
+            a[i] = x * cos[i] - y * sin[i];
+            b[i] = y * cos[i] + x * sin[i];
+        }
+    }
+}
