@@ -54,6 +54,9 @@ struct Flags {
     /// Rank; FlyLoRA has four times as many, of which a token uses this many
     #[arg(long, default_value_t = 8)]
     rank: usize,
+    /// Share of the adapters' input that is dropped in training; FlyLoRA has no dropout
+    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    dropout: f64,
     /// Projections with an adapter, by their Hugging Face names [default: all]
     #[arg(long, num_args = 1.., value_name = "NAME")]
     targets: Vec<String>,
@@ -106,8 +109,9 @@ impl Method {
     }
 
     /// The adapter, with a scale of 2 for all but the rank-stabilised one.
-    fn kind(self, r: usize, seed: u64) -> Option<AdapterKind> {
+    fn kind(self, r: usize, seed: u64, dropout: f64) -> Option<AdapterKind> {
         let lora = LoraConfig::default().with_r(r).with_alpha(2.0 * r as f64).with_seed(seed);
+        let lora = lora.with_dropout(dropout);
         Some(match self {
             Self::Lora => AdapterKind::Lora(lora),
             Self::Rslora => AdapterKind::Lora(lora.with_scaling(Scaling::AlphaOverSqrtR)),
@@ -119,7 +123,8 @@ impl Method {
                     AdaLoraConfig::default()
                         .with_init_r(init_r)
                         .with_alpha(2.0 * init_r as f64)
-                        .with_seed(seed),
+                        .with_seed(seed)
+                        .with_dropout(dropout),
                 )
             }
             Self::Flylora => AdapterKind::FlyLora(
@@ -137,6 +142,7 @@ struct Comparison {
     model: String,
     data: Vec<PathBuf>,
     rank: usize,
+    dropout: f64,
     steps: u64,
     batch: usize,
     seq: usize,
@@ -199,6 +205,9 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
     let rates = if flags.lr.is_empty() { vec![1e-3, 3e-3, 1e-2] } else { flags.lr.clone() };
     if let Some(lr) = rates.iter().find(|lr| !(lr.is_finite() && **lr > 0.0)) {
         bail!("--lr {lr}: expected a positive number");
+    }
+    if !(0.0..1.0).contains(&flags.dropout) {
+        bail!("--dropout {}: expected a share from 0 up to 1, without it", flags.dropout);
     }
     if flags.seq > config.max_position_embeddings {
         bail!("--seq {}: the model reads at most {} tokens", flags.seq, config.max_position_embeddings);
@@ -269,6 +278,7 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         model: run.folder.display().to_string(),
         data: flags.data.clone(),
         rank: flags.rank,
+        dropout: flags.dropout,
         steps: flags.steps,
         batch: flags.batch,
         seq: flags.seq,
@@ -309,31 +319,38 @@ impl Run<'_> {
         let flags = self.flags;
         // The model: all of it as variables, or frozen with adapters.
         let varmap = VarMap::new();
-        let (model, named): (VesperLM, Vec<(String, Var)>) = match method.kind(flags.rank, flags.seed) {
-            None => {
-                let model =
-                    VesperLM::load_into(&self.folder, None, &varmap, flags.seed, DType::F32, &self.device)?;
-                (model, trainable(&self.config, &varmap)?)
-            }
-            Some(kind) => {
-                let mut model = VesperLM::load(&self.folder, DType::F32, &self.device)?;
-                let targets = if flags.targets.is_empty() {
-                    Targets::all_linear()
-                } else {
-                    Targets::names(flags.targets.iter().cloned())
-                };
-                model.attach(&kind, &targets)?;
-                let named = model
-                    .adapters()
-                    .iter()
-                    .flat_map(|(path, adapter)| {
-                        let named = |(name, var)| (format!("{path}.{name}"), var);
-                        adapter.parameters().into_iter().map(named).collect::<Vec<_>>()
-                    })
-                    .collect();
-                (model, named)
-            }
-        };
+        let (model, named): (VesperLM, Vec<(String, Var)>) =
+            match method.kind(flags.rank, flags.seed, flags.dropout) {
+                None => {
+                    let model = VesperLM::load_into(
+                        &self.folder,
+                        None,
+                        &varmap,
+                        flags.seed,
+                        DType::F32,
+                        &self.device,
+                    )?;
+                    (model, trainable(&self.config, &varmap)?)
+                }
+                Some(kind) => {
+                    let mut model = VesperLM::load(&self.folder, DType::F32, &self.device)?;
+                    let targets = if flags.targets.is_empty() {
+                        Targets::all_linear()
+                    } else {
+                        Targets::names(flags.targets.iter().cloned())
+                    };
+                    model.attach(&kind, &targets)?;
+                    let named = model
+                        .adapters()
+                        .iter()
+                        .flat_map(|(path, adapter)| {
+                            let named = |(name, var)| (format!("{path}.{name}"), var);
+                            adapter.parameters().into_iter().map(named).collect::<Vec<_>>()
+                        })
+                        .collect();
+                    (model, named)
+                }
+            };
         let adapters = model.adapters();
         let ada: Vec<(&str, &AdaLoraAdapter)> =
             adapters.iter().filter_map(|(path, a)| Some((path.as_str(), a.as_ada_lora()?))).collect();
@@ -361,6 +378,9 @@ impl Run<'_> {
         let memory = Memory::start();
         let started = Instant::now();
         for index in 1..=flags.steps {
+            for (_, adapter) in &adapters {
+                adapter.set_training(Some(index));
+            }
             let batch = batches.next_batch(&self.device)?; // inputs, targets: (batch, seq)
             let mut loss = model.loss(&batch.inputs, &batch.targets)?.loss;
             if let Some(penalty) = penalty(adapters.iter().map(|(_, adapter)| adapter))? {
@@ -379,6 +399,9 @@ impl Run<'_> {
             if !ada.is_empty() {
                 budget.update(step, &grads, &ada)?;
             }
+        }
+        for (_, adapter) in &adapters {
+            adapter.set_training(None);
         }
         let (seconds, peak_bytes) = (started.elapsed().as_secs_f64(), memory.peak());
         let loss = self.held_out(&model)?;

@@ -1,5 +1,6 @@
 use serde::{Deserialize, Serialize};
 
+use crate::dropout::check_rate;
 use crate::{Error, Result};
 
 /// What the product `B A` is multiplied by.
@@ -62,15 +63,20 @@ pub struct LoraConfig {
     /// What the adapter starts from.
     #[serde(skip_serializing_if = "is_default")]
     pub init: LoraInit,
+    /// The share of the adapter's input that is dropped in training: from 0 up to, not including, 1; 0 by default. PEFT's
+    /// `lora_dropout`. It is on only between calls of [`Adapter::set_training`](crate::Adapter::set_training).
+    #[serde(skip_serializing_if = "is_default")]
+    pub dropout: f64,
 }
 
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+pub(crate) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
 impl Default for LoraConfig {
     fn default() -> Self {
-        Self { r: 8, alpha: 8.0, scaling: Scaling::default(), seed: 0, init: LoraInit::default() }
+        let (scaling, init) = (Scaling::default(), LoraInit::default());
+        Self { r: 8, alpha: 8.0, scaling, seed: 0, init, dropout: 0.0 }
     }
 }
 
@@ -105,6 +111,12 @@ impl LoraConfig {
         self
     }
 
+    /// Sets the share of the input that is dropped in training.
+    pub fn with_dropout(mut self, dropout: f64) -> Self {
+        self.dropout = dropout;
+        self
+    }
+
     /// What the product `B A` is multiplied by.
     pub fn scale(&self) -> f64 {
         match self.scaling {
@@ -130,7 +142,7 @@ impl LoraConfig {
             let expected = "even for the orthogonal start".into();
             return Err(Error::Config { field: "r", expected, got: self.r.to_string() });
         }
-        Ok(())
+        check_rate(self.dropout)
     }
 
     /// Checks the configuration for a layer of the given size.

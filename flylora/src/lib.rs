@@ -7,6 +7,7 @@ mod combine;
 mod config;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod dropout;
 mod effective;
 mod embedding;
 mod error;

@@ -187,6 +187,11 @@ impl<A: Adapter> AdapterLinear<A> {
         self.adapter.parameters().into_iter().map(|(_, var)| var).collect()
     }
 
+    /// Says what the forward passes from now on are, for dropout: see [`Adapter::set_training`].
+    pub fn set_training(&self, pass: Option<u64>) {
+        self.adapter.set_training(pass);
+    }
+
     /// Switches the adapter on or off; off, the layer is its base, merged or not.
     pub fn set_enabled(&mut self, enabled: bool) {
         self.enabled = enabled;
@@ -219,7 +224,7 @@ impl<A: Adapter> AdapterLinear<A> {
     }
 
     /// As [`merge`](Self::merge), where that is exact; else merges the weight that is nearest for inputs like
-    /// `sample`, and measures on it how far the outputs are off. A quantised weight is quantised again.
+    /// `sample`, and measures on it how far the outputs are off; training's dropout is switched off for that. A quantised weight is quantised again.
     ///
     /// # Errors
     ///
@@ -229,6 +234,7 @@ impl<A: Adapter> AdapterLinear<A> {
             return Ok(Merge::Exact);
         }
         check_input(sample, self.base.in_features())?;
+        self.adapter.set_training(None); // the error is that of evaluation
         let sample = sample.detach().reshape((rows(sample.shape()), self.base.in_features()))?;
         let merged = added(&self.base.weight()?, &self.adapter.delta_weight_for(&sample)?)?;
         let merged = self.base.with_weight(&merged)?;

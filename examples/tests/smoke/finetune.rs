@@ -37,11 +37,42 @@ fn methods_are_compared_saved_and_talked_with() {
 }
 
 #[test]
+fn dropout_changes_the_run_and_is_in_the_adapters_file() {
+    let folder = copy(finished());
+    let dir = folder.path();
+    let args = [
+        "--model", "run", "--data", "text.txt", "--steps", "3", "--batch", "2", "--seq", "32", "--rank", "2",
+    ];
+    let more = ["--lr", "0.01", "--method", "lora", "dora", "adalora", "masked", "--dropout"];
+    let loss = |rate: &str, out: &str| {
+        succeeds("finetune", dir, &[&args[..], &more[..], &[rate, "--out", out]].concat());
+        let result = json(&dir.join(out).join("finetune.json"));
+        let rows = result["methods"].as_array().unwrap().clone();
+        let rate: f64 = rate.parse().unwrap();
+        for row in &rows {
+            let adapter = dir.join(out).join(row["method"].as_str().unwrap()).join("adapter");
+            assert_eq!(
+                json(&adapter.join("adapter_config.json"))["lora_dropout"].as_f64(),
+                Some(rate),
+                "{row}"
+            );
+        }
+        rows.iter().map(|row| row["held_out_loss"].as_f64().unwrap()).collect::<Vec<_>>()
+    };
+    let (with, again, without) = (loss("0.5", "with"), loss("0.5", "again"), loss("0", "without"));
+    assert_eq!(with, again);
+    for (with, without) in with.iter().zip(&without) {
+        assert!(with != without && (with - without).abs() < 0.2, "{with} {without}");
+    }
+}
+
+#[test]
 fn what_cannot_be_tuned_is_said_in_a_line() {
     let dir = finished();
     let args = ["--model", "run", "--data", "text.txt", "--out", "never"];
     let with = |more: &[&'static str]| [&args[..], more].concat();
     fails("finetune", dir, &with(&["--lr", "0"]), &["--lr 0", "positive"]);
+    fails("finetune", dir, &with(&["--dropout", "1"]), &["--dropout 1", "share"]);
     fails("finetune", dir, &with(&["--seq", "100000"]), &["--seq 100000", "at most"]);
     fails("finetune", dir, &["--model", "nowhere", "--data", "text.txt"], &["nowhere"]);
     let folder = copy(dir);

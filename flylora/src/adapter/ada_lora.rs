@@ -4,6 +4,8 @@ use candle_core::{D, Device, Result, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use super::{Adapter, AdapterKind, Change, Merge};
+use crate::config::is_default;
+use crate::dropout::{Dropout, check_rate};
 use crate::effective::LowRank;
 use crate::files::StateSource;
 use crate::frozen::{check_input, rows, with_last};
@@ -27,11 +29,15 @@ pub struct AdaLoraConfig {
     pub orthogonality: f64,
     /// What the initial factors are drawn from, together with the name of the layer; 0 by default.
     pub seed: u64,
+    /// The share of the adapter's input that is dropped in training, as
+    /// [`LoraConfig::dropout`](crate::LoraConfig::dropout): 0 by default.
+    #[serde(skip_serializing_if = "is_default")]
+    pub dropout: f64,
 }
 
 impl Default for AdaLoraConfig {
     fn default() -> Self {
-        Self { init_r: 12, alpha: 8.0, orthogonality: 0.5, seed: 0 }
+        Self { init_r: 12, alpha: 8.0, orthogonality: 0.5, seed: 0, dropout: 0.0 }
     }
 }
 
@@ -60,6 +66,12 @@ impl AdaLoraConfig {
         self
     }
 
+    /// Sets the share of the input that is dropped in training.
+    pub fn with_dropout(mut self, dropout: f64) -> Self {
+        self.dropout = dropout;
+        self
+    }
+
     /// What the product is multiplied by.
     pub fn scale(&self) -> f64 {
         self.alpha / (self.init_r as f64 + 1e-5)
@@ -82,7 +94,7 @@ impl AdaLoraConfig {
         if !self.orthogonality.is_finite() || self.orthogonality < 0.0 {
             return fail("orthogonality", "0 or more", self.orthogonality.to_string());
         }
-        Ok(())
+        check_rate(self.dropout)
     }
 }
 
@@ -125,6 +137,8 @@ pub struct AdaLoraAdapter {
     config: AdaLoraConfig,
     /// Which ranks the budget leaves; shared by clones, as the variables are.
     kept: Arc<RwLock<Vec<bool>>>,
+    /// Shared by clones too.
+    dropout: Arc<Dropout>,
 }
 
 impl AdaLoraAdapter {
@@ -166,6 +180,7 @@ impl AdaLoraAdapter {
             e: place.constant((r, 1), E, 0.0)?,
             config: config.clone(),
             kept: Arc::new(RwLock::new(vec![true; r])),
+            dropout: Arc::new(Dropout::new(config.dropout, config.seed, place.name())),
         })
     }
 
@@ -235,11 +250,15 @@ impl Adapter for AdaLoraAdapter {
         check_input(x, self.in_features())?;
         let flat = x.reshape((rows(x.shape()), self.in_features()))?.to_dtype(self.a.dtype())?; // (m, in)
         let weights = (self.e.squeeze(D::Minus1)? * self.config.scale())?; // (r)
+        let flat = self.dropout.apply(&flat)?;
         let low = flat.matmul(&self.a.t()?)?.broadcast_mul(&weights)?; // (m, r)
         low.matmul(&self.b.t()?)?.reshape(with_last(x.shape(), self.out_features()))?.to_dtype(x.dtype())
     }
 
     fn layer(&self, base: &FrozenLinear, x: &Tensor) -> Result<Option<Tensor>> {
+        if self.dropout.is_on() {
+            return Ok(None); // the layer and its change read different inputs
+        }
         let (a, b) = (self.a.broadcast_mul(&self.e)?, self.b.as_tensor().clone()); // E on the smaller side of A
         LowRank { a, b, scale: self.config.scale(), origin: None }.layer(base, x)
     }
@@ -261,6 +280,10 @@ impl Adapter for AdaLoraAdapter {
 
     fn active_parameters(&self) -> usize {
         self.rank() * (self.in_features() + self.out_features() + 1)
+    }
+
+    fn set_training(&self, pass: Option<u64>) {
+        self.dropout.set_pass(pass);
     }
 
     fn penalty(&self) -> Result<Option<Tensor>> {

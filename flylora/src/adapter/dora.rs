@@ -16,7 +16,8 @@ const MAGNITUDE: &str = "lora_magnitude_vector";
 /// ```
 ///
 /// `m` starts at the norms of `W`, so a new adapter adds nothing. As in the paper and in PEFT, `|V|` is treated as a
-/// constant in the backward pass. It is computed from `W A^T` and products of size r, without ever making `V`.
+/// constant in the backward pass. With dropout both terms of the change read the x that has lost elements, as in PEFT. `|V|`
+/// is computed from `W A^T` and products of size r, without ever making `V`.
 ///
 /// # References
 ///
@@ -128,11 +129,20 @@ impl Adapter for DoraAdapter {
     }
 
     fn delta(&self, x: &Tensor) -> Result<Tensor> {
-        self.delta_beside(x, &self.base.forward(x)?, None)
+        check_input(x, self.in_features())?;
+        let dtype = self.magnitude.dtype();
+        let flat = x.reshape((rows(x.shape()), self.in_features()))?.to_dtype(dtype)?; // (m, in)
+        let flat = self.lora.dropout().apply(&flat)?;
+        let wx = self.base.forward(&flat.to_dtype(self.base.dtype())?)?.to_dtype(dtype)?; // (m, out)
+        let delta = self.change(&flat, &wx)?;
+        delta.reshape(with_last(x.shape(), self.out_features()))?.to_dtype(x.dtype())
     }
 
     fn delta_beside(&self, x: &Tensor, y: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         check_input(x, self.in_features())?;
+        if self.lora.dropout().is_on() {
+            return self.delta(x); // y is of the whole of x
+        }
         let m = rows(x.shape());
         let dtype = self.magnitude.dtype();
         let flat = x.reshape((m, self.in_features()))?.to_dtype(dtype)?; // (m, in)
@@ -171,6 +181,10 @@ impl Adapter for DoraAdapter {
         let mut parameters = self.lora.parameters();
         parameters.push((MAGNITUDE.to_owned(), self.magnitude.clone()));
         parameters
+    }
+
+    fn set_training(&self, pass: Option<u64>) {
+        self.lora.set_training(pass);
     }
 
     fn load_state<'a>(&'a self, source: &mut StateSource<'_>) -> crate::Result<Vec<Change<'a>>> {

@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::VarBuilder;
 
 use super::{Adapter, AdapterKind, Change, Merge};
+use crate::dropout::Dropout;
 use crate::effective::LowRank;
 use crate::files::StateSource;
 use crate::frozen::{check_input, rows, with_last};
@@ -55,6 +56,8 @@ pub struct LoraAdapter {
     config: LoraConfig,
     /// What the product starts at, where that is not 0; taken off again.
     origin: Option<Arc<RwLock<Origin>>>,
+    /// Shared by clones, as the variables are.
+    dropout: Arc<Dropout>,
 }
 
 /// The start of a PiSSA adapter: `A0` and `B0`, without gradients.
@@ -128,7 +131,8 @@ impl LoraAdapter {
         }
         let config = LoraConfig { r, init: LoraInit::default(), ..config.clone() };
         config.validate()?;
-        Ok(Self { a: Var::from_tensor(a)?, b: Var::from_tensor(b)?, config, origin: None })
+        let dropout = Arc::new(Dropout::new(config.dropout, config.seed, ""));
+        Ok(Self { a: Var::from_tensor(a)?, b: Var::from_tensor(b)?, config, origin: None, dropout })
     }
 
     fn build(
@@ -178,7 +182,8 @@ impl LoraAdapter {
                 (place.var(shape_a, A, || Ok(a))?, place.var(shape_b, B, || Ok(b))?)
             }
         };
-        Ok(Self { a, b, config: config.clone(), origin })
+        let dropout = Arc::new(Dropout::new(config.dropout, config.seed, place.name()));
+        Ok(Self { a, b, config: config.clone(), origin, dropout })
     }
 
     /// `A`: (r, in).
@@ -223,7 +228,12 @@ impl LoraAdapter {
         }
     }
 
-    /// The change in the dtype of the variables; x: (m, in) in that dtype, returns (m, out).
+    /// What drops elements of the input, where it is on.
+    pub(super) fn dropout(&self) -> &Dropout {
+        &self.dropout
+    }
+
+    /// The change in the dtype of the variables, without dropout; x: (m, in) in that dtype, returns (m, out).
     pub(super) fn product(&self, x: &Tensor) -> Result<Tensor> {
         let low = (x.matmul(&self.a.t()?)? * self.scale())?; // (m, r), the cheapest place to scale
         let delta = low.matmul(&self.b.t()?)?;
@@ -255,10 +265,15 @@ impl Adapter for LoraAdapter {
         check_input(x, self.in_features())?;
         // One matrix of rows: candle's matmul over batches would repeat A and B for each.
         let flat = x.reshape((rows(x.shape()), self.in_features()))?.to_dtype(self.a.dtype())?; // (m, in)
-        self.product(&flat)?.reshape(with_last(x.shape(), self.out_features()))?.to_dtype(x.dtype())
+        self.product(&self.dropout.apply(&flat)?)?
+            .reshape(with_last(x.shape(), self.out_features()))?
+            .to_dtype(x.dtype())
     }
 
     fn layer(&self, base: &FrozenLinear, x: &Tensor) -> Result<Option<Tensor>> {
+        if self.dropout.is_on() {
+            return Ok(None); // the layer and its change read different inputs
+        }
         let origin = match self.origin() {
             None => None,
             Some(origin) => Some((origin.a.weight()?, origin.b.weight()?)),
@@ -278,6 +293,10 @@ impl Adapter for LoraAdapter {
 
     fn parameters(&self) -> Vec<(String, Var)> {
         vec![(A.to_owned(), self.a.clone()), (B.to_owned(), self.b.clone())]
+    }
+
+    fn set_training(&self, pass: Option<u64>) {
+        self.dropout.set_pass(pass);
     }
 
     fn state(&self) -> crate::Result<Vec<(String, Tensor)>> {

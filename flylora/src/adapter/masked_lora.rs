@@ -304,6 +304,7 @@ impl Adapter for MaskedLoraAdapter {
             state: Arc::clone(&self.state),
         })?;
         let flat = x.reshape((rows(x.shape()), self.in_features()))?.to_dtype(a.dtype())?; // (m, in)
+        let flat = self.lora.dropout().apply(&flat)?;
         (flat.matmul(&masked.t()?)? * self.lora.scale())?
             .reshape(with_last(x.shape(), self.out_features()))?
             .to_dtype(x.dtype())
@@ -320,6 +321,10 @@ impl Adapter for MaskedLoraAdapter {
 
     fn parameters(&self) -> Vec<(String, Var)> {
         self.lora.parameters()
+    }
+
+    fn set_training(&self, pass: Option<u64>) {
+        self.lora.set_training(pass);
     }
 
     fn after_step(&self, step: Step, _: &GradStore) -> crate::Result<()> {

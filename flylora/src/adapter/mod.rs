@@ -111,6 +111,13 @@ pub trait Adapter: Debug + Send + Sync {
         self.parameters().iter().map(|(_, var)| var.elem_count()).sum()
     }
 
+    /// Says what the forward passes from now on are: with a number, those of training under that number, whose dropout is
+    /// drawn from the seed, the layer's name and the number; with `None`, as at first, evaluation, where nothing is
+    /// dropped. Passes of one number drop the same, so give each batch its own. Nothing for kinds without dropout.
+    fn set_training(&self, pass: Option<u64>) {
+        let _ = pass;
+    }
+
     /// What has to be added to the loss, where the kind asks for that.
     ///
     /// # Errors
@@ -212,6 +219,10 @@ macro_rules! through_a_pointer {
 
             fn active_parameters(&self) -> usize {
                 (**self).active_parameters()
+            }
+
+            fn set_training(&self, pass: Option<u64>) {
+                (**self).set_training(pass);
             }
 
             fn penalty(&self) -> Result<Option<Tensor>> {

@@ -61,6 +61,7 @@ pub(super) use by_dtype;
 pub(super) enum Module {
     Skinny,
     Fly,
+    Dropout,
 }
 
 impl Module {
@@ -69,6 +70,7 @@ impl Module {
         match self {
             Self::Skinny => "flylora-skinny",
             Self::Fly => "flylora-fly",
+            Self::Dropout => "flylora-dropout",
         }
     }
 
@@ -76,6 +78,7 @@ impl Module {
         match self {
             Self::Skinny => ptx::SKINNY,
             Self::Fly => ptx::FLY,
+            Self::Dropout => ptx::DROPOUT,
         }
     }
 }
@@ -190,7 +193,7 @@ pub(super) fn zeros(device: &Device, shape: impl Into<Shape>, dtype: DType) -> R
 }
 
 /// The same values in contiguous memory that starts at a multiple of 16 bytes.
-pub(super) fn aligned(tensor: &Tensor) -> Result<Tensor> {
+pub(crate) fn aligned(tensor: &Tensor) -> Result<Tensor> {
     let tensor = tensor.contiguous()?;
     let offset = tensor.layout().start_offset() * tensor.dtype().size_in_bytes();
     if offset.is_multiple_of(16) { Ok(tensor) } else { tensor.force_contiguous() }

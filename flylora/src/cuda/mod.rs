@@ -1,6 +1,7 @@
 //! The CUDA back end: launches of the kernels in the `.cu` files beside this one, on candle's own stream.
 #![allow(unsafe_code, reason = "launches, and memory that a kernel is about to fill")]
 
+mod dropout;
 mod fly;
 mod launch;
 mod lora;
@@ -10,7 +11,9 @@ use candle_core::{DType, Result, Tensor};
 
 use crate::frozen::with_last;
 
+pub(crate) use dropout::dropped;
 pub(crate) use fly::{Routed, Sparse, routed_layer, used};
+pub(crate) use launch::aligned;
 pub(crate) use lora::{beside, effective, gradients, has_kernels};
 
 /// What a layer gives for no rows on a CUDA device, where candle's own operations fail on nothing; else `None`.

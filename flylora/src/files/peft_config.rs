@@ -38,13 +38,12 @@ pub struct PeftConfig {
 }
 
 /// Fields that only say how the adapter came to be: the tensors say what there is.
-const NO_EFFECT: [&str; 13] = [
+const NO_EFFECT: [&str; 12] = [
     "auto_mapping",
     "base_model_name_or_path",
     "ensure_weight_tying",
     "eva_config",
     "inference_mode",
-    "lora_dropout",
     "megatron_core",
     "peft_version",
     "qalora_group_size",
@@ -109,7 +108,9 @@ impl PeftConfig {
         let base = match &self.kind {
             AdapterKind::Lora(c) | AdapterKind::Dora(c) => c.clone(),
             AdapterKind::MaskedLora(c) => c.lora.clone(),
-            AdapterKind::AdaLora(c) => LoraConfig { r: c.init_r, alpha: c.alpha, ..LoraConfig::default() },
+            AdapterKind::AdaLora(c) => {
+                LoraConfig { r: c.init_r, alpha: c.alpha, dropout: c.dropout, ..LoraConfig::default() }
+            }
             AdapterKind::FlyLora(c) => LoraConfig { r: c.r, alpha: c.alpha, ..LoraConfig::default() },
         };
         let r = first(&self.rank_pattern, module).unwrap_or(base.r);
@@ -198,7 +199,6 @@ impl PeftConfig {
             ("fan_in_fan_out", json!(options.fan_in_fan_out)),
             ("inference_mode", json!(true)),
             ("init_lora_weights", json!(true)),
-            ("lora_dropout", json!(0.0)),
             ("modules_to_save", Value::Null),
             ("task_type", json!(options.task_type)),
         ] {
@@ -239,6 +239,15 @@ fn rank_and_alpha(kind: &AdapterKind) -> (usize, f64) {
     }
 }
 
+fn dropout(kind: &AdapterKind) -> f64 {
+    match kind {
+        AdapterKind::Lora(c) | AdapterKind::Dora(c) => c.dropout,
+        AdapterKind::MaskedLora(c) => c.lora.dropout,
+        AdapterKind::AdaLora(c) => c.dropout,
+        AdapterKind::FlyLora(_) => 0.0,
+    }
+}
+
 /// What must be equal for an adapter to take the tensors of another.
 fn numbers(kind: &AdapterKind) -> Vec<(&'static str, f64)> {
     let (r, _) = rank_and_alpha(kind);
@@ -257,7 +266,12 @@ fn numbers(kind: &AdapterKind) -> Vec<(&'static str, f64)> {
 /// The fields that are of the kind.
 fn fields_of(kind: &AdapterKind) -> Map<String, Value> {
     let (r, alpha) = rank_and_alpha(kind);
-    let mut value = json!({ "peft_type": peft_type(kind), "r": r, "lora_alpha": number(alpha) });
+    let mut value = json!({
+        "peft_type": peft_type(kind),
+        "r": r,
+        "lora_alpha": number(alpha),
+        "lora_dropout": dropout(kind),
+    });
     let more = match kind {
         AdapterKind::Lora(c) | AdapterKind::Dora(c) => json!({
             "use_dora": matches!(kind, AdapterKind::Dora(_)),
@@ -322,6 +336,10 @@ impl Reader<'_> {
         let mut fan_in_fan_out = false;
         for (field, value) in self.fields {
             let handled = match field.as_str() {
+                "lora_dropout" => {
+                    self.dropout(&mut kind, field, value)?;
+                    true
+                }
                 "peft_type" | "lora_alpha" | "alpha_pattern" => true,
                 "fan_in_fan_out" => {
                     fan_in_fan_out = self.flag(field)?;
@@ -459,6 +477,21 @@ impl Reader<'_> {
                 _ => false,
             },
         })
+    }
+
+    fn dropout(&self, kind: &mut AdapterKind, field: &str, value: &Value) -> Result<()> {
+        let rate = if value.is_null() { 0.0 } else { self.number(field)? };
+        if !(0.0..1.0).contains(&rate) {
+            return Err(self.wrong(field, "a number from 0 up to 1, without it", Some(value)));
+        }
+        match kind {
+            AdapterKind::Lora(c) | AdapterKind::Dora(c) => c.dropout = rate,
+            AdapterKind::MaskedLora(c) => c.lora.dropout = rate,
+            AdapterKind::AdaLora(c) => c.dropout = rate,
+            AdapterKind::FlyLora(_) if rate == 0.0 => {}
+            AdapterKind::FlyLora(_) => return Err(self.unsupported(field, value, "FlyLoRA has no dropout")),
+        }
+        Ok(())
     }
 
     fn targets(&self, targets: &mut Targets, field: &str, value: &Value) -> Result<bool> {
