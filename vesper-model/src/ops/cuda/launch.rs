@@ -247,7 +247,7 @@ pub(super) fn from_storage(storage: CudaStorage, shape: impl Into<Shape>) -> Ten
 
 /// Zeros outside of any graph: what an operation on nothing gives. (The driver allocates and launches nothing empty,
 /// so candle's own operations fail on it.)
-pub(super) fn zeros(device: &Device, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+pub(in crate::ops) fn zeros(device: &Device, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
     let (device, shape) = (device.as_cuda_device()?, shape.into());
     let n = shape.elem_count().max(1);
     let storage = by_dtype!(dtype, T => wrap(device.alloc_zeros::<T>(n)?, device));
