@@ -62,7 +62,7 @@ struct Prefill {
     preset: String,
     compute: String,
     tokens: usize,
-    prefill: Rate,
+    session: Rate,
     /// The forward of training over the same tokens, without the output layer.
     training_forward: Rate,
 }
@@ -115,7 +115,7 @@ fn copy(device: &Device, runs: usize, bytes: usize) -> Result<f64> {
         })?;
         return Ok(rate.tokens_per_s);
     }
-    Ok(rate(device, runs, 2 * bytes, || Ok(drop(from.copy()?)))?.tokens_per_s)
+    Ok(rate(device, runs, 2 * bytes, || Ok(from.copy().map(drop)?))?.tokens_per_s)
 }
 
 fn argmax(logits: &[f32]) -> u32 {
@@ -156,7 +156,7 @@ fn prefill(name: &str, model: &VesperLM, sizes: Sizes) -> Result<Prefill> {
         preset: name.into(),
         compute: format!("{:?}", model.compute_dtype()),
         tokens: sizes.prefill,
-        prefill: rate(model.device(), sizes.runs, sizes.prefill, || {
+        session: rate(model.device(), sizes.runs, sizes.prefill, || {
             session.truncate(0);
             session.append(&prompt).map(drop)
         })?,
@@ -168,9 +168,9 @@ fn prefill(name: &str, model: &VesperLM, sizes: Sizes) -> Result<Prefill> {
         "prefill {name} {} {} tokens: {:.0} tok/s (from {:.0} to {:.0}); forward in training {:.0}",
         row.compute,
         row.tokens,
-        row.prefill.tokens_per_s,
-        row.prefill.least,
-        row.prefill.most,
+        row.session.tokens_per_s,
+        row.session.least,
+        row.session.most,
         row.training_forward.tokens_per_s
     );
     Ok(row)

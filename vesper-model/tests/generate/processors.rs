@@ -80,7 +80,7 @@ fn that_every_token_is_excluded_is_an_error_that_says_by_what() {
         let mut sampler = Sampler::new(&config).unwrap().with_prompt(3);
         match sampler.sample(&mut [0.0, 1.0, 2.0], &[0, 1, 2]) {
             Err(ModelError::InvalidLogits { reason }) => {
-                assert!(reason.contains("bad_words_ids"), "{reason}")
+                assert!(reason.contains("bad_words_ids"), "{reason}");
             }
             other => panic!("{config:?}: {other:?}"),
         }

@@ -205,7 +205,8 @@ fn transformers_loads_generates_and_saves() {
         let settings = GenerationConfig::greedy().with_max_new_tokens(8);
         let continued = |prompt: &[u32]| -> Vec<u32> {
             let mut session = ours.session(64).unwrap();
-            Generator::new(&mut session, prompt, &settings).unwrap().map(Result::unwrap).collect()
+            let mut generator = Generator::new(&mut session, prompt, &settings).unwrap();
+            generator.ids().map(Result::unwrap).collect()
         };
         assert_eq!(theirs.cached[golden.ids.len()..], continued(&golden.ids), "{what}");
         assert_eq!(theirs.uncached, theirs.cached, "{what}");
