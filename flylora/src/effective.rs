@@ -9,8 +9,12 @@
 //! products with r columns. `W'` is made for each pass and let go of at once: nothing of its size is kept in the graph,
 //! and no gradient of its size is made. Rounding apart it is the same function: `W'` is rounded to the dtype of the
 //! weight, so this is for f32 and f64 alone. In half types a small change would be rounded away.
+//!
+//! A change under a mask, `M * (B A)`, has no low rank: it goes the same way whatever the rows, or in half types as a layer
+//! of its own beside the frozen one.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Layout, MetalStorage, Result, Shape, Tensor,
@@ -26,6 +30,29 @@ pub(crate) struct LowRank {
     pub(crate) scale: f64,
     /// `A0` and `B0` without gradients: `scale B0 A0` is taken off.
     pub(crate) origin: Option<(Tensor, Tensor)>,
+    /// Which entries of the change are there.
+    pub(crate) mask: Option<Mask>,
+    /// What each row of `W'` is multiplied by, as in DoRA: (out, 1), with a gradient. Not with an origin or a mask.
+    pub(crate) ratio: Option<Tensor>,
+}
+
+/// Which entries of a change (out, in) are there, and what its gradient does.
+pub(crate) struct Mask {
+    /// (out, in), of zeros and ones
+    pub(crate) ones: Tensor,
+    /// Whether the gradient goes straight through, as if all entries were there.
+    pub(crate) through: bool,
+    /// Who may want to see the gradient of the change, masked or not.
+    pub(crate) wanted: Arc<Wanted>,
+}
+
+/// The gradient of a masked change, kept where it is wanted.
+#[derive(Debug, Default)]
+pub(crate) struct Wanted {
+    /// Whether the next backward pass shall keep it.
+    pub(crate) wanted: AtomicBool,
+    /// (out, in)
+    pub(crate) gradient: Mutex<Option<Tensor>>,
 }
 
 impl LowRank {
@@ -42,52 +69,115 @@ impl LowRank {
         if !fits {
             return Ok(None);
         }
-        if many && exact {
+        if exact && (many || self.mask.is_some()) {
             return self.effective_layer(base, x).map(Some);
         }
         #[cfg(feature = "cuda")]
-        if self.origin.is_none()
-            && self.a.dtype() != DType::F64
-            && crate::cuda::has_kernels(x, self.a.dim(0)?)
-        {
-            return crate::cuda::beside(base, x, &self.a, &self.b, self.scale).map(Some);
+        if self.has_low_kernels(x)? {
+            let ratio = self.ratio.as_ref().map(not_zero).transpose()?;
+            return crate::cuda::beside(base, x, &self.a, &self.b, self.scale, ratio.as_ref()).map(Some);
         }
         Ok(None)
     }
 
+    /// The change alone for x (m, in), in the dtype of x, where there are kernels for it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn by_kernels(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        if !self.has_low_kernels(x)? {
+            return Ok(None);
+        }
+        crate::cuda::alone(x, &self.a, &self.b, self.scale).map(Some)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn has_low_kernels(&self, x: &Tensor) -> Result<bool> {
+        Ok(self.origin.is_none()
+            && self.mask.is_none()
+            && self.a.dtype() != DType::F64
+            && crate::cuda::has_kernels(x, self.a.dim(0)?))
+    }
+
+    /// The change alone for x (m, in) by a weight of its own, in the dtype of x.
+    pub(crate) fn alone(self, x: &Tensor) -> Result<Tensor> {
+        let weight = self.change()?.to_dtype(x.dtype())?;
+        self.apply(x, FrozenLinear::new(weight.clone(), None)?, weight, true)
+    }
+
     fn effective_layer(self, base: &FrozenLinear, x: &Tensor) -> Result<Tensor> {
-        let (a, b) = (self.a.clone(), self.b.clone());
-        let op = Effective { weight: Mutex::new(Some(self.weight(base)?)), base: base.clone(), change: self };
+        let weight = self.weight(base)?;
+        self.apply(x, base.clone(), weight, false)
+    }
+
+    fn apply(self, x: &Tensor, base: FrozenLinear, weight: Tensor, alone: bool) -> Result<Tensor> {
+        let a = self.a.clone();
+        let b = match &self.ratio {
+            None => self.b.clone(),
+            Some(ratio) => Tensor::cat(&[&self.b, ratio], 1)?, // an operation takes three tensors
+        };
+        let op = Effective { weight: Mutex::new(Some(weight)), base, alone, change: self };
         x.contiguous()?.apply_op3(&a, &b, op)
     }
 
     /// `W'`, outside of any graph.
     fn weight(&self, base: &FrozenLinear) -> Result<Tensor> {
-        let (a, b) = (self.a.detach(), self.b.detach());
+        let weight = self.direction(base)?;
+        match &self.ratio {
+            None => Ok(weight),
+            Some(ratio) => weight.broadcast_mul(&not_zero(&ratio.detach())?),
+        }
+    }
+
+    /// `W'` without the ratio.
+    fn direction(&self, base: &FrozenLinear) -> Result<Tensor> {
         let weight = base.weight()?;
         #[cfg(feature = "cuda")]
         if self.origin.is_none()
+            && self.mask.is_none()
             && weight.dtype() == DType::F32
-            && crate::cuda::has_kernels(&weight, a.dim(0)?)
+            && crate::cuda::has_kernels(&weight, self.a.dim(0)?)
         {
-            return crate::cuda::effective(&weight, &a, &b, self.scale);
+            return crate::cuda::effective(&weight, &self.a.detach(), &self.b.detach(), self.scale);
         }
+        weight + self.change()?
+    }
+
+    /// `W' - W`, outside of any graph: (out, in).
+    fn change(&self) -> Result<Tensor> {
+        let (a, b) = (self.a.detach(), self.b.detach());
         let change = (b * self.scale)?.matmul(&a)?;
         let change = match &self.origin {
             None => change,
             // From each other first: at the start the two are the same to the bit.
             Some((a, b)) => (change - (b * self.scale)?.matmul(a)?)?,
         };
-        weight + change
+        match &self.mask {
+            None => Ok(change),
+            Some(mask) => change * &mask.ones,
+        }
     }
 
     /// `dA` and `dB` for x (m, in) and dy (m, out).
     fn gradients(&self, x: &Tensor, dy: &Tensor, a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (a, b) = (a.detach(), b.detach());
-        #[cfg(feature = "cuda")]
-        if x.dtype() == DType::F32 && crate::cuda::has_kernels(x, a.dim(0)?) {
-            return crate::cuda::gradients((x, dy), (&a, &b), None, self.scale);
+        let (a, b, dtype) = (a.detach(), b.detach(), a.dtype());
+        if let Some(mask) = &self.mask {
+            let wanted = mask.wanted.wanted.load(Ordering::Relaxed);
+            if wanted || !mask.through {
+                // The gradient of the update in full, which costs as much as that of the weight.
+                let full = (dy.t()?.matmul(x)?.to_dtype(dtype)? * self.scale)?; // (out, in)
+                let own = if mask.through { full.clone() } else { (&full * &mask.ones)? };
+                if wanted {
+                    *mask.wanted.gradient.lock().unwrap_or_else(PoisonError::into_inner) = Some(full);
+                }
+                return Ok((b.t()?.matmul(&own)?, own.matmul(&a.t()?)?));
+            }
         }
+        #[cfg(feature = "cuda")]
+        if dtype != DType::F64 && crate::cuda::has_kernels(x, a.dim(0)?) {
+            let wide = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
+            let (da, db) = crate::cuda::gradients((x, dy), (&wide.0, &wide.1), self.scale)?;
+            return Ok((da.to_dtype(dtype)?, db.to_dtype(dtype)?));
+        }
+        let (x, dy) = (&x.to_dtype(dtype)?, &dy.to_dtype(dtype)?);
         let (low, back) = (x.matmul(&a.t()?)?, dy.matmul(&b)?); // (m, r)
         let da = (back.t()?.matmul(x)? * self.scale)?; // (r, in)
         let db = (dy.t()?.matmul(&low)? * self.scale)?; // (out, r)
@@ -95,8 +185,25 @@ impl LowRank {
     }
 }
 
+/// A ratio without zeros, with the same gradient: what a row that is multiplied by 0 would have been cannot be told from its result, and the
+/// gradient of the ratio is made of that.
+fn not_zero(ratio: &Tensor) -> Result<Tensor> {
+    ratio + (ratio.detach().eq(0.0)?.to_dtype(ratio.dtype())? * 1e-20)?
+}
+
+/// The sum over the rows of `a * b`, both (m, n): (n, 1).
+fn products_of_columns(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if crate::cuda::has_kernels(a, 1) {
+        return crate::cuda::products_of_columns(a, b);
+    }
+    (a * b)?.sum(0)?.unsqueeze(1)
+}
+
 struct Effective {
+    /// The layer that is changed, or one of the change alone.
     base: FrozenLinear,
+    alone: bool,
     change: LowRank,
     /// `W'`, until the forward pass takes it: the graph does not keep it.
     weight: Mutex<Option<Tensor>>,
@@ -106,8 +213,13 @@ impl Effective {
     /// The frozen layer with `W'`.
     fn frozen(&self) -> Result<Frozen> {
         let taken = self.weight.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let weight = taken.map_or_else(|| self.change.weight(&self.base), Ok)?;
+        let weight = taken.map_or_else(|| self.weight(), Ok)?;
         Ok(Frozen(self.base.with_weight(&weight)?))
+    }
+
+    /// In the dtype of the layer.
+    fn weight(&self) -> Result<Tensor> {
+        if self.alone { self.base.weight() } else { self.change.weight(&self.base) }
     }
 }
 
@@ -157,18 +269,22 @@ impl CustomOp3 for Effective {
         x: &Tensor,
         a: &Tensor,
         b: &Tensor,
-        _y: &Tensor,
+        y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let m = rows(x.shape());
         let dy = dy.detach().contiguous()?.reshape((m, self.base.out_features()))?;
         let flat = x.detach().reshape((m, self.base.in_features()))?;
-        let dx = if x.track_op() {
-            Some(dy.matmul(&self.change.weight(&self.base)?)?.reshape(x.shape())?)
-        } else {
-            None
-        };
-        let (da, db) = self.change.gradients(&flat, &dy, a, b)?;
-        Ok((dx, Some(da), Some(db)))
+        let dx = if x.track_op() { Some(dy.matmul(&self.weight()?)?.reshape(x.shape())?) } else { None };
+        if self.change.ratio.is_none() {
+            let (da, db) = self.change.gradients(&flat, &dy, a, b)?;
+            return Ok((dx, Some(da), Some(db)));
+        }
+        let (b, r) = (b.detach(), a.dim(0)?);
+        let ratio = not_zero(&b.narrow(1, r, 1)?)?;
+        let scaled = b.narrow(1, 0, r)?.broadcast_mul(&ratio)?; // as if it stood in B
+        let (da, db) = self.change.gradients(&flat, &dy, a, &scaled)?;
+        let of_ratio = products_of_columns(&dy, &y.detach().reshape(dy.shape())?)?.div(&ratio)?;
+        Ok((dx, Some(da), Some(Tensor::cat(&[&db.broadcast_mul(&ratio)?, &of_ratio], 1)?)))
     }
 }

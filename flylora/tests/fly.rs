@@ -6,7 +6,8 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use common::{largest_difference, noise, values};
 use flylora::{
-    Adapter, AdapterLinear, FlyLoraAdapter, FlyLoraConfig, FrozenLinear, Merge, Place, Routing, Step,
+    Adapter, AdapterKind, AdapterLinear, AnyLinear, FlyLoraAdapter, FlyLoraConfig, FrozenLinear, Merge,
+    Place, Routing, Step,
 };
 
 fn adapter(inputs: usize, outputs: usize, config: &FlyLoraConfig, dtype: DType) -> FlyLoraAdapter {
@@ -159,4 +160,42 @@ fn a_rank_that_the_file_does_not_hold_is_refused_before_anything_is_made_of_it()
     let file = flylora::files::AdapterFile::read(dir.path()).unwrap();
     let error = file.adapter("q", &base, DType::F32).unwrap_err().to_string();
     assert!(error.contains("lora_B.weight: expected shape [20, 4000000000000], got [20, 32]"), "{error}");
+}
+
+#[test]
+fn the_layer_is_its_base_and_the_change_in_value_gradients_and_counts() {
+    for dtype in [DType::F32, DType::F64] {
+        let config = FlyLoraConfig::default().with_ranks(12, 3).with_density(0.3).with_balance_rate(0.5);
+        let base = FrozenLinear::try_from(&common::base(37, 70, dtype, true)).unwrap();
+        let kind = AdapterKind::FlyLora(config);
+        let make = || {
+            let layer =
+                AnyLinear::build(base.clone(), &kind, &Place::alone("layer", dtype, &Device::Cpu)).unwrap();
+            layer.vars()[0].set(&noise(&[70, 12], 0.5, dtype, 9)).unwrap();
+            layer
+        };
+        let (one, two) = (make(), make());
+        let x = Var::from_tensor(&noise(&[5, 37, 9], 1.0, dtype, 10)).unwrap();
+        let weights = noise(&[5, 9, 70], 1.0, dtype, 11);
+        for index in 1..=3 {
+            let turned = x.transpose(1, 2).unwrap(); // (5, 9, 37)
+            let (y, parts) = (
+                one.forward(&turned).unwrap(),
+                (base.forward(&turned).unwrap() + two.adapter().delta(&turned).unwrap()).unwrap(),
+            );
+            let close = |a: &Tensor, b: &Tensor| {
+                let allowed = if dtype == DType::F32 { 2e-5 } else { 1e-12 };
+                for (a, b) in values(a).into_iter().zip(values(b)) {
+                    assert!((a - b).abs() < allowed * (1.0 + b.abs()), "{a} and {b}");
+                }
+            };
+            close(&y, &parts);
+            let grads = |y: &Tensor| (y * &weights).unwrap().sum_all().unwrap().backward().unwrap();
+            let (whole, apart) = (grads(&y), grads(&parts));
+            close(whole.get(&x).unwrap(), apart.get(&x).unwrap());
+            close(whole.get(&one.vars()[0]).unwrap(), apart.get(&two.vars()[0]).unwrap());
+            one.adapter().after_step(Step { index, total: 9 }, &whole).unwrap();
+            two.adapter().after_step(Step { index, total: 9 }, &apart).unwrap();
+        }
+    }
 }

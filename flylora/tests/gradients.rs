@@ -3,10 +3,10 @@
 
 mod common;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Linear, Optimizer, SGD};
 use common::{awake, base, noise, values};
-use flylora::{FrozenLinear, LoraConfig, LoraLinear};
+use flylora::{Adapter, AdapterLinear, DoraAdapter, FrozenLinear, LoraConfig, LoraLinear, Place};
 
 #[test]
 fn gradients_of_the_input_and_the_adapter_equal_central_differences() {
@@ -151,4 +151,49 @@ fn an_empty_batch_goes_backward_with_an_empty_gradient() {
     let x = Var::from_tensor(&noise(&[0, 7], 1.0, DType::F32, 34)).unwrap();
     let grads = layer.forward(&x).unwrap().sum_all().unwrap().backward().unwrap();
     assert_eq!(grads.get(&x).unwrap().dims(), [0, 7]);
+}
+
+#[test]
+fn doras_gradients_are_right_where_rows_are_many_and_where_a_magnitude_is_zero() {
+    let frozen = FrozenLinear::try_from(&base(7, 5, DType::F64, true)).unwrap();
+    let config = LoraConfig::default().with_r(2).with_alpha(3.0);
+    let place = Place::alone("layer", DType::F64, &Device::Cpu);
+    let adapter = DoraAdapter::over(&frozen, &config, &place).unwrap();
+    common::wake(adapter.lora(), 40);
+    let mut magnitudes = values(adapter.magnitude());
+    magnitudes[3] = 0.0;
+    adapter.magnitude().set(&Tensor::new(magnitudes, &Device::Cpu).unwrap()).unwrap();
+    let layer = AdapterLinear::from_parts(frozen, adapter).unwrap();
+    for rows in [2, 60] {
+        let x = Var::from_tensor(&noise(&[rows, 7], 1.0, DType::F64, 41)).unwrap();
+        let weights = noise(&[rows, 5], 1.0, DType::F64, 42);
+        let loss = || (layer.forward(&x).unwrap().sqr().unwrap() * &weights).unwrap().sum_all().unwrap();
+        let grads = loss().backward().unwrap();
+        for (name, var) in [("x", &x), ("m", layer.adapter().magnitude())] {
+            let (got, original) = (values(grads.get(var).unwrap()), values(var));
+            for i in 0..original.len() {
+                let at = |step: f64| {
+                    let mut moved = original.clone();
+                    moved[i] += step;
+                    var.set(&Tensor::from_vec(moved, var.shape(), var.device()).unwrap()).unwrap();
+                    values(&loss())[0]
+                };
+                let want = (at(1e-5) - at(-1e-5)) / 2e-5;
+                assert!(
+                    (got[i] - want).abs() < 1e-7 * (1.0 + want.abs()),
+                    "{name}[{i}], {rows} rows: {} {want}",
+                    got[i]
+                );
+            }
+            var.set(&Tensor::from_vec(original, var.shape(), var.device()).unwrap()).unwrap();
+        }
+        // The norm counts as a constant: then the factors' gradients are those of the two ways to the same layer.
+        let y = (layer.base().forward(&x).unwrap() + layer.adapter().delta(&x).unwrap()).unwrap();
+        let other = (y.sqr().unwrap() * &weights).unwrap().sum_all().unwrap().backward().unwrap();
+        for (name, var) in layer.parameters() {
+            for (a, b) in values(grads.get(&var).unwrap()).into_iter().zip(values(other.get(&var).unwrap())) {
+                assert!((a - b).abs() < 1e-9 * (1.0 + b.abs()), "{name}, {rows} rows: {a} and {b}");
+            }
+        }
+    }
 }

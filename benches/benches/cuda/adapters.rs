@@ -21,7 +21,7 @@ use candle_core::{CudaDevice, DType, Device, Result, Tensor, Var};
 use era_act::{Activation, Era, LearnedEra};
 use flylora::{
     AdaLoraConfig, Adapter, AdapterKind, AnyLinear, FlyLoraAdapter, FlyLoraConfig, FrozenLinear, LoraConfig,
-    MaskedLoraConfig, Place,
+    MaskSelection, MaskedLoraConfig, Place,
 };
 use serde::Serialize;
 use vesper_benches::record::today;
@@ -216,10 +216,17 @@ fn costs(device: &Device, dtype: DType) -> std::result::Result<Vec<Cost>, Box<dy
         ("r 8", AdapterKind::Lora(lora(8))),
         ("r 16", AdapterKind::Lora(lora(16))),
         ("r 32", AdapterKind::Lora(lora(32))),
+        ("r 64", AdapterKind::Lora(lora(64))),
         ("r 8", AdapterKind::Dora(lora(8))),
         ("r 12", AdapterKind::AdaLora(AdaLoraConfig::default())),
         ("8 of 32", AdapterKind::FlyLora(FlyLoraConfig::default())),
         ("defaults", AdapterKind::MaskedLora(MaskedLoraConfig::default())),
+        (
+            "selected every 100 steps",
+            AdapterKind::MaskedLora(
+                MaskedLoraConfig::default().with_selection(MaskSelection::Magnitude { every: 100 }),
+            ),
+        ),
     ];
     let mut costs = Vec::new();
     for (setting, kind) in kinds {

@@ -214,6 +214,12 @@ impl AdaLoraAdapter {
         self.kept.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The change, with gradients for the factors: E on the smaller side of A.
+    fn low_rank(&self) -> Result<LowRank> {
+        let (a, b) = (self.a.broadcast_mul(&self.e)?, self.b.as_tensor().clone());
+        Ok(LowRank { a, b, scale: self.config.scale(), origin: None, mask: None, ratio: None })
+    }
+
     /// Sets the values of `E` to 0 where `kept` is false.
     pub(super) fn keep(&self, kept: Vec<bool>) -> Result<()> {
         let mask: Vec<f32> = kept.iter().map(|kept| f32::from(u8::from(*kept))).collect();
@@ -248,7 +254,12 @@ impl Adapter for AdaLoraAdapter {
 
     fn delta(&self, x: &Tensor) -> Result<Tensor> {
         check_input(x, self.in_features())?;
-        let flat = x.reshape((rows(x.shape()), self.in_features()))?.to_dtype(self.a.dtype())?; // (m, in)
+        let flat = x.reshape((rows(x.shape()), self.in_features()))?; // (m, in)
+        #[cfg(feature = "cuda")]
+        if let Some(delta) = self.low_rank()?.by_kernels(&self.dropout.apply(&flat)?)? {
+            return delta.reshape(with_last(x.shape(), self.out_features()));
+        }
+        let flat = flat.to_dtype(self.a.dtype())?;
         let weights = (self.e.squeeze(D::Minus1)? * self.config.scale())?; // (r)
         let flat = self.dropout.apply(&flat)?;
         let low = flat.matmul(&self.a.t()?)?.broadcast_mul(&weights)?; // (m, r)
@@ -259,8 +270,7 @@ impl Adapter for AdaLoraAdapter {
         if self.dropout.is_on() {
             return Ok(None); // the layer and its change read different inputs
         }
-        let (a, b) = (self.a.broadcast_mul(&self.e)?, self.b.as_tensor().clone()); // E on the smaller side of A
-        LowRank { a, b, scale: self.config.scale(), origin: None }.layer(base, x)
+        self.low_rank()?.layer(base, x)
     }
 
     fn delta_weight(&self) -> Result<Tensor> {

@@ -1,6 +1,7 @@
 use candle_core::{D, DType, Result, Tensor, Var};
 
 use super::{Adapter, AdapterKind, Change, LoraAdapter, Merge};
+use crate::effective::LowRank;
 use crate::files::StateSource;
 use crate::frozen::{check_input, rows, with_last};
 use crate::{Error, FrozenLinear, LoraConfig, LoraInit, Place};
@@ -156,11 +157,12 @@ impl Adapter for DoraAdapter {
     }
 
     fn layer(&self, base: &FrozenLinear, x: &Tensor) -> Result<Option<Tensor>> {
-        if self.magnitude.dtype() != x.dtype() {
-            return Ok(None);
+        if self.lora.dropout().is_on() {
+            return Ok(None); // the layer and its change read different inputs
         }
-        let Some(direction) = self.lora.layer(&base.without_bias(), x)? else { return Ok(None) };
-        let scaled = direction.broadcast_mul(&self.magnitude.div(&self.norms()?)?)?;
+        let ratio = Some(self.magnitude.div(&self.norms()?)?.unsqueeze(1)?); // (out, 1)
+        let scaled = LowRank { ratio, ..self.lora.low_rank()? }.layer(&base.without_bias(), x)?;
+        let Some(scaled) = scaled else { return Ok(None) };
         Ok(Some(match base.bias() {
             None => scaled,
             Some(bias) => scaled.broadcast_add(bias)?,

@@ -10,7 +10,7 @@ use crate::cuda;
 use crate::files::StateSource;
 use crate::frozen::{check_input, rows, with_last};
 use crate::init::fnv1a;
-use crate::sparse::{Selection, SparseMatrix, project, routed_product, top_k};
+use crate::sparse::{Route, Selection, SparseMatrix, project, routed_layer, routed_product, top_k};
 use crate::{Error, FrozenLinear, Place};
 
 const SEED: &str = "fly_A.seed";
@@ -408,6 +408,17 @@ impl FlyLoraAdapter {
         routed_product(&(y * self.config.scale())?, &self.b, &selection)
     }
 
+    /// How the rows choose on the CPU, as [`scores`](Self::scores) has it.
+    fn route(&self) -> Result<Box<Route>> {
+        let (r, k) = (self.config.r, self.config.k);
+        let (balance, magnitude) = (self.balance()?, self.config.routing == Routing::Magnitude);
+        Ok(Box::new(move |y| {
+            let score = |(y, d): (&f32, &f32)| if magnitude { y.abs() + d } else { y + d };
+            let scores: Vec<f32> = y.iter().zip(balance.iter().cycle()).map(score).collect();
+            Selection { chosen: top_k(&scores, r, k), r, k }
+        }))
+    }
+
     /// x: (m, in)
     fn by_dense(&self, x: &Tensor) -> Result<Tensor> {
         let a = self.projection().dense(x.dtype(), x.device())?;
@@ -454,12 +465,22 @@ impl Adapter for FlyLoraAdapter {
         )
     }
 
-    #[cfg(feature = "cuda")]
     fn layer(&self, base: &FrozenLinear, x: &Tensor) -> Result<Option<Tensor>> {
         if base.quantized_weight().is_some() || x.dtype() != base.dtype() {
             return Ok(None);
         }
-        self.by_kernels(Some(base), x)
+        check_input(x, self.in_features)?;
+        if Self::has_cpu_kernel(x) && x.dtype() == self.b.dtype() {
+            let sparse = Arc::clone(&self.projection().sparse);
+            let (y, selection) =
+                routed_layer(base, x, self.b.as_tensor(), sparse, self.config.scale(), self.route()?)?;
+            self.count(Tensor::new(selection.counts(), x.device())?);
+            return Ok(Some(y));
+        }
+        #[cfg(feature = "cuda")]
+        return self.by_kernels(Some(base), x);
+        #[cfg(not(feature = "cuda"))]
+        Ok(None)
     }
 
     /// `alpha / r B A`, as if every rank were used.

@@ -243,6 +243,16 @@ impl LoraAdapter {
         }
     }
 
+    /// The change, with gradients for the factors.
+    pub(super) fn low_rank(&self) -> Result<LowRank> {
+        let origin = match self.origin() {
+            None => None,
+            Some(origin) => Some((origin.a.weight()?, origin.b.weight()?)),
+        };
+        let (a, b) = (self.a.as_tensor().clone(), self.b.as_tensor().clone());
+        Ok(LowRank { a, b, scale: self.scale(), origin, mask: None, ratio: None })
+    }
+
     fn origin(&self) -> Option<Origin> {
         self.origin.as_ref().map(|origin| origin.read().unwrap_or_else(PoisonError::into_inner).clone())
     }
@@ -264,7 +274,12 @@ impl Adapter for LoraAdapter {
     fn delta(&self, x: &Tensor) -> Result<Tensor> {
         check_input(x, self.in_features())?;
         // One matrix of rows: candle's matmul over batches would repeat A and B for each.
-        let flat = x.reshape((rows(x.shape()), self.in_features()))?.to_dtype(self.a.dtype())?; // (m, in)
+        let flat = x.reshape((rows(x.shape()), self.in_features()))?; // (m, in)
+        #[cfg(feature = "cuda")]
+        if let Some(delta) = self.low_rank()?.by_kernels(&self.dropout.apply(&flat)?)? {
+            return delta.reshape(with_last(x.shape(), self.out_features()));
+        }
+        let flat = flat.to_dtype(self.a.dtype())?;
         self.product(&self.dropout.apply(&flat)?)?
             .reshape(with_last(x.shape(), self.out_features()))?
             .to_dtype(x.dtype())
@@ -274,12 +289,7 @@ impl Adapter for LoraAdapter {
         if self.dropout.is_on() {
             return Ok(None); // the layer and its change read different inputs
         }
-        let origin = match self.origin() {
-            None => None,
-            Some(origin) => Some((origin.a.weight()?, origin.b.weight()?)),
-        };
-        let (a, b) = (self.a.as_tensor().clone(), self.b.as_tensor().clone());
-        LowRank { a, b, scale: self.scale(), origin }.layer(base, x)
+        self.low_rank()?.layer(base, x)
     }
 
     fn delta_weight(&self) -> Result<Tensor> {

@@ -1,17 +1,13 @@
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError, RwLock};
 
-use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
-use candle_core::op::Mul;
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, MetalStorage, Result, Shape, Storage, Tensor,
-    Var,
-};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use rand_chacha::rand_core::RngCore;
 use serde::{Deserialize, Serialize};
 
 use super::{Adapter, AdapterKind, Change, LoraAdapter, Merge, Step};
+use crate::effective::{LowRank, Mask, Wanted};
 use crate::files::StateSource;
 use crate::frozen::{check_input, rows, with_last};
 use crate::init::generator;
@@ -117,8 +113,9 @@ impl MaskedLoraConfig {
 /// ```
 ///
 /// The mask is learned: see [`MaskSelection`]. What is masked is exactly 0 in the outputs, in the merged weight and in
-/// the file. It makes the update sparse, not cheap: a masked product has no low rank, so training costs an update of
-/// the size of the weight, forward and backward, and the trained values are those of LoRA.
+/// the file. It makes the update sparse, not cheap: a masked product has no low rank, so forward and backward make an update
+/// of the size of the weight, and a mask through which the gradient does not go straight makes a gradient of that size too.
+/// The trained values are those of LoRA.
 ///
 /// # Examples
 ///
@@ -148,10 +145,8 @@ pub struct MaskedLoraAdapter {
 struct State {
     /// (out, in), of zeros and ones, in the dtype of the variables. Not used where the selection is made each time.
     mask: RwLock<Tensor>,
-    /// Whether the next backward pass shall keep the gradient of the update.
-    wanted: AtomicBool,
-    /// The gradient of `M * (B A)`: (out, in).
-    gradient: Mutex<Option<Tensor>>,
+    /// The gradient of `B A`, for the next selection.
+    wanted: Arc<Wanted>,
 }
 
 impl MaskedLoraAdapter {
@@ -172,8 +167,8 @@ impl MaskedLoraAdapter {
         let n = out_features * in_features;
         let mut rng = generator(config.lora.seed, &format!("{}.{MASK}", place.name()));
         let order: Vec<f32> = (0..n).map(|_| (rng.next_u32() >> 8) as f32).collect();
-        let mask = largest(&order, kept(n, config.sparsity));
-        let mask = Tensor::from_vec(mask, (out_features, in_features), &Device::Cpu)?;
+        let order = Tensor::from_vec(order, (out_features, in_features), &Device::Cpu)?;
+        let mask = largest(&order, kept(n, config.sparsity))?;
         let every = match config.selection {
             MaskSelection::MagnitudeGradient { every, .. } => every,
             _ => 0,
@@ -183,8 +178,7 @@ impl MaskedLoraAdapter {
             config: config.clone(),
             state: Arc::new(State {
                 mask: RwLock::new(mask.to_device(place.device())?.to_dtype(place.dtype())?),
-                wanted: AtomicBool::new(every == 1),
-                gradient: Mutex::new(None),
+                wanted: Arc::new(Wanted { wanted: (every == 1).into(), ..Wanted::default() }),
             }),
         })
     }
@@ -217,11 +211,7 @@ impl MaskedLoraAdapter {
 
     /// The mask of the largest entries.
     fn by_magnitude(&self, product: &Tensor) -> Result<Tensor> {
-        let values = to_vec(&product.abs()?)?;
-        let mask = largest(&values, kept(values.len(), self.config.sparsity));
-        Tensor::from_vec(mask, product.shape(), &Device::Cpu)?
-            .to_device(product.device())?
-            .to_dtype(product.dtype())
+        largest(&product.abs()?, kept(product.elem_count(), self.config.sparsity))
     }
 
     fn product(&self) -> Result<Tensor> {
@@ -236,21 +226,24 @@ impl MaskedLoraAdapter {
     fn exchange(&self, fraction: f64, gradient: &Tensor) -> Result<()> {
         let product = self.product()?;
         let mask = self.mask_of(&product)?;
-        let (size, slope) = (to_vec(&product.abs()?)?, to_vec(&gradient.abs()?)?);
-        let old = to_vec(&mask)?;
-        let ones = old.iter().filter(|m| **m != 0.0).count();
+        let (size, slope) = (product.abs()?.to_dtype(DType::F32)?, gradient.abs()?.to_dtype(DType::F32)?);
+        let ones = mask.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()? as usize;
         let moved = (fraction * ones as f64) as usize;
         // Below any size where it is masked, so that what is kept comes from the mask.
-        let score: Vec<f32> = size.iter().zip(&old).map(|(s, m)| if *m == 0.0 { -1.0 } else { *s }).collect();
-        let mut new = largest(&score, ones - moved);
-        let score: Vec<f32> =
-            slope.iter().zip(&new).map(|(s, m)| if *m == 0.0 { *s } else { -1.0 }).collect();
-        for (new, grown) in new.iter_mut().zip(largest(&score, moved)) {
-            *new += grown;
-        }
-        let new = Tensor::from_vec(new, mask.shape(), &Device::Cpu)?;
-        self.set_mask(new.to_device(mask.device())?.to_dtype(mask.dtype())?);
+        let none = (size.ones_like()? * -1.0)?;
+        let stays = largest(&mask.ne(0.0)?.where_cond(&size, &none)?, ones - moved)?;
+        let grown = largest(&stays.ne(0.0)?.where_cond(&none, &slope)?, moved)?;
+        self.set_mask((stays + grown)?.to_dtype(mask.dtype())?);
         Ok(())
+    }
+
+    fn low_rank(&self) -> Result<LowRank> {
+        let mask = Mask {
+            ones: self.mask()?,
+            through: self.config.selection == MaskSelection::StraightThrough,
+            wanted: Arc::clone(&self.state.wanted),
+        };
+        Ok(LowRank { mask: Some(mask), ..self.lora.low_rank()? })
     }
 }
 
@@ -263,7 +256,16 @@ fn to_vec(t: &Tensor) -> Result<Vec<f32>> {
 }
 
 /// 1 for the `n` largest values, else 0; equal values are taken in a scattered order that is always the same.
-fn largest(values: &[f32], n: usize) -> Vec<f32> {
+fn largest(values: &Tensor, n: usize) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if values.device().is_cuda() && values.dtype() != DType::F64 {
+        return crate::cuda::largest(&values.to_dtype(DType::F32)?, n)?.to_dtype(values.dtype());
+    }
+    let (shape, device) = (values.shape(), values.device());
+    Tensor::from_vec(largest_of(&to_vec(values)?, n), shape, device)?.to_dtype(values.dtype())
+}
+
+fn largest_of(values: &[f32], n: usize) -> Vec<f32> {
     let scattered = |i: u32| i.wrapping_mul(0x9e37_79b1);
     let value = |i: u32| values.get(i as usize).copied().unwrap_or(f32::NEG_INFINITY);
     let mut order: Vec<u32> = (0..values.len() as u32).collect();
@@ -296,18 +298,21 @@ impl Adapter for MaskedLoraAdapter {
 
     fn delta(&self, x: &Tensor) -> Result<Tensor> {
         check_input(x, self.in_features())?;
-        let (a, b) = (self.lora.a(), self.lora.b());
-        let product = b.matmul(a)?; // (out, in)
-        let masked = product.apply_op1(Masked {
-            mask: self.mask_of(&product.detach())?,
-            through: self.config.selection == MaskSelection::StraightThrough,
-            state: Arc::clone(&self.state),
-        })?;
-        let flat = x.reshape((rows(x.shape()), self.in_features()))?.to_dtype(a.dtype())?; // (m, in)
-        let flat = self.lora.dropout().apply(&flat)?;
-        (flat.matmul(&masked.t()?)? * self.lora.scale())?
-            .reshape(with_last(x.shape(), self.out_features()))?
-            .to_dtype(x.dtype())
+        let dtype = match x.dtype() {
+            // A weight of the change alone in a half type, as products of it would be rounded anyway.
+            DType::BF16 | DType::F16 if x.device().is_cuda() => x.dtype(),
+            _ => self.lora.a().dtype(),
+        };
+        let flat = x.reshape((rows(x.shape()), self.in_features()))?.to_dtype(dtype)?; // (m, in)
+        let delta = self.low_rank()?.alone(&self.lora.dropout().apply(&flat)?)?;
+        delta.reshape(with_last(x.shape(), self.out_features()))?.to_dtype(x.dtype())
+    }
+
+    fn layer(&self, base: &FrozenLinear, x: &Tensor) -> Result<Option<Tensor>> {
+        if self.lora.dropout().is_on() {
+            return Ok(None); // the layer and its change read different inputs
+        }
+        self.low_rank()?.layer(base, x)
     }
 
     fn delta_weight(&self) -> Result<Tensor> {
@@ -335,8 +340,9 @@ impl Adapter for MaskedLoraAdapter {
                 self.set_mask(mask);
             }
             MaskSelection::MagnitudeGradient { every, fraction } => {
-                self.state.wanted.store((step.index + 1).is_multiple_of(every), Ordering::Relaxed);
-                let gradient = self.state.gradient.lock().unwrap_or_else(PoisonError::into_inner).take();
+                self.state.wanted.wanted.store((step.index + 1).is_multiple_of(every), Ordering::Relaxed);
+                let gradient =
+                    self.state.wanted.gradient.lock().unwrap_or_else(PoisonError::into_inner).take();
                 let end = 0.75 * step.total as f64;
                 if let Some(gradient) = gradient.filter(|_| due(every) && (step.index as f64) < end) {
                     let share = 0.5 * (1.0 + (std::f64::consts::PI * step.index as f64 / end).cos());
@@ -382,67 +388,20 @@ impl Adapter for MaskedLoraAdapter {
     }
 }
 
-/// `M * d`, without a gradient for M: the gradient of d is masked too, or goes straight through.
-struct Masked {
-    mask: Tensor,
-    through: bool,
-    state: Arc<State>,
-}
-
-impl Masked {
-    fn run<S: BackendStorage>(
-        &self,
-        d: &S,
-        layout: &Layout,
-        of: impl Fn(&Storage) -> Option<&S>,
-    ) -> Result<(S, Shape)> {
-        let (mask, mask_layout) = self.mask.storage_and_layout();
-        let mask = of(&mask)
-            .ok_or_else(|| candle_core::Error::Msg("the update is on another device than its mask".into()))?;
-        Ok((d.binary_impl::<Mul>(mask, layout, mask_layout)?, layout.shape().clone()))
-    }
-}
-
-impl CustomOp1 for Masked {
-    fn name(&self) -> &'static str {
-        "masked-update"
-    }
-
-    fn cpu_fwd(&self, d: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.run(d, layout, |s| if let Storage::Cpu(s) = s { Some(s) } else { None })
-    }
-
-    fn cuda_fwd(&self, d: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.run(d, layout, |s| if let Storage::Cuda(s) = s { Some(s) } else { None })
-    }
-
-    fn metal_fwd(&self, d: &MetalStorage, layout: &Layout) -> Result<(MetalStorage, Shape)> {
-        self.run(d, layout, |s| if let Storage::Metal(s) = s { Some(s) } else { None })
-    }
-
-    fn bwd(&self, _d: &Tensor, _masked: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let grad = grad.detach();
-        if self.state.wanted.load(Ordering::Relaxed) {
-            *self.state.gradient.lock().unwrap_or_else(PoisonError::into_inner) = Some(grad.clone());
-        }
-        if self.through { Ok(Some(grad)) } else { (grad * &self.mask).map(Some) }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn the_largest_are_chosen_and_ties_are_scattered_but_always_the_same() {
-        assert_eq!(largest(&[0.5, 3.0, -1.0, 2.0], 2), [0.0, 1.0, 0.0, 1.0]);
-        let ties = largest(&[0.0; 1000], 250);
+        assert_eq!(largest_of(&[0.5, 3.0, -1.0, 2.0], 2), [0.0, 1.0, 0.0, 1.0]);
+        let ties = largest_of(&[0.0; 1000], 250);
         assert_eq!(ties.iter().sum::<f32>(), 250.0);
-        assert_eq!(ties, largest(&[0.0; 1000], 250));
+        assert_eq!(ties, largest_of(&[0.0; 1000], 250));
         for part in ties.chunks(250) {
             assert!((30.0..100.0).contains(&part.iter().sum::<f32>()));
         }
-        assert_eq!(largest(&[1.0, 2.0], 0), [0.0, 0.0]);
-        assert_eq!(largest(&[1.0, 2.0], 2), [1.0, 1.0]);
+        assert_eq!(largest_of(&[1.0, 2.0], 0), [0.0, 0.0]);
+        assert_eq!(largest_of(&[1.0, 2.0], 2), [1.0, 1.0]);
     }
 }

@@ -4,17 +4,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
-use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor,
-};
+use candle_core::{CpuStorage, CudaDevice, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 
 use super::launch::{
     Element, Held, Module, aligned, allocate, by_dtype, config, launch, not_here, size, tensor, view, wrap,
 };
-use super::lora::through;
-use super::skinny::{Base, Factor, Side, expand, expanded, outer, project};
+use super::lora::{through, with_change};
+use super::skinny::{Base, Factor, Side, expanded, outer, project};
 use crate::FrozenLinear;
-use crate::frozen::{Frozen, rows, with_last};
+use crate::frozen::{rows, with_last};
 use crate::sparse::SparseMatrix;
 
 /// Rows of x that a block takes, and columns that it takes at a time.
@@ -207,11 +205,7 @@ impl CustomOp2 for Layer {
         let low = low((x, lx), &self.sparse, &self.how)?;
         let factor = Factor { parts: (b, lb), side: Side::Columns };
         let (y, shape) = match &self.base {
-            Some(base) => {
-                let (mut y, shape) = Frozen(base.clone()).cuda_fwd(x, lx)?;
-                expand(&mut y, &Base::Output, &low.values, factor, self.how.scale)?;
-                (y, shape)
-            }
+            Some(base) => with_change(base, (x, lx), &low.values, factor, self.how.scale)?,
             None => {
                 let y = expanded(x, &Base::Nothing, &low.values, factor, self.how.scale)?;
                 (y, with_last(lx.shape(), lb.shape().dims2()?.0).into())
@@ -242,11 +236,7 @@ impl CustomOp2 for Layer {
         let back = project(ds.parts()?, m, factor, Some(mask.parts()?), self.how.scale)?; // (m, r)
         let a = Factor { parts: dense.parts()?, side: Side::Ranks };
         let dx = match &self.base {
-            Some(base) => {
-                let mut dx = through(base, &ds, m)?;
-                expand(&mut dx, &Base::Output, &back, a, 1.0)?;
-                dx
-            }
+            Some(base) => through(base, &ds, m, &back, a, 1.0)?,
             None => expanded(ds.storage()?, &Base::Nothing, &back, a, 1.0)?,
         };
         Ok((Some(tensor(dx, x.shape())), Some(db)))

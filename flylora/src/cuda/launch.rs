@@ -20,6 +20,8 @@ pub(super) trait Element: CudaDType + DeviceRepr + WithDType {
     const NAME: &'static str;
     /// How many elements 16 bytes hold.
     const WIDE: usize = 16 / size_of::<Self>();
+    /// Whether products with few ranks have kernels that use tensor cores.
+    const ON_TENSOR_CORES: bool = false;
 }
 
 impl Element for f32 {
@@ -28,6 +30,7 @@ impl Element for f32 {
 
 impl Element for half::bf16 {
     const NAME: &'static str = "bf16";
+    const ON_TENSOR_CORES: bool = cfg!(tensor_cores);
 }
 
 impl Element for half::f16 {
@@ -60,7 +63,10 @@ pub(super) use by_dtype;
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Module {
     Skinny,
+    Tensor,
+    Sweep,
     Fly,
+    Select,
     Dropout,
 }
 
@@ -69,7 +75,10 @@ impl Module {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Skinny => "flylora-skinny",
+            Self::Tensor => "flylora-tensor",
+            Self::Sweep => "flylora-sweep",
             Self::Fly => "flylora-fly",
+            Self::Select => "flylora-select",
             Self::Dropout => "flylora-dropout",
         }
     }
@@ -77,7 +86,10 @@ impl Module {
     pub(super) fn ptx(self) -> &'static str {
         match self {
             Self::Skinny => ptx::SKINNY,
+            Self::Tensor => ptx::TENSOR,
+            Self::Sweep => ptx::SWEEP,
             Self::Fly => ptx::FLY,
+            Self::Select => ptx::SELECT,
             Self::Dropout => ptx::DROPOUT,
         }
     }

@@ -5,7 +5,10 @@ mod dropout;
 mod fly;
 mod launch;
 mod lora;
+mod onto;
+mod select;
 mod skinny;
+mod sweep;
 
 use candle_core::{DType, Result, Tensor};
 
@@ -14,7 +17,8 @@ use crate::frozen::with_last;
 pub(crate) use dropout::dropped;
 pub(crate) use fly::{Routed, Sparse, routed_layer, used};
 pub(crate) use launch::aligned;
-pub(crate) use lora::{beside, effective, gradients, has_kernels};
+pub(crate) use lora::{alone, beside, effective, gradients, has_kernels, products_of_columns};
+pub(crate) use select::largest;
 
 /// What a layer gives for no rows on a CUDA device, where candle's own operations fail on nothing; else `None`.
 pub(crate) fn nothing(x: &Tensor, outputs: usize) -> Result<Option<Tensor>> {

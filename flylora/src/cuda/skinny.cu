@@ -2,27 +2,14 @@
 // is m[j stride_j + c stride_c]. x and y are (rows, columns) in row-major order, h is (rows, r) in f32.
 //
 //     project   h[i][j]  = sum over c of x[i][c] M[j][c]            (0 where a mask says so)
-//     expand    y[i][c]  = base[i][c] + scale sum over j of h[i][j] M[j][c]
+//     expand    y[i][c]  = ratio[c] (base[i][c] + scale sum over j of h[i][j] M[j][c])    (1 where there is no ratio)
+//     dot       q[c]     = sum over i of a[i][c] b[i][c]            as partial sums, and `reduce` with one rank
 //     outer     dM[j][c] = scale sum over i of h[i][j] x[i][c]      as partial sums, and `reduce`, which adds them up
 //
 // Each reads x (or base) once: with so few ranks that is what takes the time. Sums are in f32 and in an order that does
 // not depend on the run.
 
-#include "common.cuh"
-
-struct SkinnyParams {
-    uint64_t rows;
-    uint32_t columns;
-    uint32_t r;
-    uint64_t stride_j, stride_c;  // of M, or of dM
-    float scale;
-    uint32_t wide;   // whether rows can be read by vectors
-    uint32_t parts;  // outer, reduce: bands of rows
-    uint32_t band;   // expand, outer: rows of a band
-    uint32_t adds;   // expand: whether base is y
-    uint32_t unused;
-};
-static_assert(sizeof(SkinnyParams) == 56, "the Rust side has the same layout");
+#include "params.cuh"
 
 // Elements that a thread takes of a row, where it keeps R numbers for each in registers.
 template <typename T, int R> constexpr int KEPT = R >= 64 ? 2 : R >= 32 || sizeof(T) == 4 ? 4 : 8;
@@ -31,18 +18,6 @@ template <typename T, int R> constexpr int KEPT = R >= 64 ? 2 : R >= 32 || sizeo
 template <int R> constexpr int ROWS = R <= 32 ? 4 : 2;
 
 constexpr int WARPS = 8;
-
-// Lanes exchange halves of the values that they hold, so that in the end each holds the sums over all lanes of 1 / 32 of
-// the values: lane l from value l / 32 of them on.
-template <int HALF, int OFFSET> __device__ __forceinline__ void fold(float *sums, int lane) {
-    const bool upper = lane & OFFSET;
-#pragma unroll
-    for (int i = 0; i < HALF; i++) {
-        const float given = upper ? sums[i] : sums[i + HALF], kept = upper ? sums[i + HALF] : sums[i];
-        sums[i] = kept + __shfl_xor_sync(0xffffffffu, given, OFFSET);
-    }
-    if constexpr (OFFSET > 1) fold<HALF / 2, OFFSET / 2>(sums, lane);
-}
 
 template <typename T, int R>
 __device__ __forceinline__ void project(const T *x, const float *m, const uint32_t *mask, float *h,
@@ -123,7 +98,8 @@ __device__ __forceinline__ void stage(float (*staged)[R], const float *h, uint64
 }
 
 template <typename T, int R>
-__device__ __forceinline__ void expand(const T *base, const float *h, const float *m, T *y, const SkinnyParams &p) {
+__device__ __forceinline__ void expand(const T *base, const float *h, const float *m, const float *ratio, T *y,
+                                       const SkinnyParams &p) {
     constexpr int V = KEPT<T, R>, AHEAD = 4;
     if (p.adds) base = y;
     __shared__ alignas(16) float staged[STAGED][R];
@@ -134,6 +110,9 @@ __device__ __forceinline__ void expand(const T *base, const float *h, const floa
 #pragma unroll
         for (int v = 0; v < V; v++)
             kept[j][v] = j < p.r && c + v < p.columns ? m[j * p.stride_j + (c + v) * p.stride_c] * p.scale : 0.0f;
+    float times[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) times[v] = ratio && c + v < p.columns ? ratio[c + v] : 1.0f;
     const uint64_t start = (uint64_t)blockIdx.y * p.band, end = min(start + p.band, p.rows);
     for (uint64_t row0 = start; row0 < end; row0 += STAGED) {
         stage<R>(staged, h, row0, end, p.r);
@@ -166,7 +145,7 @@ __device__ __forceinline__ void expand(const T *base, const float *h, const floa
                 if (row < end) {
                     Vec<T, V> to;
 #pragma unroll
-                    for (int v = 0; v < V; v++) to.v[v] = from_float<T>(to_float(from[i].v[v]) + sum[v]);
+                    for (int v = 0; v < V; v++) to.v[v] = from_float<T>((to_float(from[i].v[v]) + sum[v]) * times[v]);
                     write<T, V>(y + row * p.columns, c, p.columns, p.wide, to);
                 }
             }
@@ -225,6 +204,33 @@ __device__ __forceinline__ void outer(const T *x, const float *h, float *partial
         }
 }
 
+// partial: (parts, columns)
+template <typename T>
+__device__ __forceinline__ void dot(const T *a, const T *b, float *partial, const SkinnyParams &p) {
+    constexpr int V = 16 / sizeof(T), AHEAD = 4;
+    const uint32_t c = (blockIdx.x * blockDim.x + threadIdx.x) * V;
+    const uint64_t start = (uint64_t)blockIdx.y * p.band, end = min(start + p.band, p.rows);
+    float sums[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) sums[v] = 0.0f;
+    for (uint64_t row0 = start; row0 < end; row0 += AHEAD) {
+        Vec<T, V> one[AHEAD], other[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const uint64_t row = row0 + i;
+            one[i] = row < end ? read<T, V>(a + row * p.columns, c, p.columns, p.wide) : read<T, V>(a, 0, 0, false);
+            other[i] = row < end ? read<T, V>(b + row * p.columns, c, p.columns, p.wide) : read<T, V>(b, 0, 0, false);
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+            for (int v = 0; v < V; v++) sums[v] = fmaf(to_float(one[i].v[v]), to_float(other[i].v[v]), sums[v]);
+    }
+#pragma unroll
+    for (int v = 0; v < V; v++)
+        if (c + v < p.columns) partial[(uint64_t)blockIdx.y * p.columns + c + v] = sums[v];
+}
+
 // Blocks of 32 values by 16 shares of the parts.
 extern "C" __global__ void __launch_bounds__(512) reduce(const float *partial, float *out, SkinnyParams p) {
     __shared__ float shares[16][33];
@@ -250,14 +256,18 @@ extern "C" __global__ void __launch_bounds__(512) reduce(const float *partial, f
         project<T, R>(x, m, mask, h, p);                                                                               \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
-        expand_##T##_##R(const T *base, const float *h, const float *m, T *y, SkinnyParams p) {                        \
-        expand<T, R>(base, h, m, y, p);                                                                                \
+        expand_##T##_##R(const T *base, const float *h, const float *m, const float *ratio, T *y, SkinnyParams p) {    \
+        expand<T, R>(base, h, m, ratio, y, p);                                                                         \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         outer_##T##_##R(const T *x, const float *h, float *partial, SkinnyParams p) {                                  \
         outer<T, R>(x, h, partial, p);                                                                                 \
     }
 #define ALL(T)                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        dot_##T(const T *a, const T *b, float *partial, SkinnyParams p) {                                              \
+        dot<T>(a, b, partial, p);                                                                                      \
+    }                                                                                                                  \
     KERNELS(T, 8)                                                                                                      \
     KERNELS(T, 16)                                                                                                     \
     KERNELS(T, 32)                                                                                                     \

@@ -1,8 +1,8 @@
-//! Products with a matrix of few ranks, by the kernels of `skinny.cu`.
+//! Products with a matrix of few ranks, by the kernels of `skinny.cu`, or for bf16 by those of `tensor.cu`.
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
-use candle_core::{CudaStorage, Layout, Result, Tensor, bail};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
+use candle_core::{CudaDevice, CudaStorage, Layout, Result, Tensor, bail};
 
 use super::launch::{Element, Held, Module, allocate, by_dtype, config, launch, size, tensor, view, wrap};
 
@@ -90,7 +90,16 @@ fn params<T: Element>(rows: usize, (r, columns): (usize, usize), side: Side, sca
     })
 }
 
-/// Columns that a thread keeps, as in the kernels.
+/// The file of a kernel for a dtype, and the kernel's name.
+fn kernel<T: Element>(what: &str, compiled: usize) -> (Module, String) {
+    if T::ON_TENSOR_CORES {
+        (Module::Tensor, format!("{what}_{compiled}"))
+    } else {
+        (Module::Skinny, format!("{what}_{}_{compiled}", T::NAME))
+    }
+}
+
+/// Columns that a thread keeps, as in the kernels of `skinny.cu`.
 fn kept<T: Element>(compiled: usize) -> usize {
     match compiled {
         64 => 2,
@@ -106,10 +115,10 @@ fn over_columns(vectors: usize) -> (usize, usize) {
     (vectors.div_ceil(threads).max(1), threads)
 }
 
-/// Rows of a band, a multiple of 32, for about `blocks` blocks in all; and the number of bands.
-fn bands(rows: usize, blocks: usize, columns: usize) -> (usize, usize) {
+/// Rows of a band, a multiple of `step`, for about `blocks` blocks in all; and the number of bands.
+fn bands(rows: usize, blocks: usize, columns: usize, step: usize) -> (usize, usize) {
     let least = rows.div_ceil(65_535);
-    let band = (rows * columns).div_ceil(blocks).max(least).next_multiple_of(32).max(32);
+    let band = (rows * columns).div_ceil(blocks).max(least).next_multiple_of(step).max(step);
     (band, rows.div_ceil(band).max(1))
 }
 
@@ -131,17 +140,21 @@ pub(super) fn project(
         let (device, dims) = (x.device(), factor.dims()?);
         let compiled = compiled(dims.0)?;
         let params = params::<T>(rows, dims, factor.side, scale)?;
-        let block = 8 * if compiled <= 32 { 4 } else { 2 };
-        let config = config((rows.div_ceil(block), 1), (256, 1), 0)?;
-        let name = format!("project_{}_{compiled}", T::NAME);
+        let of_a_warp = match compiled {
+            _ if T::ON_TENSOR_CORES => 16,
+            64 => 2,
+            _ => 4,
+        };
+        let config = config((rows.div_ceil(8 * of_a_warp), 1), (256, 1), 0)?;
+        let (module, name) = kernel::<T>("project", compiled);
         let (x, m) = (view::<T>(x, layout)?, view::<f32>(factor.parts.0, factor.parts.1)?);
         let mut h = allocate::<f32>(device, rows * dims.0)?;
         match mask {
             Some((mask, layout)) => {
                 let mask = view::<u32>(mask, layout)?;
-                launch!(device, Module::Skinny, &name, config, &x, &m, &mask, &mut h, &params);
+                launch!(device, module, &name, config, &x, &m, &mask, &mut h, &params);
             }
-            None => launch!(device, Module::Skinny, &name, config, &x, &m, &0u64, &mut h, &params),
+            None => launch!(device, module, &name, config, &x, &m, &0u64, &mut h, &params),
         }
         Ok(tensor(wrap(h, device), (rows, dims.0)))
     }
@@ -165,18 +178,37 @@ pub(super) fn expand(
     factor: Factor<'_>,
     scale: f64,
 ) -> Result<()> {
+    expand_times(y, base, h, factor, scale, None)
+}
+
+/// As [`expand`], times `ratio`, where there is one: one number for each column, f32.
+pub(super) fn expand_times(
+    y: &mut CudaStorage,
+    base: &Base<'_>,
+    h: &Tensor,
+    factor: Factor<'_>,
+    scale: f64,
+    ratio: Option<&Tensor>,
+) -> Result<()> {
     fn run<T: Element>(
         y: &mut CudaStorage,
         base: &Base<'_>,
         h: &Tensor,
         factor: Factor<'_>,
         scale: f64,
+        ratio: Option<&Tensor>,
     ) -> Result<()> {
         let (device, (rows, r)) = (y.device().clone(), h.dims2()?);
         let dims = factor.dims()?;
         let compiled = compiled(r)?;
-        let (across, threads) = over_columns(dims.1.div_ceil(kept::<T>(compiled)));
-        let (band, down) = bands(rows, 512, across);
+        // On tensor cores a warp takes 32 columns.
+        let vectors = if T::ON_TENSOR_CORES {
+            dims.1.next_multiple_of(32)
+        } else {
+            dims.1.div_ceil(kept::<T>(compiled))
+        };
+        let (across, threads) = over_columns(vectors);
+        let (band, down) = bands(rows, 512, across, if T::ON_TENSOR_CORES { 32 } else { 4 });
         let params = Params {
             band: size(band)?,
             adds: matches!(base, Base::Output).into(),
@@ -187,20 +219,33 @@ pub(super) fn expand(
             bail!("{r} ranks of {rows} rows do not fit {dims:?} and an output of {} elements", y.len());
         }
         let config = config((across, down), (threads, 1), 0)?;
-        let name = format!("expand_{}_{compiled}", T::NAME);
+        let (module, name) = kernel::<T>("expand", compiled);
         let h = Held::new(h);
         let (h, layout) = h.parts()?;
         let (h, m) = (view::<f32>(h, layout)?, view::<f32>(factor.parts.0, factor.parts.1)?);
-        match base {
-            Base::Other(base, layout) => {
-                let base = view::<T>(base, layout)?;
-                launch!(device, Module::Skinny, &name, config, &base, &h, &m, y, &params);
+        let other = match base {
+            Base::Other(base, layout) => Some(view::<T>(base, layout)?),
+            _ => None,
+        };
+        let ratio = ratio.map(Held::new);
+        let ratio = match &ratio {
+            None => None,
+            Some(ratio) => {
+                let (ratio, layout) = ratio.parts()?;
+                Some(view::<f32>(ratio, layout)?)
             }
-            _ => launch!(device, Module::Skinny, &name, config, &0u64, &h, &m, y, &params),
+        };
+        match (&other, &ratio) {
+            (None, None) => launch!(device, module, &name, config, &0u64, &h, &m, &0u64, y, &params),
+            (None, Some(ratio)) => launch!(device, module, &name, config, &0u64, &h, &m, ratio, y, &params),
+            (Some(base), None) => launch!(device, module, &name, config, base, &h, &m, &0u64, y, &params),
+            (Some(base), Some(ratio)) => {
+                launch!(device, module, &name, config, base, &h, &m, ratio, y, &params);
+            }
         }
         Ok(())
     }
-    by_dtype!(y.dtype(), T => run::<T>(y, base, h, factor, scale))
+    by_dtype!(y.dtype(), T => run::<T>(y, base, h, factor, scale, ratio))
 }
 
 /// A new matrix `base + scale h M`, or without a base: (rows, columns) in the dtype of `like`.
@@ -234,28 +279,67 @@ pub(super) fn outer(
     ) -> Result<Tensor> {
         let (device, (rows, r)) = (x.device(), h.dims2()?);
         let compiled = compiled(r)?;
-        let (across, threads) = over_columns(columns.div_ceil(kept::<T>(compiled)));
-        let (band, parts) = bands(rows, 400, across);
-        let params = Params {
-            band: size(band)?,
-            parts: size(parts)?,
-            ..params::<T>(rows, (r, columns), side, scale)?
+        // On tensor cores a warp takes 64 columns.
+        let (vectors, blocks) = if T::ON_TENSOR_CORES {
+            (columns.div_ceil(64) * 32, 264)
+        } else {
+            (columns.div_ceil(kept::<T>(compiled)), 400)
         };
-        let name = format!("outer_{}_{compiled}", T::NAME);
+        let (across, threads) = over_columns(vectors);
+        let (band, parts) = bands(rows, blocks, across, 32);
+        let params = Params { band: size(band)?, ..params::<T>(rows, (r, columns), side, scale)? };
+        let (module, name) = kernel::<T>("outer", compiled);
         let (x, h) = (view::<T>(x, layout)?, Held::new(h));
         let (h, lh) = h.parts()?;
         let h = view::<f32>(h, lh)?;
         let mut partial = allocate::<f32>(device, parts * r * columns)?;
         let by_bands = config((across, parts), (threads, 1), 0)?;
-        launch!(device, Module::Skinny, &name, by_bands, &x, &h, &mut partial, &params);
-        let mut out = allocate::<f32>(device, r * columns)?;
-        let by_values = config(((r * columns).div_ceil(32), 1), (32, 16), 0)?;
-        launch!(device, Module::Skinny, "reduce", by_values, &partial, &mut out, &params);
-        let shape = match side {
-            Side::Ranks => (r, columns),
-            Side::Columns => (columns, r),
-        };
-        Ok(tensor(wrap(out, device), shape))
+        launch!(device, module, &name, by_bands, &x, &h, &mut partial, &params);
+        reduced(device, &partial, parts, (r, columns), side, scale)
     }
     by_dtype!(x.dtype(), T => run::<T>((x, layout), h, columns, side, scale))
+}
+
+/// `scale` times the sum of (parts, r, columns) over the parts, as `side` says.
+pub(super) fn reduced(
+    device: &CudaDevice,
+    partial: &CudaSlice<f32>,
+    parts: usize,
+    (r, columns): (usize, usize),
+    side: Side,
+    scale: f64,
+) -> Result<Tensor> {
+    let params = Params { parts: size(parts)?, ..params::<f32>(0, (r, columns), side, scale)? };
+    let mut out = allocate::<f32>(device, r * columns)?;
+    let by_values = config(((r * columns).div_ceil(32), 1), (32, 16), 0)?;
+    launch!(device, Module::Skinny, "reduce", by_values, partial, &mut out, &params);
+    let shape = match side {
+        Side::Ranks => (r, columns),
+        Side::Columns => (columns, r),
+    };
+    Ok(tensor(wrap(out, device), shape))
+}
+
+/// The sum over the rows of `a * b`, both (rows, columns) of one dtype: (columns, 1), f32.
+pub(super) fn dot(
+    (a, la): (&CudaStorage, &Layout),
+    (b, lb): (&CudaStorage, &Layout),
+    (rows, columns): (usize, usize),
+) -> Result<Tensor> {
+    fn run<T: Element>(
+        (a, la): (&CudaStorage, &Layout),
+        (b, lb): (&CudaStorage, &Layout),
+        (rows, columns): (usize, usize),
+    ) -> Result<Tensor> {
+        let device = a.device();
+        let (across, threads) = over_columns(columns.div_ceil(T::WIDE));
+        let (band, parts) = bands(rows, 528, across, 4);
+        let params = Params { band: size(band)?, ..params::<T>(rows, (1, columns), Side::Columns, 1.0)? };
+        let (a, b) = (view::<T>(a, la)?, view::<T>(b, lb)?);
+        let mut partial = allocate::<f32>(device, parts * columns)?;
+        let config = config((across, parts), (threads, 1), 0)?;
+        launch!(device, Module::Skinny, &format!("dot_{}", T::NAME), config, &a, &b, &mut partial, &params);
+        reduced(device, &partial, parts, (1, columns), Side::Columns, 1.0)
+    }
+    by_dtype!(a.dtype(), T => run::<T>((a, la), (b, lb), (rows, columns)))
 }

@@ -45,13 +45,13 @@ fn turn<T: Float>(x: &[T], columns: usize, turned: &mut [[T; LANES]]) {
     }
 }
 
-/// The way back.
+/// The way back, added to what is there.
 #[inline(always)]
 fn turn_back<T: Float>(turned: &[[T; LANES]], columns: usize, x: &mut [T]) {
     for (c, part) in turned.chunks(LANES).enumerate() {
         for (l, row) in x.chunks_exact_mut(columns).enumerate() {
             for (from, to) in part.iter().zip(&mut row[c * LANES..]) {
-                *to = from[l];
+                *to += from[l];
             }
         }
     }
@@ -143,7 +143,7 @@ fn scatter<T: Float>(sums: &[T; LANES], y: &mut [T], rows: usize, row: usize) {
     }
 }
 
-/// `out = sum of v * row` over terms, whose rows are as long as `out`.
+/// `out += sum of v * row` over terms, whose rows are as long as `out`.
 #[inline(always)]
 fn combine<'a, T: Float + 'a>(out: &mut [T], terms: impl Iterator<Item = (T, &'a [T])> + Clone) {
     let full = out.len() - out.len() % CHUNK;
@@ -151,6 +151,7 @@ fn combine<'a, T: Float + 'a>(out: &mut [T], terms: impl Iterator<Item = (T, &'a
     for (c, out) in chunks.chunks_exact_mut(CHUNK).enumerate() {
         // Of a fixed length, so that it stays in registers.
         let mut sums = [T::default(); CHUNK];
+        sums.copy_from_slice(out);
         for (v, row) in terms.clone() {
             if let Some(row) = row[c * CHUNK..].first_chunk::<CHUNK>() {
                 for (sum, b) in sums.iter_mut().zip(row) {
@@ -160,7 +161,6 @@ fn combine<'a, T: Float + 'a>(out: &mut [T], terms: impl Iterator<Item = (T, &'a
         }
         out.copy_from_slice(&sums);
     }
-    rest.fill(T::default());
     for (v, row) in terms {
         for (sum, b) in rest.iter_mut().zip(&row[full..]) {
             *sum += v * *b;
@@ -168,10 +168,8 @@ fn combine<'a, T: Float + 'a>(out: &mut [T], terms: impl Iterator<Item = (T, &'a
     }
 }
 
-/// `dx = dy A`: dy (m, rows), dx (m, columns).
-pub(super) fn project_back<T: Float>(dy: &[T], a: &SparseMatrix) -> Vec<T> {
-    let m = dy.len() / a.rows.max(1);
-    let mut dx = vec![T::default(); m * a.columns];
+/// `dx += dy A`: dy (m, rows), dx (m, columns).
+pub(super) fn project_back<T: Float>(dx: &mut [T], dy: &[T], a: &SparseMatrix) {
     let arch = Arch::new();
     dy.par_chunks(LANES * a.rows).zip(dx.par_chunks_mut(LANES * a.columns)).for_each_init(
         || (vec![[T::default(); LANES]; a.rows], vec![[T::default(); LANES]; a.columns]),
@@ -179,7 +177,6 @@ pub(super) fn project_back<T: Float>(dy: &[T], a: &SparseMatrix) -> Vec<T> {
             arch.dispatch(ProjectBack { dy, dx, a, dy_turned, dx_turned });
         },
     );
-    dx
 }
 
 struct ProjectBack<'a, T> {
@@ -211,22 +208,20 @@ impl<T: Float> WithSimd for ProjectBack<'_, T> {
     }
 }
 
-/// `delta[m] = sum over i in chosen[m] of y[m][i] b[i]`: y (m, r), b (r, out), chosen (m, k), delta (m, out).
+/// `delta[m] += sum over i in chosen[m] of y[m][i] b[i]`: y (m, r), b (r, out), chosen (m, k), delta (m, out).
 pub(super) fn routed<T: Float>(
+    delta: &mut [T],
     y: &[T],
     b: &[T],
     chosen: &[u32],
     (r, k, out): (usize, usize, usize),
-) -> Vec<T> {
-    let m = y.len() / r.max(1);
-    let mut delta = vec![T::default(); m * out];
+) {
     let arch = Arch::new();
     let block = LANES;
     delta
         .par_chunks_mut(block * out)
         .zip(y.par_chunks(block * r).zip(chosen.par_chunks(block * k)))
         .for_each(|(delta, (y, chosen))| arch.dispatch(Routed { y, b, chosen, delta, r, k, out }));
-    delta
 }
 
 struct Routed<'a, T> {

@@ -40,7 +40,7 @@ pub(crate) fn routed_product(y: &Tensor, b: &Tensor, selection: &Arc<Selection>)
 }
 
 /// The values of a contiguous tensor.
-fn slice<'a, T>(values: &'a [T], layout: &Layout) -> Result<&'a [T]> {
+pub(super) fn slice<'a, T>(values: &'a [T], layout: &Layout) -> Result<&'a [T]> {
     let (start, end) = layout
         .contiguous_offsets()
         .ok_or_else(|| candle_core::Error::Msg("a sparse product takes contiguous tensors".into()))?;
@@ -114,16 +114,23 @@ impl CustomOp1 for ProjectBack {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (m, _) = layout.shape().dims2()?;
-        let dx =
-            on_floats!("sparse-projection-backward", storage, layout, |dy| cpu::project_back(dy, &self.0));
+        let dx = on_floats!("sparse-projection-backward", storage, layout, |dy| project_back(dy, &self.0));
         Ok((dx, (m, self.0.columns).into()))
     }
+}
+
+fn project_back<T: Float>(dy: &[T], a: &SparseMatrix) -> Vec<T> {
+    let mut dx = vec![T::default(); dy.len() / a.rows.max(1) * a.columns];
+    cpu::project_back(&mut dx, dy, a);
+    dx
 }
 
 struct Routed(Arc<Selection>);
 
 fn routed<T: Float>(y: &[T], b: &[T], s: &Selection, out: usize) -> Vec<T> {
-    cpu::routed(y, &cpu::transpose(b, out, s.r), &s.chosen, (s.r, s.k, out))
+    let mut delta = vec![T::default(); y.len() / s.r.max(1) * out];
+    cpu::routed(&mut delta, y, &cpu::transpose(b, out, s.r), &s.chosen, (s.r, s.k, out));
+    delta
 }
 
 impl CustomOp2 for Routed {
@@ -157,9 +164,9 @@ impl CustomOp2 for Routed {
     }
 }
 
-struct BackY(Arc<Selection>);
+pub(super) struct BackY(pub(super) Arc<Selection>);
 
-fn back_y<T: Float>(grad: &[T], b: &[T], s: &Selection, out: usize) -> Vec<T> {
+pub(super) fn back_y<T: Float>(grad: &[T], b: &[T], s: &Selection, out: usize) -> Vec<T> {
     cpu::routed_back_y(grad, &cpu::transpose(b, out, s.r), &s.chosen, (s.r, s.k, out))
 }
 
@@ -181,9 +188,9 @@ impl CustomOp2 for BackY {
     }
 }
 
-struct BackB(Arc<Selection>);
+pub(super) struct BackB(pub(super) Arc<Selection>);
 
-fn back_b<T: Float>(grad: &[T], y: &[T], s: &Selection, out: usize) -> Vec<T> {
+pub(super) fn back_b<T: Float>(grad: &[T], y: &[T], s: &Selection, out: usize) -> Vec<T> {
     cpu::transpose(&cpu::routed_back_b(grad, y, &s.chosen, (s.r, s.k, out)), s.r, out)
 }
 

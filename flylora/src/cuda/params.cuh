@@ -1,0 +1,30 @@
+// What the kernels for few ranks take, and what several of them do.
+#pragma once
+
+#include "common.cuh"
+
+struct SkinnyParams {
+    uint64_t rows;
+    uint32_t columns;
+    uint32_t r;
+    uint64_t stride_j, stride_c;  // of M, or of dM
+    float scale;
+    uint32_t wide;   // whether rows can be read by vectors
+    uint32_t parts;  // outer, reduce: bands of rows
+    uint32_t band;   // expand, outer: rows of a band
+    uint32_t adds;   // expand: whether base is y
+    uint32_t unused;
+};
+static_assert(sizeof(SkinnyParams) == 56, "the Rust side has the same layout");
+
+// Lanes exchange halves of the values that they hold, so that in the end each holds the sums over all lanes of 1 / 32 of
+// the values: lane l from value l / 32 of them on.
+template <int HALF, int OFFSET> __device__ __forceinline__ void fold(float *sums, int lane) {
+    const bool upper = lane & OFFSET;
+#pragma unroll
+    for (int i = 0; i < HALF; i++) {
+        const float given = upper ? sums[i] : sums[i + HALF], kept = upper ? sums[i + HALF] : sums[i];
+        sums[i] = kept + __shfl_xor_sync(0xffffffffu, given, OFFSET);
+    }
+    if constexpr (OFFSET > 1) fold<HALF / 2, OFFSET / 2>(sums, lane);
+}
