@@ -6,18 +6,18 @@
 //!
 //! The recipe of the paper: 32 ranks, of which a row makes use of 8, and a density of 8 / 32. A run writes
 //! `benches/record/<machine>/<date>-adapters.json`, or the file that `VESPER_BENCH_RECORD` names; the machine's name is
-//! that of its processor's architecture, or `VESPER_BENCH_MACHINE`. Without `--bench`, which cargo bench passes,
+//! that of its processor, or `VESPER_BENCH_MACHINE`. Without `--bench`, which cargo bench passes,
 //! everything runs once on small sizes and nothing is written.
 
 use std::error::Error;
-use std::path::PathBuf;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use flylora::{
     AdaLoraConfig, AdapterKind, AnyLinear, FlyLoraAdapter, FlyLoraConfig, FrozenLinear, LoraConfig, Place,
 };
 use serde::Serialize;
+use vesper_benches::record;
 
 /// One size of FlyLoRA's change: milliseconds.
 #[derive(Serialize)]
@@ -123,27 +123,14 @@ fn costs(size: usize, rows: usize, runs: usize) -> std::result::Result<Vec<Cost>
     .collect()
 }
 
-/// Today in UTC as `2026-07-31` (civil date from days, by Howard Hinnant's algorithm).
-fn today() -> String {
-    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let z = seconds / 86400 + 719_468;
-    let (era, doe) = (z / 146_097, z % 146_097);
-    let yoe = (doe - doe / 1460 + doe / 36524 - doe / 146_096) / 365;
-    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-    let mp = (5 * doy + 2) / 153;
-    let (day, month) = (doy - (153 * mp + 2) / 5 + 1, if mp < 10 { mp + 3 } else { mp - 9 });
-    format!("{:04}-{month:02}-{day:02}", yoe + era * 400 + u64::from(month <= 2))
-}
-
 fn main() -> std::result::Result<(), Box<dyn Error>> {
     let measured = std::env::args().any(|arg| arg == "--bench");
     let (sizes, rows, runs): (&[usize], usize, usize) =
         if measured { (&[768, 1024, 2048, 4096], 1024, 12) } else { (&[32], 8, 1) };
-    let machine = std::env::var("VESPER_BENCH_MACHINE").unwrap_or_else(|_| std::env::consts::ARCH.into());
     let mut record = Record {
         bench: "adapters",
-        date: today(),
-        machine: machine.clone(),
+        date: record::today(),
+        machine: record::machine(),
         threads: std::thread::available_parallelism().map_or(1, Into::into),
         products: Vec::new(),
         costs: Vec::new(),
@@ -167,15 +154,7 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
         record.costs.push(cost);
     }
     if measured {
-        let path = if let Ok(path) = std::env::var("VESPER_BENCH_RECORD") {
-            PathBuf::from(path)
-        } else {
-            let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("record").join(&machine);
-            std::fs::create_dir_all(&folder)?;
-            folder.join(format!("{}-adapters.json", record.date))
-        };
-        std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
-        println!("{}", path.display());
+        record::write(&record::path("adapters", &record.date, &record.machine), &record)?;
     }
     Ok(())
 }

@@ -22,7 +22,7 @@ use std::time::Instant;
 
 use candle_core::Device;
 use serde_json::{Map, Value, json};
-use vesper_benches::record::{machine, today};
+use vesper_benches::record;
 use vesper_data::corpus::StoryCorpus;
 use vesper_data::source::SEPARATOR;
 use vesper_data::{
@@ -246,16 +246,8 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
         || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/data-bench"),
         PathBuf::from,
     );
-    let (date, machine) = (today(), machine());
-    let path = std::env::var_os("VESPER_BENCH_RECORD").map_or_else(
-        || {
-            PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-                .join("record")
-                .join(&machine)
-                .join(format!("{date}-data.json"))
-        },
-        PathBuf::from,
-    );
+    let (date, machine) = (record::today(), record::machine());
+    let path = record::path("data", &date, &machine);
     let mut record: Map<String, Value> = match std::fs::read_to_string(&path) {
         Ok(text) => serde_json::from_str(&text)?,
         Err(_) => Map::new(),
@@ -270,10 +262,6 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     if both || has("read") {
         record.insert("read".into(), read(&folder, &effort)?);
     }
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
-    println!("{}", path.display());
+    record::write(&path, &record)?;
     Ok(())
 }

@@ -16,13 +16,12 @@
 //! is written.
 
 use std::error::Error;
-use std::path::PathBuf;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarMap;
 use serde::Serialize;
-use vesper_benches::record::{machine, today};
+use vesper_benches::record::{machine_of, path, today, write};
 use vesper_model::generate::{BatchLogits, NextLogits};
 use vesper_model::ops::cuda_device;
 use vesper_model::{DecodeStep, Result, VesperConfig, VesperLM};
@@ -223,19 +222,6 @@ fn measure(
     Ok(())
 }
 
-/// The GPU's name, or that of the processor.
-fn machine_of(device: &Device) -> String {
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(device) = device
-        && let Ok(name) = device.cuda_stream().context().name()
-    {
-        let name = std::env::var("VESPER_BENCH_MACHINE").unwrap_or(name);
-        return name.to_lowercase().split(|c: char| !c.is_ascii_alphanumeric()).collect::<Vec<_>>().join("-");
-    }
-    let _ = device;
-    machine()
-}
-
 fn main() -> std::result::Result<(), Box<dyn Error>> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let has = |word: &str| words.iter().any(|w| w == word);
@@ -279,17 +265,6 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     if let Ok(path) = std::env::var("VESPER_BENCH_PEERS") {
         record.peers = std::fs::read_to_string(path)?.lines().map(str::to_owned).collect();
     }
-    let path = std::env::var("VESPER_BENCH_RECORD").map_or_else(
-        |_| {
-            let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("record").join(&record.machine);
-            folder.join(format!("{}-decode.json", record.date))
-        },
-        PathBuf::from,
-    );
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
-    println!("{}", path.display());
+    write(&path("decode", &record.date, &record.machine), &record)?;
     Ok(())
 }

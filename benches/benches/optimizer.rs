@@ -20,13 +20,12 @@ use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::error::Error;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use velvet_optim::{
     CautiousUpdate, GradClip, HalfParameters, Lion, NonFinite, Orthogonal, Rule, StateFormat, UpdateNorms,
     Velvet, VelvetConfig,
 };
-use vesper_benches::record::{machine, today};
+use vesper_benches::record::{machine, path, today, write};
 
 /// The tensors of the small preset: 6 layers, width 384, feed-forward 1024, vocabulary 32064, tied embedding.
 fn shapes() -> Vec<Vec<usize>> {
@@ -260,10 +259,6 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     for line in &record.peer {
         println!("{line}");
     }
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("record").join(&record.machine);
-    std::fs::create_dir_all(&folder)?;
-    let path = folder.join(format!("{}-optimizer.json", record.date));
-    std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
-    println!("{}", path.display());
+    write(&path("optimizer", &record.date, &record.machine), &record)?;
     Ok(())
 }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use serde::Serialize;
-use vesper_benches::record::{machine, today};
+use vesper_benches::record::{machine, path, today, write};
 use vesper_data::corpus::StoryCorpus;
 use vesper_data::{Documents, TextTokenizer};
 
@@ -190,10 +190,6 @@ fn main() -> Result<(), Box<dyn Error>> {
             row.name, row.mb_per_s, row.times_encode_batch, row.times_encode_batch_fast
         );
     }
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("record").join(&record.machine);
-    std::fs::create_dir_all(&folder)?;
-    let path = folder.join(format!("{}-tokenizer.json", record.date));
-    std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
-    println!("{}", path.display());
+    write(&path("tokenizer", &record.date, &record.machine), &record)?;
     Ok(())
 }

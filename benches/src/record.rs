@@ -1,9 +1,25 @@
-//! What every record says: the machine and the day.
+//! What every record says, the machine and the day, and where it is written.
 
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// The machine's name: that of its processor, or `VESPER_BENCH_MACHINE`.
+use candle_core::Device;
+use serde::Serialize;
+
+/// The machine's name: `VESPER_BENCH_MACHINE`, or that of its processor.
 pub fn machine() -> String {
+    machine_of(&Device::Cpu)
+}
+
+/// The machine's name: `VESPER_BENCH_MACHINE`, or that of the GPU or the processor, whichever the device is.
+pub fn machine_of(device: &Device) -> String {
+    #[cfg(feature = "cuda")]
+    let gpu = match device {
+        Device::Cuda(device) => device.cuda_stream().context().name().ok(),
+        _ => None,
+    };
+    #[cfg(not(feature = "cuda"))]
+    let gpu = device.is_cuda().then(|| "cuda".to_owned());
     let processor = || {
         let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
         let name = text.lines().find(|line| line.starts_with("model name"))?.split(':').nth(1)?;
@@ -12,6 +28,7 @@ pub fn machine() -> String {
     };
     let name = std::env::var("VESPER_BENCH_MACHINE")
         .ok()
+        .or(gpu)
         .or_else(processor)
         .unwrap_or_else(|| format!("{} {}", std::env::consts::OS, std::env::consts::ARCH));
     let words: Vec<String> = name
@@ -20,6 +37,30 @@ pub fn machine() -> String {
         .map(str::to_ascii_lowercase)
         .collect();
     words.join("-")
+}
+
+/// The file of a bench's record: `record/<machine>/<date>-<bench>.json`, or the one that `VESPER_BENCH_RECORD` names.
+pub fn path(bench: &str, date: &str, machine: &str) -> PathBuf {
+    std::env::var_os("VESPER_BENCH_RECORD").map_or_else(
+        || {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("record").join(machine);
+            folder.join(format!("{date}-{bench}.json"))
+        },
+        PathBuf::from,
+    )
+}
+
+/// Writes a record, with its folder, and says where.
+///
+/// # Errors
+/// A folder or a file that cannot be written.
+pub fn write(path: &Path, record: &impl Serialize) -> std::io::Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    std::fs::write(path, serde_json::to_string_pretty(record)? + "\n")?;
+    println!("{}", path.display());
+    Ok(())
 }
 
 /// The date in UTC as `year-month-day`.

@@ -13,7 +13,6 @@
 //! machine's name is that of its GPU, or `VESPER_BENCH_MACHINE`. Without a GPU the bench says so and ends.
 
 use std::error::Error;
-use std::path::PathBuf;
 use std::time::Instant;
 
 use candle_core::cuda_backend::WrapErr;
@@ -24,7 +23,7 @@ use flylora::{
     MaskSelection, MaskedLoraConfig, Place,
 };
 use serde::Serialize;
-use vesper_benches::record::today;
+use vesper_benches::record;
 
 const SAMPLES: usize = 20;
 const QUEUED: usize = 8;
@@ -258,16 +257,6 @@ fn costs(device: &Device, dtype: DType) -> std::result::Result<Vec<Cost>, Box<dy
     Ok(costs)
 }
 
-/// Words of letters and digits, small, joined by `-`.
-fn file_name(name: &str) -> String {
-    let words: Vec<String> = name
-        .split(|c: char| !c.is_ascii_alphanumeric())
-        .filter(|word| !word.is_empty())
-        .map(str::to_ascii_lowercase)
-        .collect();
-    words.join("-")
-}
-
 pub(crate) fn main() -> std::result::Result<(), Box<dyn Error>> {
     if !std::env::args().any(|argument| argument == "--bench") {
         return Ok(()); // `cargo test` runs benches too
@@ -280,8 +269,7 @@ pub(crate) fn main() -> std::result::Result<(), Box<dyn Error>> {
         }
     };
     let Device::Cuda(cuda) = &device else { return Err("the device is not a CUDA device".into()) };
-    let name = cuda.cuda_stream().context().name().w()?;
-    let machine = file_name(&std::env::var("VESPER_BENCH_MACHINE").unwrap_or(name));
+    let machine = record::machine_of(&device);
     let copy = copy_bandwidth(&device, cuda)?;
     println!("{machine}: copy {:.0} GB/s", copy / 1e9);
     let mut adapter_costs = costs(&device, DType::F32)?;
@@ -293,7 +281,7 @@ pub(crate) fn main() -> std::result::Result<(), Box<dyn Error>> {
         }
     }
     let (passes, learned) = activations(&device, copy)?;
-    let date = today();
+    let date = record::today();
     let record = Record {
         bench: "adapters-cuda",
         date: date.clone(),
@@ -304,17 +292,6 @@ pub(crate) fn main() -> std::result::Result<(), Box<dyn Error>> {
         products: all_products,
         costs: adapter_costs,
     };
-    let path = std::env::var("VESPER_BENCH_RECORD").map_or_else(
-        |_| {
-            let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("record").join(&machine);
-            folder.join(format!("{date}-adapters-cuda.json"))
-        },
-        PathBuf::from,
-    );
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
-    println!("{}", path.display());
+    record::write(&record::path("adapters-cuda", &date, &machine), &record)?;
     Ok(())
 }

@@ -18,12 +18,12 @@ use candle_core::{CudaDevice, DType, Device, Tensor, Var, bail};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use serde::Serialize;
 use std::error::Error;
-use std::path::PathBuf;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 use velvet_optim::{
     GradClip, HalfParameters, NonFinite, Orthogonal, ParamGroup, Rule, StateFormat, UpdateNorms, Velvet,
     VelvetConfig,
 };
+use vesper_benches::record;
 
 type Result<T> = candle_core::Result<T>;
 
@@ -248,32 +248,6 @@ impl Bench {
     }
 }
 
-/// Words of letters and digits, small, joined by `-`.
-fn file_name(name: &str) -> String {
-    let words: Vec<String> = name
-        .split(|c: char| !c.is_ascii_alphanumeric())
-        .filter(|word| !word.is_empty())
-        .map(str::to_ascii_lowercase)
-        .collect();
-    words.join("-")
-}
-
-/// The date in UTC as `year-month-day`.
-fn today() -> String {
-    let days = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() / 86_400) as i64;
-    // Years that begin in March, so that the leap day is the last of its year.
-    let days = days + 719_468; // since 0000-03-01
-    let era = days.div_euclid(146_097);
-    let day = days.rem_euclid(146_097);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let day = day - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    let year = year + 400 * era + i64::from(month <= 2);
-    format!("{year}-{month:02}-{day:02}")
-}
-
 pub(crate) fn main() -> std::result::Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().collect();
     if !arguments.iter().any(|argument| argument == "--bench") {
@@ -287,8 +261,7 @@ pub(crate) fn main() -> std::result::Result<(), Box<dyn Error>> {
         }
     };
     let Device::Cuda(cuda) = &device else { return Err("the device is not a CUDA device".into()) };
-    let name = cuda.cuda_stream().context().name().w()?;
-    let machine = file_name(&std::env::var("VESPER_BENCH_MACHINE").unwrap_or(name));
+    let machine = record::machine_of(&device);
     let copy = copy_bandwidth(&device, cuda)?;
     println!("{machine}: copy {:.0} GB/s", copy / 1e9);
     let mut bench = Bench { device: device.clone(), copy, rows: Vec::new() };
@@ -297,7 +270,7 @@ pub(crate) fn main() -> std::result::Result<(), Box<dyn Error>> {
         Ok(path) => std::fs::read_to_string(path)?.lines().map(str::to_owned).collect(),
         Err(_) => Vec::new(),
     };
-    let date = today();
+    let date = record::today();
     let record = Record {
         bench: "optimizer-cuda",
         date: date.clone(),
@@ -306,17 +279,6 @@ pub(crate) fn main() -> std::result::Result<(), Box<dyn Error>> {
         rows: bench.rows,
         peers,
     };
-    let path = std::env::var("VESPER_BENCH_RECORD").map_or_else(
-        |_| {
-            let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("record").join(&machine);
-            folder.join(format!("{date}-optimizer-cuda.json"))
-        },
-        PathBuf::from,
-    );
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
-    println!("{}", path.display());
+    record::write(&record::path("optimizer-cuda", &date, &machine), &record)?;
     Ok(())
 }

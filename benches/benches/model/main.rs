@@ -13,21 +13,20 @@
 //! `profile` and `VESPER_BENCH_KERNELS`: see `kernels.rs`.
 //!
 //! A run writes `benches/record/<machine>/<date>-model.json` (`-model-cpu.json` without a GPU), or the file that `VESPER_BENCH_RECORD` names; the
-//! machine's name is that of its GPU or its processor's architecture, or `VESPER_BENCH_MACHINE`. Lines that other
+//! machine's name is that of its GPU or its processor, or `VESPER_BENCH_MACHINE`. Lines that other
 //! programs printed in the same session are taken into the record from the file that `VESPER_BENCH_PEERS` names.
 //! Without `--bench`, which cargo bench passes, everything runs once on a tiny model and nothing is written.
 
 mod kernels;
 
 use std::error::Error;
-use std::path::PathBuf;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::VarMap;
 use serde::Serialize;
 use velvet_optim::{GradClip, Optimizer, Velvet, VelvetConfig};
-use vesper_benches::record::today;
+use vesper_benches::record;
 use vesper_model::ops::{
     CapturedStep, CrossEntropy, Heads, Path, Philox, Rope, causal_attention, cuda_device, dropout, embedding,
     gated_feed_forward, layer_norm, linear, linear_cross_entropy, prepare_cpu, release_unused_memory,
@@ -411,20 +410,6 @@ fn products(name: &str, config: &VesperConfig, device: &Device, effort: Effort) 
     Ok(measured)
 }
 
-/// The GPU's name, or that of the processor's architecture, fit for a file.
-fn machine(device: &Device) -> String {
-    #[cfg(feature = "cuda")]
-    let gpu = match device {
-        Device::Cuda(device) => device.cuda_stream().context().name().ok(),
-        _ => None,
-    };
-    #[cfg(not(feature = "cuda"))]
-    let gpu = device.is_cuda().then(|| "cuda".to_owned());
-    let name = std::env::var("VESPER_BENCH_MACHINE").ok().or(gpu);
-    let name = name.unwrap_or_else(|| std::env::consts::ARCH.into());
-    name.to_lowercase().split(|c: char| !c.is_ascii_alphanumeric()).collect::<Vec<_>>().join("-")
-}
-
 /// One step of the medium preset under a profiler.
 fn profile(device: &Device, effort: Effort) -> std::result::Result<(), Box<dyn Error>> {
     let config = VesperConfig::preset("medium")?;
@@ -463,7 +448,7 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
         Device::Cpu => Effort { warm: 1, runs: 5, batch: 4, t: 128, compute: DType::F32, path },
         _ => Effort { warm: 3, runs: 11, batch: 32, t: 1024, compute: DType::BF16, path },
     };
-    let (date, machine) = (today(), machine(&device));
+    let (date, machine) = (record::today(), record::machine_of(&device));
     let mut record =
         Record { bench: "model", date: date.clone(), machine: machine.clone(), ..Record::default() };
     let named: Vec<&str> = VesperConfig::PRESETS.into_iter().filter(|name| has(name)).collect();
@@ -506,17 +491,7 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     if let Ok(path) = std::env::var("VESPER_BENCH_PEERS") {
         record.peers = std::fs::read_to_string(path)?.lines().map(str::to_owned).collect();
     }
-    let path = std::env::var("VESPER_BENCH_RECORD").map_or_else(
-        |_| {
-            let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("record").join(&machine);
-            folder.join(format!("{date}-model{}.json", if device.is_cpu() { "-cpu" } else { "" }))
-        },
-        PathBuf::from,
-    );
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
-    println!("{}", path.display());
+    let bench = if device.is_cpu() { "model-cpu" } else { "model" };
+    record::write(&record::path(bench, &date, &machine), &record)?;
     Ok(())
 }

@@ -5,17 +5,13 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device};
+use anyhow::{Context, Result};
 use clap::{Args, Parser};
 use era_act::Activation;
 use vesper_benches::study::activation::{Plan, Record, Study, report};
 use vesper_benches::study::arm::Arm;
-use vesper_benches::study::task::Setting;
-use vesper_data::TokenCache;
-use vesper_model::VesperConfig;
+use vesper_benches::study::shared::Shared;
 
 #[derive(Debug, Parser)]
 #[command(about)]
@@ -31,42 +27,12 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct Run {
-    /// The file of tokens
-    #[arg(long)]
-    tokens: PathBuf,
-    /// What the text is called in the record
-    #[arg(long, default_value = "")]
-    data: String,
-    /// Entries of the vocabulary
-    #[arg(long, default_value_t = 8192)]
-    vocab: usize,
-    /// The record
-    #[arg(long)]
-    out: PathBuf,
-    /// Model size
-    #[arg(long, default_value = "small")]
-    size: String,
-    /// cpu or cuda
-    #[arg(long, default_value = "cpu")]
-    device: String,
-    /// What the machine is called in the record
-    #[arg(long, default_value = "")]
-    machine: String,
-    /// Seconds after which no run is started
-    #[arg(long, default_value_t = 1e9)]
-    seconds: f64,
+    #[command(flatten)]
+    shared: Shared,
     #[arg(long, default_value_t = 500)]
     steps: u64,
-    #[arg(long, default_value_t = 32)]
-    batch: usize,
-    #[arg(long, default_value_t = 512)]
-    seq: usize,
-    #[arg(long, default_value_t = 256)]
-    eval_windows: usize,
     #[arg(long, value_delimiter = ',', default_values_t = [1e-3, 2e-3, 4e-3, 8e-3])]
     lrs: Vec<f64>,
-    #[arg(long, default_value_t = 3)]
-    seeds: u64,
     /// How all models are updated
     #[arg(long, default_value = "adamw")]
     optimizer: Arm,
@@ -98,51 +64,29 @@ fn print_report(file: &Path) -> Result<()> {
 
 impl Run {
     fn run(&self) -> Result<()> {
-        let device = match self.device.as_str() {
-            "cpu" => Device::Cpu,
-            "cuda" => vesper_model::ops::cuda_device(0)?,
-            other => bail!("--device {other}: expected cpu or cuda"),
-        };
-        let tokens = TokenCache::open(&self.tokens)?.tokens();
-        if tokens.max_id()?.is_some_and(|id| id as usize >= self.vocab) {
-            bail!("--vocab {}: the text has larger tokens", self.vocab);
-        }
-        let (train, held_out) = tokens.split(0.05)?;
-        let mut model = VesperConfig::preset(&self.size)?.with_vocab(self.vocab);
-        model.max_position_embeddings = model.max_position_embeddings.max(self.seq);
-        let compute = if device.is_cuda() { DType::BF16 } else { DType::F32 };
+        let shared = &self.shared;
+        let setting = shared.setting()?;
         let plan = Plan {
             activations: self.activations.clone(),
             optimizer: self.optimizer,
             lrs: self.lrs.clone(),
-            seeds: self.seeds,
+            seeds: shared.seeds,
             steps: self.steps,
         };
         let record = Record {
-            machine: self.machine.clone(),
-            model: format!("{}, compute in {}", self.size, compute.as_str()),
-            parameters: model.num_parameters(),
-            vocab: self.vocab,
-            data: self.data.clone(),
-            batch: self.batch,
-            seq: self.seq,
-            eval_tokens: self.eval_windows * self.seq,
-            unit_tokens: self.batch * self.seq,
+            machine: shared.machine.clone(),
+            model: shared.model(&setting),
+            parameters: setting.model.num_parameters(),
+            vocab: shared.vocab,
+            data: shared.data.clone(),
+            batch: shared.batch,
+            seq: shared.seq,
+            eval_tokens: shared.eval_windows * shared.seq,
+            unit_tokens: shared.batch * shared.seq,
             plan,
             runs: Vec::new(),
         };
-        let setting = Setting {
-            model,
-            compute,
-            train,
-            held_out,
-            batch: self.batch,
-            seq: self.seq,
-            eval_windows: self.eval_windows,
-            device,
-        };
-        let limit = Duration::from_secs_f64(self.seconds.clamp(0.0, 1e9));
-        let record = Study::new(&setting, record, &self.out, limit)?.run()?;
+        let record = Study::new(&setting, record, &shared.out, shared.limit())?.run()?;
         print!("\n{}", report(&record));
         Ok(())
     }

@@ -7,18 +7,16 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device};
+use anyhow::{Context, Result};
 use clap::{Args, Parser};
 use vesper_benches::study::arm::Arm;
 use vesper_benches::study::parts::Parts;
 use vesper_benches::study::plan::{Plan, Record, Study};
 use vesper_benches::study::report::{report, report_parts};
+use vesper_benches::study::shared::Shared;
 use vesper_benches::study::task::Setting;
 use vesper_data::{Documents, Sources, TextTokenizer, TokenCache};
-use vesper_model::VesperConfig;
 
 #[derive(Debug, Parser)]
 #[command(about)]
@@ -45,43 +43,6 @@ enum Command {
         /// The record
         record: PathBuf,
     },
-}
-
-/// What all runs of a study share.
-#[derive(Debug, Args)]
-struct Shared {
-    /// The file of tokens
-    #[arg(long)]
-    tokens: PathBuf,
-    /// What the text is called in the record
-    #[arg(long, default_value = "")]
-    data: String,
-    /// Entries of the vocabulary
-    #[arg(long, default_value_t = 8192)]
-    vocab: usize,
-    /// The record
-    #[arg(long)]
-    out: PathBuf,
-    /// Model size
-    #[arg(long, default_value = "small")]
-    size: String,
-    /// cpu or cuda
-    #[arg(long, default_value = "cpu")]
-    device: String,
-    /// What the machine is called in the record
-    #[arg(long, default_value = "")]
-    machine: String,
-    /// Seconds after which no run is started
-    #[arg(long, default_value_t = 1e9)]
-    seconds: f64,
-    #[arg(long, default_value_t = 32)]
-    batch: usize,
-    #[arg(long, default_value_t = 512)]
-    seq: usize,
-    #[arg(long, default_value_t = 256)]
-    eval_windows: usize,
-    #[arg(long, default_value_t = 3)]
-    seeds: u64,
 }
 
 #[derive(Debug, Args)]
@@ -159,50 +120,22 @@ fn tokens(data: &[PathBuf], vocab: usize, out: &Path) -> Result<()> {
     Ok(())
 }
 
-impl Shared {
-    /// The setting of all runs, and a record without any.
-    fn start<P>(&self, plan: P) -> Result<(Setting, Record<P>)> {
-        let device = match self.device.as_str() {
-            "cpu" => Device::Cpu,
-            "cuda" => vesper_model::ops::cuda_device(0)?,
-            other => bail!("--device {other}: expected cpu or cuda"),
-        };
-        let tokens = TokenCache::open(&self.tokens)?.tokens();
-        if tokens.max_id()?.is_some_and(|id| id as usize >= self.vocab) {
-            bail!("--vocab {}: the text has larger tokens", self.vocab);
-        }
-        let (train, held_out) = tokens.split(0.05)?;
-        let mut model = VesperConfig::preset(&self.size)?.with_vocab(self.vocab);
-        model.max_position_embeddings = model.max_position_embeddings.max(self.seq);
-        let compute = if device.is_cuda() { DType::BF16 } else { DType::F32 };
-        let record = Record {
-            machine: self.machine.clone(),
-            model: format!("{}, compute in {}", self.size, compute.as_str()),
-            parameters: model.num_parameters(),
-            vocab: self.vocab,
-            data: self.data.clone(),
-            batch: self.batch,
-            seq: self.seq,
-            eval_tokens: self.eval_windows * self.seq,
-            plan,
-            runs: Vec::new(),
-        };
-        let setting = Setting {
-            model,
-            compute,
-            train,
-            held_out,
-            batch: self.batch,
-            seq: self.seq,
-            eval_windows: self.eval_windows,
-            device,
-        };
-        Ok((setting, record))
-    }
-
-    fn limit(&self) -> Duration {
-        Duration::from_secs_f64(self.seconds.clamp(0.0, 1e9))
-    }
+/// The setting of all runs, and a record without any.
+fn start<P>(shared: &Shared, plan: P) -> Result<(Setting, Record<P>)> {
+    let setting = shared.setting()?;
+    let record = Record {
+        machine: shared.machine.clone(),
+        model: shared.model(&setting),
+        parameters: setting.model.num_parameters(),
+        vocab: shared.vocab,
+        data: shared.data.clone(),
+        batch: shared.batch,
+        seq: shared.seq,
+        eval_tokens: shared.eval_windows * shared.seq,
+        plan,
+        runs: Vec::new(),
+    };
+    Ok((setting, record))
 }
 
 impl Run {
@@ -217,7 +150,7 @@ impl Run {
             steps: self.steps,
             shares: self.shares.clone(),
         };
-        let (setting, record) = self.shared.start(plan)?;
+        let (setting, record) = start(&self.shared, plan)?;
         let study = Study::new(&setting, record, &self.shared.out, self.shared.limit())?;
         print!("\n{}", report(&study.run()?));
         Ok(())
@@ -232,7 +165,7 @@ impl PartsRun {
             seeds: self.shared.seeds,
             steps: self.steps,
         };
-        let (setting, record) = self.shared.start(plan)?;
+        let (setting, record) = start(&self.shared, plan)?;
         let study = Study::new(&setting, record, &self.shared.out, self.shared.limit())?;
         print!("\n{}", report_parts(&study.run()?));
         Ok(())
