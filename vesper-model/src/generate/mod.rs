@@ -38,5 +38,6 @@ pub use processor::{
 };
 pub use request::Request;
 pub use sampler::Sampler;
+pub(crate) use sequence::first_tokens;
 pub use stop::{Piece, StopStrings};
 pub use stream::{SpecialTokens, TokenStream};

@@ -200,7 +200,7 @@ impl<'a> Sequence<'a> {
 }
 
 /// The prompt, or the token that begins a text, if the model can take it.
-pub(super) fn first_tokens(
+pub(crate) fn first_tokens(
     prompt: Vec<u32>,
     bos: Option<u32>,
     vocab: usize,

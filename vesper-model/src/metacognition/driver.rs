@@ -10,7 +10,9 @@ use super::statistics::argmax;
 use super::{
     Action, Confidence, Event, Regulator, RegulatorConfig, State, TokenStatistics, TokenView, Verdict,
 };
-use crate::generate::{GenerationConfig, History, LogitsProcessor, NextLogits, Sampler, StopReason};
+use crate::generate::{
+    GenerationConfig, History, LogitsProcessor, NextLogits, Sampler, StopReason, first_tokens,
+};
 use crate::{ModelError, Result, Session};
 
 /// A model whose last hidden state can be looked at while it decodes.
@@ -185,18 +187,13 @@ impl<'a> Regulation<'a> {
         mut model: impl FnMut() -> Result<M>,
         prompt: &[u32],
     ) -> Result<Regulated> {
-        let prompt = match self.generation.bos_token_id {
-            _ if !prompt.is_empty() => prompt.to_vec(),
-            Some(bos) => vec![bos],
-            None => return Err(ModelError::EmptyPrompt),
-        };
         let regulator = Regulator::new(self.settings)?;
         let mut report = Report { regulator, drafts: Vec::new(), events: Vec::new() };
         let verdict = loop {
             match report.step(Event::Begin)? {
                 Action::Draft { number } => {
                     let mut model = model()?;
-                    let mut drafter = self.drafter(&mut model, &prompt, number)?;
+                    let mut drafter = self.drafter(&mut model, prompt, number)?;
                     let verdict = drafter.run(&mut report, &mut self.interrupt);
                     report.drafts.push(drafter.draft);
                     if let Some(verdict) = verdict? {
@@ -219,18 +216,13 @@ impl<'a> Regulation<'a> {
     where
         'a: 'm,
     {
-        let (vocab, limit) = (model.vocab_size(), model.remaining());
-        if let Some(&id) = prompt.iter().find(|&&id| id as usize >= vocab) {
-            return Err(ModelError::TokenOutOfRange { id, vocab });
-        }
-        if prompt.len() > limit {
-            return Err(ModelError::SequenceTooLong { got: prompt.len(), limit });
-        }
+        let (vocab, room) = (model.vocab_size(), model.remaining());
+        let tokens = first_tokens(prompt.to_vec(), self.generation.bos_token_id, vocab, room)?;
         let seed = self.generation.seed.wrapping_add(number as u64);
         let generation = self.generation.clone().with_seed(seed);
         let heat = Heat::new(generation.temperature);
         let sampler = Sampler::new(&generation)?
-            .with_prompt(prompt.len())
+            .with_prompt(tokens.len())
             .with_vocab_limit(self.vocab_limit)
             .with_processor(heat.clone());
         Ok(Drafter {
@@ -240,7 +232,7 @@ impl<'a> Regulation<'a> {
             confidence: self.confidence,
             generation,
             possible: self.vocab_limit.min(vocab),
-            tokens: prompt.to_vec(),
+            tokens,
             fed: 0,
             draft: Draft { tokens: Vec::new(), p_wrong: 0.0, end: None },
         })
