@@ -27,6 +27,20 @@ pub enum ModelError {
         /// What it must be.
         expected: String,
     },
+    /// A type of quantised weights that does not exist.
+    #[error("unknown type of weights `{name}`; there are {known}")]
+    UnknownBlockType {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// A model that cannot be quantised.
+    #[error("this model cannot be quantised: {reason}")]
+    NotQuantisable {
+        /// Why.
+        reason: String,
+    },
     /// A file that cannot be read or written.
     #[error("{path}: {source}")]
     Io {

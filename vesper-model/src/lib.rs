@@ -8,6 +8,7 @@ pub mod hf;
 pub mod metacognition;
 mod model;
 pub mod ops;
+pub mod quantized;
 
 pub use candle_core;
 pub use candle_nn;

@@ -6,20 +6,20 @@ use crate::{Projection, VesperConfig};
 
 /// One tensor in memory and the rows of it that are tensors on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(crate) struct Entry {
     /// The name in memory.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// The shape in memory: the parts' rows together.
-    pub(super) shape: Vec<usize>,
+    pub(crate) shape: Vec<usize>,
     /// The tensors on disk, in the order of their rows. One part of the same name where nothing is packed.
-    pub(super) parts: Vec<Part>,
+    pub(crate) parts: Vec<Part>,
 }
 
 /// One tensor on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Part {
-    pub(super) name: String,
-    pub(super) shape: Vec<usize>,
+pub(crate) struct Part {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
 }
 
 impl Entry {
@@ -33,7 +33,7 @@ impl Entry {
     }
 
     /// The parts of the tensor in memory: views of its rows.
-    pub(super) fn unpack(&self, tensor: &Tensor) -> Result<Vec<Tensor>> {
+    pub(crate) fn unpack(&self, tensor: &Tensor) -> Result<Vec<Tensor>> {
         let mut start = 0;
         self.parts
             .iter()
@@ -46,7 +46,7 @@ impl Entry {
     }
 
     /// The tensor in memory from its parts.
-    pub(super) fn pack(parts: &[Tensor]) -> Result<Tensor> {
+    pub(crate) fn pack(parts: &[Tensor]) -> Result<Tensor> {
         match parts {
             [whole] => Ok(whole.clone()),
             parts => Tensor::cat(parts, 0),
@@ -61,7 +61,7 @@ impl Part {
 }
 
 /// Every tensor of the model, block by block. Lazy: a configuration from a file may ask for any number of blocks.
-pub(super) fn entries(config: &VesperConfig) -> impl Iterator<Item = Entry> + '_ {
+pub(crate) fn entries(config: &VesperConfig) -> impl Iterator<Item = Entry> + '_ {
     let (vocab, d) = (config.vocab_size, config.hidden_size);
     let head = (!config.tie_word_embeddings).then(|| Entry::single("lm_head.weight".into(), vec![vocab, d]));
     std::iter::once(Entry::single("model.embed_tokens.weight".into(), vec![vocab, d]))

@@ -16,7 +16,7 @@ mod config;
 mod fields;
 mod generation;
 pub(crate) mod header;
-mod layout;
+pub(crate) mod layout;
 mod llama;
 mod load;
 mod python;

@@ -28,7 +28,7 @@ use crate::{Result, VesperLM};
 /// # Ok::<(), vesper_model::ModelError>(())
 /// ```
 pub fn fingerprint(model: &VesperLM) -> Result<String> {
-    let mut tensors: Vec<(String, Tensor)> = model.weights().into_iter().collect();
+    let mut tensors: Vec<(String, Tensor)> = model.dequantized()?.weights().into_iter().collect();
     for (module, adapter) in model.adapters() {
         let state = adapter.state()?;
         tensors.extend(state.into_iter().map(|(name, tensor)| (format!("{module}.{name}"), tensor)));

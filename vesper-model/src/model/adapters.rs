@@ -9,6 +9,7 @@ use flylora::files::AdapterFile;
 use flylora::{Adapter, AdapterKind, Error, FrozenLinear, Merge, Place, Targets, save_adapters};
 
 use super::VesperLM;
+use crate::quantized::Weight;
 use crate::{Projection, Result};
 
 /// The path of a projection's module, as Hugging Face names it.
@@ -100,7 +101,7 @@ impl VesperLM {
     }
 
     /// The model with its adapters in the weights, and without adapters; none where one of them chooses by its input, so
-    /// that no weight does what it does.
+    /// that no weight does what it does. A weight in blocks that has an adapter becomes one in f32.
     ///
     /// # Errors
     /// A device that is out of memory.
@@ -125,20 +126,11 @@ impl VesperLM {
     }
 
     /// The parameters without adapters by the names of [`VesperConfig::parameters`](crate::VesperConfig::parameters), as
-    /// [`hf::save`](crate::hf::save) takes them.
+    /// [`hf::save`](crate::hf::save) takes them. Those in blocks are not among them: see [`VesperLM::dequantized`].
     pub fn weights(&self) -> HashMap<String, Tensor> {
-        let mut weights = HashMap::from([
-            ("model.embed_tokens.weight".to_owned(), self.embed.detach()),
-            ("model.norm.weight".to_owned(), self.norm.detach()),
-        ]);
-        if let Some(head) = &self.head {
-            weights.insert("lm_head.weight".into(), head.detach());
-        }
-        for (i, block) in self.blocks.iter().enumerate() {
-            for (name, weight) in block.weights() {
-                weights.insert(format!("model.layers.{i}.{name}.weight"), weight.detach());
-            }
-        }
+        let tensor = |(name, weight): (String, &Weight)| Some((name, weight.plain()?.detach()));
+        let mut weights: HashMap<String, Tensor> = self.matrices().into_iter().filter_map(tensor).collect();
+        weights.extend(self.norms().into_iter().map(|(name, weight)| (name, weight.detach())));
         weights
     }
 

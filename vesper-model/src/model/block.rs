@@ -5,11 +5,12 @@ use candle_nn::VarBuilder;
 use era_act::Activation;
 
 use super::cache::LayerCache;
-use super::projection::Packed;
+use super::projection::{Fetch, Packed};
 use crate::ops::{
     DecoderSettings, DecoderWeights, Heads, Path, Place, Rope, causal_attention, decoder_block,
     gated_feed_forward, residual_rms_norm, rms_norm, self_attention,
 };
+use crate::quantized::Weight;
 use crate::{Projection, VesperConfig};
 
 #[derive(Debug, Clone)]
@@ -26,19 +27,27 @@ pub(super) struct Block {
 }
 
 impl Block {
-    pub(super) fn new(config: &VesperConfig, vb: &VarBuilder<'_>) -> Result<Self> {
+    /// Fetches the block's parameters; `adapters` has those of the configuration.
+    pub(super) fn new(
+        config: &VesperConfig,
+        fetch: &mut Fetch<'_>,
+        adapters: Option<&VarBuilder<'_>>,
+    ) -> Result<Self> {
         use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
-        let norm = |name: &str| -> Result<Tensor> {
-            let weight = vb.pp(name).get(config.hidden_size, "weight")?;
+        let mut norm = |name: &str| -> Result<Tensor> {
+            let weight = fetch(name, &[config.hidden_size])?.to_plain()?;
             Ok(if config.adapter.is_some() { weight.detach() } else { weight })
         };
+        let (norm_attention, norm_feed_forward) =
+            (norm("input_layernorm")?, norm("post_attention_layernorm")?);
+        let mut packed = |parts: &[Projection], name: &str| Packed::new(config, parts, name, fetch, adapters);
         Ok(Self {
-            norm_attention: norm("input_layernorm")?,
-            qkv: Packed::new(config, &[QProj, KProj, VProj], "self_attn.qkv_proj", vb)?,
-            output: Packed::new(config, &[OProj], "self_attn.o_proj", vb)?,
-            norm_feed_forward: norm("post_attention_layernorm")?,
-            gate_up: Packed::new(config, &[GateProj, UpProj], "mlp.gate_up_proj", vb)?,
-            down: Packed::new(config, &[DownProj], "mlp.down_proj", vb)?,
+            norm_attention,
+            qkv: packed(&[QProj, KProj, VProj], "self_attn.qkv_proj")?,
+            output: packed(&[OProj], "self_attn.o_proj")?,
+            norm_feed_forward,
+            gate_up: packed(&[GateProj, UpProj], "mlp.gate_up_proj")?,
+            down: packed(&[DownProj], "mlp.down_proj")?,
             activation: config.hidden_act,
             heads: Heads {
                 query: config.num_attention_heads,
@@ -82,7 +91,7 @@ impl Block {
         DecoderSettings { heads: self.heads, activation: self.activation, eps: self.eps }
     }
 
-    /// The parameters, where no projection has an adapter.
+    /// The parameters, where no projection has an adapter or is in blocks.
     pub(super) fn plain(&self) -> Option<DecoderWeights> {
         Some(DecoderWeights {
             norm_attention: self.norm_attention.clone(),
@@ -135,16 +144,28 @@ impl Block {
         [&mut self.qkv, &mut self.output, &mut self.gate_up, &mut self.down]
     }
 
-    /// The parameters by their names in the block, without adapters.
-    pub(super) fn weights(&self) -> [(&'static str, &Tensor); 6] {
+    /// The projections' matrices by their names in the block, without adapters.
+    pub(super) fn matrices(&self) -> [(&'static str, &Weight); 4] {
         [
-            ("input_layernorm", &self.norm_attention),
             ("self_attn.qkv_proj", self.qkv.weight()),
             ("self_attn.o_proj", self.output.weight()),
-            ("post_attention_layernorm", &self.norm_feed_forward),
             ("mlp.gate_up_proj", self.gate_up.weight()),
             ("mlp.down_proj", self.down.weight()),
         ]
+    }
+
+    pub(super) fn matrices_mut(&mut self) -> [(&'static str, &mut Weight); 4] {
+        [
+            ("self_attn.qkv_proj", self.qkv.weight_mut()),
+            ("self_attn.o_proj", self.output.weight_mut()),
+            ("mlp.gate_up_proj", self.gate_up.weight_mut()),
+            ("mlp.down_proj", self.down.weight_mut()),
+        ]
+    }
+
+    /// The norms' weights by their names in the block.
+    pub(super) fn norms(&self) -> [(&'static str, &Tensor); 2] {
+        [("input_layernorm", &self.norm_attention), ("post_attention_layernorm", &self.norm_feed_forward)]
     }
 
     pub(super) fn detach(&self) -> Self {

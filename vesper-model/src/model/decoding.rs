@@ -6,7 +6,7 @@ use super::VesperLM;
 use super::cache::LayerCache;
 #[cfg(feature = "cuda")]
 use crate::ops::CudaStep;
-use crate::ops::{Place, StepWeights, embedding};
+use crate::ops::{Place, StepWeights};
 use crate::{ModelError, Result};
 
 /// Tokens of a row that go through the model at once where the row is not empty: their scores are (chunk x length) a
@@ -221,7 +221,7 @@ impl Decoding {
     /// ids (places, t) through the model's own operations.
     fn through(&self, ids: &Tensor, places: &[Place]) -> Result<Vec<Last>> {
         let model = &self.model;
-        let mut h = embedding(&model.embed, ids, model.path)?.to_dtype(model.compute)?;
+        let mut h = model.embed_ids(ids)?;
         for (block, cache) in model.blocks.iter().zip(&self.layers) {
             h = block.forward_cached(&h, &model.rope, cache, places, model.path)?;
         }

@@ -7,6 +7,7 @@ mod cache;
 mod decoding;
 mod parameters;
 mod projection;
+mod quantize;
 mod session;
 
 use candle_core::{DType, Device, Tensor};
@@ -16,6 +17,7 @@ use crate::ops::{
     CrossEntropy, Heads, LossAndEntropy, Path, Rope, StepWeights, cast, checkpoint, embedding, linear,
     linear_cross_entropy, rms_norm,
 };
+use crate::quantized::Weight;
 use crate::{ModelError, Result, VesperConfig, hf};
 use block::Block;
 
@@ -71,11 +73,11 @@ pub enum Activations {
 #[derive(Debug, Clone)]
 pub struct VesperLM {
     config: VesperConfig,
-    embed: Tensor,
+    embed: Weight,
     blocks: Vec<Block>,
     norm: Tensor,
     /// None where the embedding is tied.
-    head: Option<Tensor>,
+    head: Option<Weight>,
     rope: Rope,
     compute: DType,
     path: Path,
@@ -89,29 +91,45 @@ impl VesperLM {
     /// [`ModelError::InvalidConfig`], or a tensor that is missing or has another shape.
     #[allow(clippy::needless_pass_by_value)] // as candle's models take it
     pub fn new(config: &VesperConfig, vb: VarBuilder<'_>) -> Result<Self> {
+        let mut fetch = |name: &str, shape: &[usize]| Ok(Weight::Plain(vb.get(shape, name)?));
+        Self::build(config, (vb.dtype(), vb.device()), &mut fetch, Some(&vb))
+    }
+
+    /// A model of what `fetch` gives by name, and of the adapters that the configuration has in `adapters`.
+    pub(crate) fn build(
+        config: &VesperConfig,
+        (compute, device): (DType, &Device),
+        fetch: &mut dyn FnMut(&str, &[usize]) -> candle_core::Result<Weight>,
+        adapters: Option<&VarBuilder<'_>>,
+    ) -> Result<Self> {
         config.validate()?;
         let frozen = config.adapter.is_some();
-        let get = |name: &str, shape: &[usize]| -> Result<Tensor> {
-            let tensor = vb.get(shape, name)?;
-            Ok(if frozen { tensor.detach() } else { tensor })
-        };
         let (v, d) = (config.vocab_size, config.hidden_size);
         let blocks = (0..config.num_hidden_layers)
-            .map(|i| Block::new(config, &vb.pp(format!("model.layers.{i}"))))
+            .map(|i| {
+                let prefix = format!("model.layers.{i}");
+                let mut fetch =
+                    |name: &str, shape: &[usize]| fetch(&format!("{prefix}.{name}.weight"), shape);
+                Block::new(config, &mut fetch, adapters.map(|vb| vb.pp(&prefix)).as_ref())
+            })
             .collect::<candle_core::Result<_>>()?;
+        let mut get = |name: &str, shape: &[usize]| -> Result<Weight> {
+            let weight = fetch(name, shape)?;
+            Ok(if frozen { weight.detach() } else { weight })
+        };
         Ok(Self {
             embed: get("model.embed_tokens.weight", &[v, d])?,
             blocks,
-            norm: get("model.norm.weight", &[d])?,
+            norm: get("model.norm.weight", &[d])?.to_plain()?,
             head: if config.tie_word_embeddings { None } else { Some(get("lm_head.weight", &[v, d])?) },
             rope: Rope::scaled(
                 config.head_dim,
                 config.max_position_embeddings,
                 config.rope_theta,
                 config.rope_scaling,
-                vb.device(),
+                device,
             )?,
-            compute: vb.dtype(),
+            compute,
             path: Path::Fused,
             activations: Activations::Keep,
             config: config.clone(),
@@ -200,7 +218,7 @@ impl VesperLM {
 
     /// The device that the parameters are on.
     pub fn device(&self) -> &Device {
-        self.embed.device()
+        self.norm.device()
     }
 
     /// The same model without gradients: for evaluation, where it saves memory and time. It refers to the same
@@ -210,7 +228,7 @@ impl VesperLM {
             embed: self.embed.detach(),
             blocks: self.blocks.iter().map(Block::detach).collect(),
             norm: self.norm.detach(),
-            head: self.head.as_ref().map(Tensor::detach),
+            head: self.head.as_ref().map(Weight::detach),
             ..self.clone()
         }
     }
@@ -243,7 +261,8 @@ impl VesperLM {
         let (b, t, d) = hidden.dims3()?;
         let hidden = hidden.reshape((b * t, d))?;
         let targets = targets.flatten_all()?;
-        Ok(linear_cross_entropy(&hidden, self.output_weight(), &targets, CrossEntropy::default(), self.path)?)
+        let weight = self.output_weight().to_plain()?;
+        Ok(linear_cross_entropy(&hidden, &weight, &targets, CrossEntropy::default(), self.path)?)
     }
 
     /// What goes into the activation of each block's feed-forward, before the gate's values scale the others: for looking
@@ -313,10 +332,10 @@ impl VesperLM {
     fn step_weights(&self) -> Option<StepWeights> {
         let settings = self.blocks.first().filter(|_| self.path == Path::Fused)?.settings();
         Some(StepWeights {
-            embed: self.embed.clone(),
+            embed: self.embed.plain()?.clone(),
             layers: self.blocks.iter().map(Block::plain).collect::<Option<_>>()?,
             norm: self.norm.clone(),
-            head: self.output_weight().clone(),
+            head: self.output_weight().plain()?.clone(),
             settings,
             rope: self.rope.clone(),
         })
@@ -343,19 +362,31 @@ impl VesperLM {
         if t > self.rope.positions() {
             return Err(ModelError::SequenceTooLong { got: t, limit: self.rope.positions() });
         }
-        Ok(cast(&embedding(&self.embed, ids, self.path)?, self.compute)?)
+        self.embed_ids(ids)
+    }
+
+    /// The rows of ids of any shape, in the dtype of the computation.
+    fn embed_ids(&self, ids: &Tensor) -> Result<Tensor> {
+        let rows = match &self.embed {
+            Weight::Plain(table) => embedding(table, ids, self.path)?,
+            Weight::Blocks(table) => table.embedding(ids)?,
+        };
+        Ok(cast(&rows, self.compute)?)
     }
 
     fn last_norm(&self, h: &Tensor) -> Result<Tensor> {
         Ok(rms_norm(h, &self.norm, self.config.rms_norm_eps, self.path)?)
     }
 
-    fn output_weight(&self) -> &Tensor {
+    fn output_weight(&self) -> &Weight {
         self.head.as_ref().unwrap_or(&self.embed)
     }
 
     pub(crate) fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let logits = linear(hidden, self.output_weight(), self.path)?;
+        let logits = match self.output_weight() {
+            Weight::Plain(weight) => linear(hidden, weight, self.path)?,
+            Weight::Blocks(weight) => weight.linear(hidden)?,
+        };
         Ok(if logits.dtype() == DType::F64 { logits } else { cast(&logits, DType::F32)? })
     }
 

@@ -7,12 +7,13 @@ use candle_nn::VarBuilder;
 use flylora::{Adapter, FrozenLinear, LoraAdapter, Merge};
 
 use crate::ops::{Path, linear};
+use crate::quantized::{Weight, frozen};
 use crate::{AdapterConfig, Projection, VesperConfig};
 
 /// `y = x W^T`, plus what the adapters of its parts add to their rows.
 #[derive(Debug, Clone)]
 pub(super) struct Packed {
-    weight: Tensor,
+    weight: Weight,
     parts: Vec<Part>,
     /// Whether the adapters' share of the result has a gradient.
     tracked: bool,
@@ -26,28 +27,32 @@ struct Part {
     adapter: Option<Arc<dyn Adapter>>,
 }
 
+/// Gives a parameter by its name and shape.
+pub(super) type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<Weight> + 'a;
+
 /// Gives the adapter of a projection, if it gets one.
 pub(super) type Make<'a> =
     dyn FnMut(Projection, &FrozenLinear) -> crate::Result<Option<Arc<dyn Adapter>>> + 'a;
 
 impl Packed {
-    /// Reads `{prefix}.{name}.weight` and the adapters of `parts` from the block at `vb`.
+    /// Fetches `{prefix}.{name}.weight`, and takes the adapters of `parts` from `adapters`, which is the block's.
     pub(super) fn new(
         config: &VesperConfig,
         parts: &[Projection],
         name: &str,
-        vb: &VarBuilder<'_>,
+        fetch: &mut Fetch<'_>,
+        adapters: Option<&VarBuilder<'_>>,
     ) -> Result<Self> {
         let (input, _) = config.projection_size(parts[0]);
         let rows: usize = parts.iter().map(|&p| config.projection_size(p).1).sum();
-        let weight = vb.pp(name).get((rows, input), "weight")?;
+        let weight = fetch(name, &[rows, input])?;
         let weight = if config.adapter.is_some() { weight.detach() } else { weight };
         let parts = parts
             .iter()
             .map(|&projection| {
                 let (input, width) = config.projection_size(projection);
-                let adapter: Option<Arc<dyn Adapter>> = match &config.adapter {
-                    Some(AdapterConfig { lora, targets }) if targets.contains(&projection) => {
+                let adapter: Option<Arc<dyn Adapter>> = match (&config.adapter, adapters) {
+                    (Some(AdapterConfig { lora, targets }), Some(vb)) if targets.contains(&projection) => {
                         Some(Arc::new(LoraAdapter::new(input, width, lora, vb.pp(projection.path()))?))
                     }
                     _ => None,
@@ -60,18 +65,29 @@ impl Packed {
 
     /// The matrix, where no part has an adapter: then a larger fused operation can take it.
     pub(super) fn plain(&self) -> Option<&Tensor> {
-        self.parts.iter().all(|part| part.adapter.is_none()).then_some(&self.weight)
+        if self.is_adapted() { None } else { self.weight.plain() }
+    }
+
+    fn is_adapted(&self) -> bool {
+        self.parts.iter().any(|part| part.adapter.is_some())
     }
 
     /// The matrix of all parts, without what the adapters add.
-    pub(super) fn weight(&self) -> &Tensor {
+    pub(super) fn weight(&self) -> &Weight {
         &self.weight
+    }
+
+    pub(super) fn weight_mut(&mut self) -> &mut Weight {
+        &mut self.weight
     }
 
     /// x: (.., in) to (.., out)
     pub(super) fn forward(&self, x: &Tensor, path: Path) -> Result<Tensor> {
-        let y = linear(x, &self.weight, path)?;
-        if self.plain().is_some() {
+        let y = match &self.weight {
+            Weight::Plain(weight) => linear(x, weight, path)?,
+            Weight::Blocks(blocks) => blocks.linear(x)?,
+        };
+        if !self.is_adapted() {
             return Ok(y);
         }
         let mut dims = y.dims().to_vec();
@@ -105,7 +121,7 @@ impl Packed {
         let mut start = 0;
         let mut parts = self.parts.clone();
         for part in &mut parts {
-            let own = FrozenLinear::new(self.weight.narrow(0, start, part.width)?, None)?;
+            let own = frozen(&self.weight, start, part.width)?;
             start += part.width;
             if let Some(adapter) = make(part.projection, &own)? {
                 part.adapter = Some(adapter);
@@ -120,23 +136,29 @@ impl Packed {
         self.parts.iter().filter_map(|part| Some((part.projection, part.adapter.as_ref()?)))
     }
 
-    /// The same layer with its adapters in the matrix; none where one of them is no constant matrix.
+    /// The same layer with its adapters in the matrix; none where one of them is no constant matrix. A matrix in blocks
+    /// that has an adapter becomes one in f32, for the blocks would round away much of what the adapter learned.
     pub(super) fn merged(&self) -> Result<Option<Self>> {
+        if !self.is_adapted() {
+            return Ok(Some(self.clone()));
+        }
+        let weight = self.weight.to_plain()?;
         let mut rows = Vec::with_capacity(self.parts.len());
         let mut start = 0;
         for part in &self.parts {
-            let own = self.weight.narrow(0, start, part.width)?;
+            let own = weight.narrow(0, start, part.width)?;
             start += part.width;
             rows.push(match &part.adapter {
                 None => own,
                 Some(adapter) if adapter.merge_quality() == Merge::Exact => {
                     let delta = adapter.delta_weight()?;
-                    (own.to_dtype(delta.dtype())? + delta)?.to_dtype(self.weight.dtype())?
+                    (own.to_dtype(delta.dtype())? + delta)?.to_dtype(weight.dtype())?
                 }
                 Some(_) => return Ok(None),
             });
         }
         let parts = self.parts.iter().map(|part| Part { adapter: None, ..part.clone() }).collect();
-        Ok(Some(Self { weight: Tensor::cat(&rows, 0)?.detach(), parts, tracked: self.tracked }))
+        let weight = Weight::Plain(Tensor::cat(&rows, 0)?.detach());
+        Ok(Some(Self { weight, parts, tracked: self.tracked }))
     }
 }

@@ -16,6 +16,7 @@
 //! | operation | replaces | saves for the backward |
 //! |---|---|---|
 //! | [`linear`] | `x.matmul(&w.t()?)` | its inputs |
+//! | [`quantized_linear`] | `candle_core::quantized::QMatMul`, which has no backward | nothing: the weight is part of it |
 //! | [`FrozenLinear`] | a linear layer that is not trained | nothing: the weight is part of the layer |
 //! | [`rms_norm`] | `candle_nn::ops::rms_norm` | its inputs |
 //! | [`layer_norm`] | `candle_nn::ops::layer_norm` | its inputs |
@@ -61,6 +62,7 @@ mod links;
 mod matrix;
 mod notice;
 mod philox;
+mod quantized;
 mod real;
 mod residual;
 mod rms_norm;
@@ -84,6 +86,7 @@ pub use flylora::FrozenLinear;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use philox::Philox;
+pub use quantized::{QUANTIZED_ROWS, quantized_embedding, quantized_linear};
 pub use residual::{residual_layer_norm, residual_rms_norm};
 pub use rms_norm::rms_norm;
 pub use rope::{Rope, rope};

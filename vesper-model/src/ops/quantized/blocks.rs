@@ -1,0 +1,166 @@
+//! candle's GGUF blocks: products with them and their values, with the rows split over rayon's threads.
+//!
+//! candle splits its own product over threads of its own, which a program that uses rayon's for everything else sets to
+//! one, lest the two spin beside each other.
+
+use std::borrow::Cow;
+
+use candle_core::quantized::k_quants::{
+    BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0,
+};
+use candle_core::quantized::{GgmlDType, GgmlType, QTensor};
+use candle_core::{Result, bail};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+/// Weights that a task reads at the least: less is not worth waking a thread for.
+const TASK: usize = 1 << 15;
+
+/// Runs `$body` with `$blocks` as the tensor's blocks, in their own type.
+macro_rules! with_blocks {
+    ($tensor:expr, $blocks:ident => $body:expr) => {{
+        let data = $tensor.data()?;
+        match $tensor.dtype() {
+            GgmlDType::F32 => with_blocks!(f32, data, $blocks, $body),
+            GgmlDType::F16 => with_blocks!(f16, data, $blocks, $body),
+            GgmlDType::BF16 => with_blocks!(bf16, data, $blocks, $body),
+            GgmlDType::Q4_0 => with_blocks!(BlockQ4_0, data, $blocks, $body),
+            GgmlDType::Q4_1 => with_blocks!(BlockQ4_1, data, $blocks, $body),
+            GgmlDType::Q5_0 => with_blocks!(BlockQ5_0, data, $blocks, $body),
+            GgmlDType::Q5_1 => with_blocks!(BlockQ5_1, data, $blocks, $body),
+            GgmlDType::Q8_0 => with_blocks!(BlockQ8_0, data, $blocks, $body),
+            GgmlDType::Q2K => with_blocks!(BlockQ2K, data, $blocks, $body),
+            GgmlDType::Q3K => with_blocks!(BlockQ3K, data, $blocks, $body),
+            GgmlDType::Q4K => with_blocks!(BlockQ4K, data, $blocks, $body),
+            GgmlDType::Q5K => with_blocks!(BlockQ5K, data, $blocks, $body),
+            GgmlDType::Q6K => with_blocks!(BlockQ6K, data, $blocks, $body),
+            other @ (GgmlDType::Q8_1 | GgmlDType::Q8K) => {
+                bail!("{other:?} is no type of weights: it is what activations become in a product")
+            }
+        }
+    }};
+    ($block:ty, $data:ident, $blocks:ident, $body:expr) => {{
+        let blocks = cast::<$block>(&$data)?;
+        let $blocks: &[$block] = blocks;
+        $body
+    }};
+}
+
+/// `y = x W^T` for few rows: x (m, in) is rounded to what the blocks' products take; y (m, out).
+pub(super) fn multiply(weight: &QTensor, x: &[f32], m: usize, y: &mut [f32]) -> Result<()> {
+    let (out, input) = weight.shape().dims2()?;
+    if x.len() != m * input || y.len() != m * out {
+        bail!("a product of {} by {out} x {input} values does not fit {} values", x.len(), y.len());
+    }
+    if m == 0 || out == 0 || input == 0 {
+        y.fill(0.0);
+        return Ok(());
+    }
+    // (out, m): a task owns whole rows of the weight.
+    let mut results = vec![0.0; m * out];
+    let step = TASK.div_ceil(input.max(1));
+    by_rows(weight, x, (m, input, out), step, &mut results)?;
+    if m == 1 {
+        y.copy_from_slice(&results);
+        return Ok(());
+    }
+    for (i, y) in y.chunks_exact_mut(out).enumerate() {
+        for (y, from) in y.iter_mut().zip(results.iter().skip(i).step_by(m)) {
+            *y = *from;
+        }
+    }
+    Ok(())
+}
+
+/// As [`multiply`], to (out, m), `step` rows of the weight a task.
+fn by_rows(
+    weight: &QTensor,
+    x: &[f32],
+    (m, input, out): (usize, usize, usize),
+    step: usize,
+    to: &mut [f32],
+) -> Result<()> {
+    #[cfg(target_arch = "x86_64")]
+    if weight.dtype() == GgmlDType::Q8_0
+        && let Some(rows) = super::q8_0::rows()
+    {
+        super::q8_0::multiply(rows, &weight.data()?, &super::q8_0::Vectors::new(x, m), step, to);
+        return Ok(());
+    }
+    with_blocks!(weight, blocks => {
+        multiply_blocks(blocks, x, (m, input, out), step, to);
+        Ok(())
+    })
+}
+
+/// candle's product of a row and a vector, for all of them.
+fn multiply_blocks<T: GgmlType>(
+    blocks: &[T],
+    x: &[f32],
+    (m, input, out): (usize, usize, usize),
+    step: usize,
+    to: &mut [f32],
+) {
+    let row = blocks.len() / out;
+    let width = input / T::VecDotType::BLCK_SIZE;
+    let mut rounded = vec![T::VecDotType::zeros(); m * width];
+    for (x, rounded) in x.chunks_exact(input).zip(rounded.chunks_exact_mut(width)) {
+        T::VecDotType::from_float(x, rounded);
+    }
+    to.par_chunks_mut(step * m).enumerate().for_each(|(task, to)| {
+        for (i, to) in to.chunks_exact_mut(m).enumerate() {
+            let first = (task * step + i) * row;
+            let w = &blocks[first..first + row];
+            for (x, to) in rounded.chunks_exact(width).zip(to) {
+                *to = T::vec_dot(input, w, x);
+            }
+        }
+    });
+}
+
+/// The values of whole rows, from row `first` on, as many as `to` holds.
+pub(super) fn widen(weight: &QTensor, first: usize, to: &mut [f32]) -> Result<()> {
+    let (out, input) = weight.shape().dims2()?;
+    if input == 0 || !to.len().is_multiple_of(input) || first + to.len() / input > out {
+        bail!("rows of {input} values from row {first} of {out} do not make {} values", to.len());
+    }
+    with_blocks!(weight, blocks => {
+        let row = blocks.len() / out;
+        let rows = TASK.div_ceil(input);
+        to.par_chunks_mut(rows * input).enumerate().for_each(|(task, to)| {
+            let start = (first + task * rows) * row;
+            widen_blocks(&blocks[start..start + to.len() / input * row], to);
+        });
+        Ok(())
+    })
+}
+
+/// The values of the rows `ids`, all of which the table has.
+pub(super) fn gather(table: &QTensor, ids: &[u32], to: &mut [f32]) -> Result<()> {
+    let (vocab, d) = table.shape().dims2()?;
+    if to.len() != ids.len() * d || vocab == 0 || d == 0 {
+        bail!("{} rows of {d} values do not make {} values", ids.len(), to.len());
+    }
+    with_blocks!(table, blocks => {
+        let row = blocks.len() / vocab;
+        to.par_chunks_mut(d).zip(ids).with_min_len(TASK.div_ceil(d)).for_each(|(to, &id)| {
+            let start = id as usize * row;
+            widen_blocks(&blocks[start..start + row], to);
+        });
+        Ok(())
+    })
+}
+
+fn widen_blocks<T: GgmlType>(blocks: &[T], to: &mut [f32]) {
+    T::to_float(blocks, to);
+}
+
+/// The bytes of a tensor's storage as what they are.
+fn cast<'a, T: GgmlType>(data: &'a Cow<'_, [u8]>) -> Result<&'a [T]> {
+    // SAFETY: candle's blocks are made of integers and half floats alone, so any bits are a value of theirs.
+    let (before, blocks, after) = unsafe { data.align_to::<T>() };
+    if !(before.is_empty() && after.is_empty()) {
+        bail!("{} bytes are no whole number of {:?} blocks where they stand", data.len(), T::DTYPE);
+    }
+    Ok(blocks)
+}

@@ -1,0 +1,40 @@
+//! GGUF files: a model with its tokenizer and settings in one file.
+
+mod architecture;
+mod file;
+mod header;
+mod names;
+mod reader;
+mod save;
+
+pub use file::Gguf;
+pub use save::{GgufExtras, save};
+
+/// The keys of the metadata that this crate writes and reads.
+mod keys {
+    pub(super) const ARCHITECTURE: &str = "general.architecture";
+    pub(super) const NAME: &str = "general.name";
+    pub(super) const ALIGNMENT: &str = "general.alignment";
+    pub(super) const FILE_TYPE: &str = "general.file_type";
+    pub(super) const QUANTIZATION_VERSION: &str = "general.quantization_version";
+    /// `config.json`
+    pub(super) const CONFIG: &str = "vesper.config";
+    /// `generation_config.json`
+    pub(super) const GENERATION: &str = "vesper.generation_config";
+    /// `tokenizer.json`
+    pub(super) const TOKENIZER: &str = "tokenizer.huggingface.json";
+    pub(super) const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
+    pub(super) const BOS: &str = "tokenizer.ggml.bos_token_id";
+    pub(super) const EOS: &str = "tokenizer.ggml.eos_token_id";
+}
+
+/// How a GGUF file begins.
+const MAGIC: &[u8; 4] = b"GGUF";
+/// The version that is written.
+const VERSION: u32 = 3;
+/// Where tensors begin, where a file does not say so.
+const ALIGNMENT: u64 = 32;
+/// The architecture of a model that other programs know, too.
+const LLAMA: &str = "llama";
+/// The architecture of any other.
+const VESPER: &str = "vesper";
