@@ -27,7 +27,7 @@ use velvet_optim::{PerplexityMomentum, Schedule, Span, TrustRegion, Velvet, Velv
 use vesper_data::{BatchSampler, SamplerConfig, Sources, TextTokenizer, TokenCache, Tokens};
 use vesper_examples::evaluate::held_out_loss;
 use vesper_examples::settings::Settings;
-use vesper_examples::{device, export, files, printable, runs, say, settings};
+use vesper_examples::{device, export, files, model, printable, runs, say, settings};
 use vesper_model::{VesperConfig, VesperLM, hf, trainable};
 
 /// Held-out tokens that a method is judged by.
@@ -39,7 +39,7 @@ const EVAL_SHARE: f64 = 0.1;
 #[derive(Debug, Parser)]
 #[command(name = "finetune", version, about, long_about = None)]
 struct Flags {
-    /// Folder of a run or of a model [default: the last trained run]
+    /// Folder of a run or of a model, or a GGUF file, which stays quantised [default: the last trained run]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Text files, JSONL files with a "text" field, or folders of them
@@ -174,7 +174,8 @@ struct Row {
 
 struct Run<'a> {
     flags: &'a Flags,
-    folder: PathBuf,
+    /// The model as it was, and where it is from.
+    base: model::Opened,
     config: VesperConfig,
     tokenizer: TextTokenizer,
     settings: Settings,
@@ -199,9 +200,9 @@ fn main() -> ExitCode {
 }
 
 fn finetune(flags: &Flags) -> Result<ExitCode> {
-    let folder = runs::model_folder(flags.model.as_deref())?;
     let device = device::open(&flags.device)?;
-    let config = hf::read_config(&folder)?;
+    let base = model::open(flags.model.as_deref(), &device)?;
+    let config = base.model.config().clone();
     let rates = if flags.lr.is_empty() { vec![1e-3, 3e-3, 1e-2] } else { flags.lr.clone() };
     if let Some(lr) = rates.iter().find(|lr| !(lr.is_finite() && **lr > 0.0)) {
         bail!("--lr {lr}: expected a positive number");
@@ -222,7 +223,7 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
     };
     let out = flags.out.clone().unwrap_or_else(|| runs::new_folder("finetune"));
     files::create_dir(&out)?;
-    let tokenizer = TextTokenizer::from_file(folder.join("tokenizer.json"))?;
+    let tokenizer = base.text_tokenizer(&out)?;
     let cache = out.join("cache");
     files::create_dir(&cache)?;
     let (cache, _) = TokenCache::open_or_build(&cache, &Sources::new(&flags.data), &tokenizer)?;
@@ -231,20 +232,25 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         let (train, eval) = (train.len(), eval.len());
         bail!("--seq {} is longer than the data: {train} tokens to train on, {eval} held out", flags.seq);
     }
-    let run = Run { settings: settings.settings()?, flags, folder, config, tokenizer, device, train, eval };
-
-    let base = VesperLM::load(&run.folder, DType::F32, &run.device)?;
-    let base_loss = run.held_out(&base)?;
+    let run = Run { settings: settings.settings()?, flags, base, config, tokenizer, device, train, eval };
+    let source = &run.base.source;
+    let base_loss = run.held_out(&run.base.model)?;
     say!(
         "{}: {} parameters, held-out loss {base_loss:.4} on the new text ({} tokens to train on)",
-        run.folder.display(),
+        source.display(),
         run.config.num_parameters(),
         run.train.len()
     );
     let mut rows: Vec<Row> = Vec::new();
     let mut best: Option<(f64, Method, VesperLM)> = None;
-    let methods =
+    let mut methods =
         if flags.method.is_empty() { Method::value_variants().to_vec() } else { flags.method.clone() };
+    if source.is_file() {
+        if flags.method.contains(&Method::Full) {
+            bail!("--method full: the weights of {} do not train, adapters over them do", source.display());
+        }
+        methods.retain(|method| *method != Method::Full);
+    }
     for method in methods {
         let mut tried = Vec::new();
         let mut winner: Option<(f64, Trained)> = None;
@@ -275,7 +281,7 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         }
     }
     let comparison = Comparison {
-        model: run.folder.display().to_string(),
+        model: source.display().to_string(),
         data: flags.data.clone(),
         rank: flags.rank,
         dropout: flags.dropout,
@@ -302,7 +308,7 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         let adapter = out.join(method.name()).join("adapter");
         say!(
             "\nTalk with it: cargo run --release --example chat -- --model {} --adapter {}",
-            run.folder.display(),
+            source.display(),
             adapter.display()
         );
     }
@@ -323,7 +329,7 @@ impl Run<'_> {
             match method.kind(flags.rank, flags.seed, flags.dropout) {
                 None => {
                     let model = VesperLM::load_into(
-                        &self.folder,
+                        &self.base.source,
                         None,
                         &varmap,
                         flags.seed,
@@ -333,7 +339,7 @@ impl Run<'_> {
                     (model, trainable(&self.config, &varmap)?)
                 }
                 Some(kind) => {
-                    let mut model = VesperLM::load(&self.folder, DType::F32, &self.device)?;
+                    let mut model = VesperLM::load(&self.base.source, DType::F32, &self.device)?;
                     let targets = if flags.targets.is_empty() {
                         Targets::all_linear()
                     } else {
@@ -422,9 +428,11 @@ impl Run<'_> {
             model.save_adapters(dir.join("adapter"))?;
         }
         let Some(merged) = model.merged()? else { return Ok("unsupported") };
-        let tokenizer = std::fs::read_to_string(self.folder.join("tokenizer.json"))?;
-        let generation = hf::read_generation_config(&self.folder)?;
+        let tokenizer = self.base.tokenizer_json()?;
+        let generation = self.base.generation.clone();
         let extras = hf::Extras { tokenizer_json: Some(&tokenizer), generation, ..hf::Extras::default() };
+        // Over blocks the merged model is one of numbers again.
+        let merged = merged.dequantized()?;
         hf::save(dir.join("model"), merged.config(), &merged.weights(), &extras)?;
         Ok("exact")
     }

@@ -69,3 +69,12 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 pub fn create_dir(path: &Path) -> Result<()> {
     std::fs::create_dir_all(path).with_context(|| format!("cannot create the folder {}", path.display()))
 }
+
+/// The length of a file, in bytes.
+///
+/// # Errors
+/// Names the file.
+pub fn size(path: &Path) -> Result<u64> {
+    let about = std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(about.len())
+}

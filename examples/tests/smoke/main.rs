@@ -11,6 +11,7 @@ mod export;
 mod finetune;
 mod metacognition;
 mod program;
+mod quantize;
 mod resume;
 mod storage;
 mod train;
