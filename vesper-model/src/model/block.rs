@@ -7,7 +7,7 @@ use era_act::Activation;
 use super::cache::LayerCache;
 use super::projection::{Fetch, Packed};
 use crate::ops::{
-    DecoderSettings, DecoderWeights, Heads, Path, Place, Rope, causal_attention, decoder_block,
+    CpuLayer, DecoderSettings, DecoderWeights, Heads, Path, Place, Rope, causal_attention, decoder_block,
     gated_feed_forward, residual_rms_norm, rms_norm, self_attention,
 };
 use crate::quantized::Weight;
@@ -100,6 +100,18 @@ impl Block {
             norm_feed_forward: self.norm_feed_forward.clone(),
             gate_up: self.gate_up.plain()?.clone(),
             down: self.down.plain()?.clone(),
+        })
+    }
+
+    /// The parameters for a step on the CPU, where no projection has an adapter.
+    pub(super) fn cpu_layer(&self) -> Option<CpuLayer> {
+        Some(CpuLayer {
+            norm_attention: self.norm_attention.clone(),
+            qkv: self.qkv.bare()?.clone(),
+            out: self.output.bare()?.clone(),
+            norm_feed_forward: self.norm_feed_forward.clone(),
+            gate_up: self.gate_up.bare()?.clone(),
+            down: self.down.bare()?.clone(),
         })
     }
 

@@ -6,7 +6,7 @@ use super::VesperLM;
 use super::cache::LayerCache;
 #[cfg(feature = "cuda")]
 use crate::ops::CudaStep;
-use crate::ops::{Place, StepWeights};
+use crate::ops::{CpuStep, Place};
 use crate::{ModelError, Result};
 
 /// Tokens of a row that go through the model at once where the row is not empty: their scores are (chunk x length) a
@@ -26,7 +26,7 @@ pub enum DecodeStep {
     /// By the operations of [`ops`](crate::ops), which take every model.
     Composed,
     /// By a few kernels that read the weights and the cache once: on the CPU for f32 and bf16, on CUDA for f32, bf16 and
-    /// f16; for weights of the dtype of the computation (on the CPU also f32 beside bf16) without adapters. Other models
+    /// f16; for weights of the dtype of the computation (on the CPU also f32 beside bf16, and blocks) without adapters. Other models
     /// are composed.
     Fused,
     /// The same on CUDA, recorded as a graph that is replayed for each token; elsewhere as [`DecodeStep::Fused`]. The
@@ -39,7 +39,7 @@ pub enum DecodeStep {
 #[derive(Debug)]
 enum Stepper {
     Composed,
-    Cpu(Box<StepWeights>),
+    Cpu(Box<CpuStep>),
     #[cfg(feature = "cuda")]
     Cuda(Box<CudaStep>),
 }
@@ -80,17 +80,17 @@ impl Decoding {
             DecodeStep::Auto => CUDA_BY_DEFAULT || self.model.device().is_cpu(),
             DecodeStep::Fused | DecodeStep::Captured => true,
         };
-        let Some(weights) = self.model.step_weights().filter(|_| wanted && self.capacity > 0) else {
+        if !wanted || self.capacity == 0 {
             return Ok(());
-        };
+        }
         if self.model.device().is_cpu() {
-            if weights.has_cpu_step(self.model.compute) {
-                self.stepper = Stepper::Cpu(Box::new(weights));
+            if let Some(step) = self.model.cpu_step().filter(|step| step.takes(self.model.compute)) {
+                self.stepper = Stepper::Cpu(Box::new(step));
             }
             return Ok(());
         }
         #[cfg(feature = "cuda")]
-        {
+        if let Some(weights) = self.model.step_weights() {
             let caches: Vec<Tensor> = self.layers.iter().map(|layer| layer.tensor().clone()).collect();
             if let Some(cuda) = CudaStep::new(&weights, &caches, step != DecodeStep::Fused)? {
                 self.stepper = Stepper::Cuda(Box::new(cuda));

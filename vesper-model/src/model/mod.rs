@@ -13,8 +13,10 @@ mod session;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 
+#[cfg(feature = "cuda")]
+use crate::ops::StepWeights;
 use crate::ops::{
-    CrossEntropy, Heads, LossAndEntropy, Path, Rope, StepWeights, cast, checkpoint, embedding, linear,
+    CpuStep, CrossEntropy, Heads, LossAndEntropy, Path, Rope, cast, checkpoint, embedding, linear,
     linear_cross_entropy, rms_norm,
 };
 use crate::quantized::Weight;
@@ -328,7 +330,8 @@ impl VesperLM {
         BatchSession::new(self, rows, capacity)
     }
 
-    /// What a fused decoding step reads; none where that takes more than plain weights.
+    /// What a fused decoding step on CUDA reads; none where that takes more than plain weights.
+    #[cfg(feature = "cuda")]
     fn step_weights(&self) -> Option<StepWeights> {
         let settings = self.blocks.first().filter(|_| self.path == Path::Fused)?.settings();
         Some(StepWeights {
@@ -336,6 +339,19 @@ impl VesperLM {
             layers: self.blocks.iter().map(Block::plain).collect::<Option<_>>()?,
             norm: self.norm.clone(),
             head: self.output_weight().plain()?.clone(),
+            settings,
+            rope: self.rope.clone(),
+        })
+    }
+
+    /// What a fused decoding step on the CPU reads; none where there are adapters.
+    fn cpu_step(&self) -> Option<CpuStep> {
+        let settings = self.blocks.first().filter(|_| self.path == Path::Fused)?.settings();
+        Some(CpuStep {
+            embed: self.embed.clone(),
+            layers: self.blocks.iter().map(Block::cpu_layer).collect::<Option<_>>()?,
+            norm: self.norm.clone(),
+            head: self.output_weight().clone(),
             settings,
             rope: self.rope.clone(),
         })

@@ -68,6 +68,11 @@ impl Packed {
         if self.is_adapted() { None } else { self.weight.plain() }
     }
 
+    /// The matrix, plain or in blocks, where no part has an adapter.
+    pub(super) fn bare(&self) -> Option<&Weight> {
+        (!self.is_adapted()).then_some(&self.weight)
+    }
+
     fn is_adapted(&self) -> bool {
         self.parts.iter().any(|part| part.adapter.is_some())
     }

@@ -76,7 +76,9 @@ pub use checkpoint::checkpoint;
 pub use cross_entropy::{CrossEntropy, LossAndEntropy, linear_cross_entropy};
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::decode::CudaStep;
-pub(crate) use decode::{Place, StepWeights};
+#[cfg(feature = "cuda")]
+pub(crate) use decode::StepWeights;
+pub(crate) use decode::{CpuLayer, CpuStep, Place};
 pub use decoder::{DecoderSettings, DecoderWeights, decoder_block};
 pub use device::{cuda_device, prepare_cpu, prepare_cuda_device, release_unused_memory};
 pub use dropout::dropout;
@@ -86,6 +88,7 @@ pub use flylora::FrozenLinear;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use philox::Philox;
+pub(crate) use quantized::quantized_product;
 pub use quantized::{QUANTIZED_ROWS, quantized_embedding, quantized_linear};
 pub use residual::{residual_layer_norm, residual_rms_norm};
 pub use rms_norm::rms_norm;

@@ -7,7 +7,7 @@ use candle_core::quantized::{QStorage, QTensor};
 use candle_core::{D, Device, Result, Tensor, bail};
 
 use super::BlockType;
-use crate::ops::{quantized_embedding, quantized_linear};
+use crate::ops::{quantized_embedding, quantized_linear, quantized_product};
 
 /// A matrix (out, in) in blocks; groups of rows one after the other, each of one type. Cloning it copies nothing.
 #[derive(Debug, Clone)]
@@ -53,6 +53,18 @@ impl BlockMatrix {
                 Tensor::cat(&parts, D::Minus1)
             }
         }
+    }
+
+    /// x (m, in) to (m, out), on the CPU
+    pub(crate) fn product(&self, x: &[f32], m: usize) -> Result<Vec<f32>> {
+        let parts =
+            self.groups.iter().map(|group| quantized_product(x, group, m)).collect::<Result<Vec<_>>>()?;
+        if m == 1 {
+            return Ok(parts.concat());
+        }
+        let row =
+            |i: usize| parts.iter().flat_map(move |part| &part[i * part.len() / m..(i + 1) * part.len() / m]);
+        Ok((0..m).flat_map(row).copied().collect())
     }
 
     /// The rows of ids, in f32: (ids.., in)

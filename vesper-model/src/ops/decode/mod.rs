@@ -1,7 +1,7 @@
 //! One token after another: a decoder's step of a few rows, over a cache, without candle's operations between.
 //!
-//! On the CPU (here) the weights and the cache are read once, as they are stored (f32 or bf16), by all threads; activations are
-//! in f32 throughout. On CUDA (`cuda::decode`) each part of a block is one kernel, and a graph of them is replayed.
+//! On the CPU (here) the weights and the cache are read once, as they are stored (f32, bf16 or blocks), by all threads;
+//! activations are in f32 throughout. On CUDA (`cuda::decode`) each part of a block is one kernel, and a graph of them is replayed.
 
 mod attention;
 mod matvec;
@@ -11,7 +11,10 @@ use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
 use half::slice::HalfFloatSliceExt;
 use pulp::bytemuck;
 
-use super::{DecoderSettings, DecoderWeights, Rope};
+#[cfg(feature = "cuda")]
+use super::DecoderWeights;
+use super::{DecoderSettings, Rope};
+use crate::quantized::Weight;
 use matvec::Rows;
 
 /// A row of a cache and the position of the token that is read there.
@@ -21,7 +24,8 @@ pub(crate) struct Place {
     pub(crate) position: usize,
 }
 
-/// Everything that a step reads but the cache.
+/// Everything that a step on CUDA reads but the cache.
+#[cfg(feature = "cuda")]
 #[derive(Debug, Clone)]
 pub(crate) struct StepWeights {
     /// (vocab, d)
@@ -41,6 +45,31 @@ impl StepWeights {
         let layers = self.layers.iter().flat_map(DecoderWeights::all);
         [&self.embed, &self.norm, &self.head].into_iter().chain(layers)
     }
+}
+
+/// Everything that a step on the CPU reads but the cache.
+#[derive(Debug, Clone)]
+pub(crate) struct CpuStep {
+    /// (vocab, d)
+    pub(crate) embed: Weight,
+    pub(crate) layers: Vec<CpuLayer>,
+    /// (d)
+    pub(crate) norm: Tensor,
+    /// (vocab, d)
+    pub(crate) head: Weight,
+    pub(crate) settings: DecoderSettings,
+    pub(crate) rope: Rope,
+}
+
+/// As [`DecoderWeights`](super::DecoderWeights), with matrices that may be in blocks.
+#[derive(Debug, Clone)]
+pub(crate) struct CpuLayer {
+    pub(crate) norm_attention: Tensor,
+    pub(crate) qkv: Weight,
+    pub(crate) out: Weight,
+    pub(crate) norm_feed_forward: Tensor,
+    pub(crate) gate_up: Weight,
+    pub(crate) down: Weight,
 }
 
 /// What a step computes of each token.

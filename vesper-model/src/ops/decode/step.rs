@@ -4,14 +4,17 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::attention::Attention;
 use super::matvec::{Vectors, products};
-use super::{Place, StepOutput, StepWeights, with_rows};
+use super::{CpuStep, Place, StepOutput, with_rows};
 use crate::ops::real::{self, fold};
+use crate::quantized::Weight;
 
-impl StepWeights {
-    /// Whether [`StepWeights::step`] takes these weights beside a cache of `compute`.
-    pub(crate) fn has_cpu_step(&self, compute: DType) -> bool {
+impl CpuStep {
+    /// Whether [`CpuStep::step`] takes these weights beside a cache of `compute`.
+    pub(crate) fn takes(&self, compute: DType) -> bool {
         let matrices = self.layers.iter().flat_map(|l| [&l.qkv, &l.out, &l.gate_up, &l.down]);
-        let fits = |matrix: &Tensor| {
+        let fits = |matrix: &Weight| {
+            // Blocks on the CPU are always to be read.
+            let Some(matrix) = matrix.plain() else { return true };
             let known = matrix.dtype() == DType::F32 || matrix.dtype() == compute; // as the other operations have it
             known && with_rows(matrix, |_| Ok(())).is_ok()
         };
@@ -37,7 +40,10 @@ impl StepWeights {
         let settings = self.settings;
         let mut h = Vec::with_capacity(n * d);
         for &id in ids {
-            let row = self.embed.narrow(0, id as usize, 1)?;
+            let row = match &self.embed {
+                Weight::Plain(table) => table.narrow(0, id as usize, 1)?,
+                Weight::Blocks(table) => table.embedding(&Tensor::new(&[id], &Device::Cpu)?)?,
+            };
             real::with_values::<f32, _>(&row, |row| {
                 h.extend_from_slice(row);
                 Ok(())
@@ -67,7 +73,11 @@ impl StepWeights {
 }
 
 /// x (n, in) to x W^T (n, out)
-fn product(weight: &Tensor, x: &[f32], n: usize) -> Result<Vec<f32>> {
+fn product(weight: &Weight, x: &[f32], n: usize) -> Result<Vec<f32>> {
+    let weight = match weight {
+        Weight::Plain(weight) => weight,
+        Weight::Blocks(blocks) => return blocks.product(x, n),
+    };
     let out = with_rows(weight, |rows| Ok(products(rows, &Vectors::new(x, n, rows))))?;
     if n == 1 {
         return Ok(out);

@@ -91,6 +91,14 @@ pub fn quantized_embedding(table: &QTensor, ids: &Tensor) -> Result<Tensor> {
     Tensor::from_vec(rows, shape, &Device::Cpu)
 }
 
+/// As [`quantized_linear`] for few rows, on the CPU: x (m, in), result (m, out).
+pub(crate) fn quantized_product(x: &[f32], weight: &QTensor, m: usize) -> Result<Vec<f32>> {
+    let (out, _) = weight.shape().dims2()?;
+    let mut y = vec![0.0; m * out];
+    blocks::multiply(weight, x, m, &mut y)?;
+    Ok(y)
+}
+
 /// The product with x (.., in) in f32, contiguous, on the CPU.
 struct QuantizedLinear(Arc<QTensor>);
 
