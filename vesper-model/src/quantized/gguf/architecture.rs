@@ -3,8 +3,7 @@
 use era_act::Activation;
 
 use super::header::Header;
-use super::{LLAMA, VESPER, keys};
-use crate::hf::invalid;
+use super::{LLAMA, VESPER, invalid, keys};
 use crate::{ModelError, Result, VesperConfig};
 
 /// The longest context that is believed: the tables of the rotary angles have as many rows.

@@ -11,9 +11,9 @@ use candle_core::{DType, Device, Tensor};
 use tokenizers::Tokenizer;
 
 use super::header::{Header, Info};
-use super::{LLAMA, architecture, keys, names};
+use super::{LLAMA, architecture, invalid, keys, names};
 use crate::generate::GenerationConfig;
-use crate::hf::{self, invalid, io};
+use crate::hf::{self, io};
 use crate::quantized::{BlockMatrix, BlockType, Weight, from_bytes};
 use crate::{ModelError, Result, VesperConfig, VesperLM};
 

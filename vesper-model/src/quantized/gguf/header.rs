@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::reader::{Reader, Value};
-use super::{ALIGNMENT, MAGIC, keys};
-use crate::hf::invalid;
+use super::{ALIGNMENT, MAGIC, invalid, keys};
 use crate::quantized::BlockType;
 use crate::{ModelError, Result};
 

@@ -10,6 +10,22 @@ mod save;
 pub use file::Gguf;
 pub use save::{GgufExtras, save};
 
+use std::path::Path;
+
+use crate::ModelError;
+
+/// As [`hf::invalid`](crate::hf::invalid), in one line: names and texts of a damaged file may hold anything.
+fn invalid(path: &Path, reason: impl AsRef<str>) -> ModelError {
+    let escaped = |text: String, c: char| {
+        if c.is_control() {
+            text + &c.escape_default().to_string()
+        } else {
+            text + c.encode_utf8(&mut [0; 4])
+        }
+    };
+    crate::hf::invalid(path, reason.as_ref().chars().fold(String::new(), escaped))
+}
+
 /// The keys of the metadata that this crate writes and reads.
 mod keys {
     pub(super) const ARCHITECTURE: &str = "general.architecture";

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use crate::hf::{invalid, io};
+use super::invalid;
+use crate::hf::io;
 use crate::{ModelError, Result};
 
 /// The longest name of a key or a tensor.
@@ -66,7 +67,7 @@ impl Reader {
         self.len - self.at
     }
 
-    pub(super) fn invalid(&self, reason: impl Into<String>) -> ModelError {
+    pub(super) fn invalid(&self, reason: impl AsRef<str>) -> ModelError {
         invalid(&self.path, reason)
     }
 

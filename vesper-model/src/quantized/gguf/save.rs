@@ -8,9 +8,9 @@ use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 use tokenizers::Tokenizer;
 
-use super::{ALIGNMENT, LLAMA, MAGIC, VERSION, architecture, keys, names};
+use super::{ALIGNMENT, LLAMA, MAGIC, VERSION, architecture, invalid, keys, names};
 use crate::generate::GenerationConfig;
-use crate::hf::{check_tokenizer, invalid, io};
+use crate::hf::{check_tokenizer, io};
 use crate::quantized::{BlockType, Weight};
 use crate::{ModelError, Result, VesperConfig, VesperLM};
 
