@@ -1,12 +1,12 @@
 //! Tokens a second of decoding with a cache, against the rate at which memory could give the weights.
 //!
 //! ```text
-//! cargo bench -p vesper-benches [--features cuda] --bench decode -- [nano small medium] [f32 bf16] [composed]
+//! cargo bench -p vesper-benches [--features cuda] --bench decode -- [nano small medium] [f32 bf16 q8_0 q4_k ...] [composed]
 //! ```
 //!
 //! A prompt of 64 tokens is read, then 128 tokens are chosen greedily, of one sequence and of eight; prefill is a prompt of
-//! 512 tokens, beside the model's forward over the same tokens in training. On the CPU the presets nano and small in f32 and
-//! bf16, on CUDA also medium, in bf16, by the step that is replayed as a graph. `composed` also measures decoding by the
+//! 512 tokens, beside the model's forward over the same tokens in training. On the CPU the presets nano and small in f32,
+//! bf16 and blocks of 8 and 4 bits, on CUDA also medium, in bf16, by the step that is replayed as a graph. `composed` also measures decoding by the
 //! operations, without the fused step. The floor is what reading the weights and the filled cache once takes at the rate of
 //! a copy on this machine; a model that fits into the caches can be below it.
 //!
@@ -24,6 +24,7 @@ use serde::Serialize;
 use vesper_benches::record::{machine_of, path, today, write};
 use vesper_model::generate::{BatchLogits, NextLogits};
 use vesper_model::ops::cuda_device;
+use vesper_model::quantized::{BlockType, Policy};
 use vesper_model::{DecodeStep, Result, VesperConfig, VesperLM};
 
 /// Tokens of the prompt and after it, and of the long prompt.
@@ -46,6 +47,7 @@ struct Rate {
 #[derive(Serialize)]
 struct Decoding {
     preset: String,
+    /// The dtype of weights and computation, or the type of the weights' blocks beside f32.
     compute: String,
     batch: usize,
     step: String,
@@ -147,13 +149,13 @@ fn decode(model: &VesperLM, batch: usize, step: DecodeStep, sizes: Sizes) -> Res
     })
 }
 
-fn prefill(name: &str, model: &VesperLM, sizes: Sizes) -> Result<Prefill> {
+fn prefill(name: &str, form: Form, model: &VesperLM, sizes: Sizes) -> Result<Prefill> {
     let prompt = ids(sizes.prefill, model.config().vocab_size, 0);
     let tensor = Tensor::new(&prompt[..], model.device())?.unsqueeze(0)?;
     let mut session = model.session(sizes.prefill)?;
     let row = Prefill {
         preset: name.into(),
-        compute: format!("{:?}", model.compute_dtype()),
+        compute: form.to_string(),
         tokens: sizes.prefill,
         session: rate(model.device(), sizes.runs, sizes.prefill, || {
             session.truncate(0);
@@ -175,9 +177,47 @@ fn prefill(name: &str, model: &VesperLM, sizes: Sizes) -> Result<Prefill> {
     Ok(row)
 }
 
-/// What one step reads at least.
-fn bytes(config: &VesperConfig, dtype: DType, batch: usize, sizes: Sizes) -> f64 {
-    let weights = config.num_parameters() * dtype.size_in_bytes();
+/// How a model's weights are held.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    Plain(DType),
+    /// Beside f32.
+    Blocks(BlockType),
+}
+
+impl Form {
+    fn dtype(self) -> DType {
+        match self {
+            Self::Plain(dtype) => dtype,
+            Self::Blocks(_) => DType::F32,
+        }
+    }
+
+    /// The model in this form, and the bytes of its weights.
+    fn model(self, config: &VesperConfig, device: &Device) -> Result<(VesperLM, usize)> {
+        let dtype = self.dtype();
+        let model = VesperLM::initialize(config, &VarMap::new(), 42, dtype, device)?;
+        match self {
+            Self::Plain(_) => Ok((model, config.num_parameters() * dtype.size_in_bytes())),
+            Self::Blocks(block) => {
+                let (model, report) = model.quantized(&Policy::new(block))?;
+                Ok((model, report.bytes()))
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Form {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Plain(dtype) => write!(f, "{dtype:?}"),
+            Self::Blocks(block) => write!(f, "{block}"),
+        }
+    }
+}
+
+/// What one step reads at least, beside weights of so many bytes.
+fn bytes(config: &VesperConfig, weights: usize, dtype: DType, batch: usize, sizes: Sizes) -> f64 {
     let length = sizes.prompt + sizes.tokens / 2;
     let position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim;
     (weights + batch * length * position * dtype.size_in_bytes()) as f64
@@ -185,22 +225,21 @@ fn bytes(config: &VesperConfig, dtype: DType, batch: usize, sizes: Sizes) -> f64
 
 fn measure(
     (name, config): (&str, &VesperConfig),
-    dtype: DType,
+    form: Form,
     device: &Device,
     (sizes, composed): (Sizes, bool),
     record: &mut Record,
 ) -> Result<()> {
-    let varmap = VarMap::new();
-    let model = VesperLM::initialize(config, &varmap, 42, dtype, device)?;
+    let (model, weights) = form.model(config, device)?;
     let steps =
         if composed { &[DecodeStep::Captured, DecodeStep::Composed][..] } else { &[DecodeStep::Captured] };
     for &step in steps {
         for batch in [1, 8] {
             let decode = decode(&model, batch, step, sizes)?;
-            let bytes_per_step = bytes(config, dtype, batch, sizes);
+            let bytes_per_step = bytes(config, weights, form.dtype(), batch, sizes);
             let share = bytes_per_step * decode.tokens_per_s / batch as f64 / (record.copy_gb_per_s * 1e9);
             println!(
-                "decode {name} {dtype:?} batch {batch} {}: {:.1} tok/s (from {:.1} to {:.1}), {:.2} of a copy's rate",
+                "decode {name} {form} batch {batch} {}: {:.1} tok/s (from {:.1} to {:.1}), {:.2} of a copy's rate",
                 if step == DecodeStep::Composed { "composed" } else { "fused" },
                 decode.tokens_per_s,
                 decode.least,
@@ -209,7 +248,7 @@ fn measure(
             );
             record.decoding.push(Decoding {
                 preset: name.into(),
-                compute: format!("{dtype:?}"),
+                compute: form.to_string(),
                 batch,
                 step: if step == DecodeStep::Composed { "composed" } else { "fused" }.into(),
                 decode,
@@ -218,7 +257,7 @@ fn measure(
             });
         }
     }
-    record.prefill.push(prefill(name, &model, sizes)?);
+    record.prefill.push(prefill(name, form, &model, sizes)?);
     Ok(())
 }
 
@@ -240,7 +279,10 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
         let config = VesperConfig::preset("nano")?.with_vocab(64);
         let sizes = Sizes { prompt: 3, tokens: 4, prefill: 8, runs: 1 };
         record.copy_gb_per_s = copy(&device, 1, 1 << 12)? / 1e9;
-        return Ok(measure(("nano", &config), DType::F32, &device, (sizes, true), &mut record)?);
+        for form in [Form::Plain(DType::F32), Form::Blocks(BlockType::Q8_0)] {
+            measure(("nano", &config), form, &device, (sizes, true), &mut record)?;
+        }
+        return Ok(());
     }
     let sizes = Sizes { prompt: 64, tokens: 128, prefill: 512, runs: 7 };
     record.copy_gb_per_s = copy(&device, 11, if device.is_cpu() { 1 << 28 } else { 1 << 31 })? / 1e9;
@@ -250,16 +292,23 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
         if named.is_empty() { all.to_vec() } else { named }
     };
     let presets = chosen(if device.is_cpu() { &["nano", "small"] } else { &["nano", "small", "medium"] });
-    let named: Vec<DType> = [DType::F32, DType::BF16].into_iter().filter(|d| has(d.as_str())).collect();
-    let dtypes = match (named.is_empty(), device.is_cpu()) {
+    let plain = [DType::F32, DType::BF16].into_iter().filter(|d| has(d.as_str())).map(Form::Plain);
+    let blocks = BlockType::ALL.into_iter().filter(|t| !t.is_plain() && has(t.name())).map(Form::Blocks);
+    let named: Vec<Form> = plain.chain(blocks).collect();
+    let forms = match (named.is_empty(), device.is_cpu()) {
         (false, _) => named,
-        (true, true) => vec![DType::F32, DType::BF16],
-        (true, false) => vec![DType::BF16],
+        (true, true) => vec![
+            Form::Plain(DType::F32),
+            Form::Plain(DType::BF16),
+            Form::Blocks(BlockType::Q8_0),
+            Form::Blocks(BlockType::Q4K),
+        ],
+        (true, false) => vec![Form::Plain(DType::BF16)],
     };
     for name in presets {
-        for &dtype in &dtypes {
+        for &form in &forms {
             let config = VesperConfig::preset(name)?;
-            measure((name, &config), dtype, &device, (sizes, has("composed")), &mut record)?;
+            measure((name, &config), form, &device, (sizes, has("composed")), &mut record)?;
         }
     }
     if let Ok(path) = std::env::var("VESPER_BENCH_PEERS") {

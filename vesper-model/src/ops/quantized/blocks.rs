@@ -3,8 +3,6 @@
 //! candle splits its own product over threads of its own, which a program that uses rayon's for everything else sets to
 //! one, lest the two spin beside each other.
 
-use std::borrow::Cow;
-
 use candle_core::quantized::k_quants::{
     BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0,
 };
@@ -156,7 +154,7 @@ fn widen_blocks<T: GgmlType>(blocks: &[T], to: &mut [f32]) {
 }
 
 /// The bytes of a tensor's storage as what they are.
-fn cast<'a, T: GgmlType>(data: &'a Cow<'_, [u8]>) -> Result<&'a [T]> {
+fn cast<T: GgmlType>(data: &[u8]) -> Result<&[T]> {
     // SAFETY: candle's blocks are made of integers and half floats alone, so any bits are a value of theirs.
     let (before, blocks, after) = unsafe { data.align_to::<T>() };
     if !(before.is_empty() && after.is_empty()) {
