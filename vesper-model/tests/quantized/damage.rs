@@ -1,6 +1,6 @@
 //! Damaged and wrong files: one line that names the file and the key, never a panic, never a large piece of memory.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
@@ -216,9 +216,6 @@ fn wrong_metadata_is_named() {
         ),
         (b"\"temperature\":0.8".to_vec(), b"\"temperature\":-.8".to_vec(), "vesper.generation_config"),
     ] {
-        if !bytes.windows(from.len()).any(|window| window == from) {
-            panic!("{:?} is not in the file", String::from_utf8_lossy(&from));
-        }
         let mut changed = replace(&bytes, &from, &to);
         if to.len() != from.len() {
             // The text became longer: its length, and the tensors' place.
@@ -273,9 +270,8 @@ fn wrong_tensors_are_named() {
     // Missing, extra, twice.
     let other = text("blk.0.ffn_dowm.weight");
     assert!(error(&replace(&bytes, &name, &other)).contains("no tensor blk.0.ffn_down.weight"));
-    let gate = text("blk.0.attn_norm.weight");
     let twice = replace(&bytes, &text("blk.0.ffn_norm.weight"), &text("blk.0.ffn_nor.weight\0"));
-    assert!(error(&twice).contains("no tensor blk.0.ffn_norm.weight"), "{gate:?}");
+    assert!(error(&twice).contains("no tensor blk.0.ffn_norm.weight"));
     let mut more = bytes.clone();
     let count = u64::from_le_bytes(more[8..16].try_into().unwrap());
     more[8..16].copy_from_slice(&(count - 1).to_le_bytes());
@@ -297,5 +293,4 @@ fn a_tensor_that_the_model_does_not_have_is_named() {
     let other = replace(&bytes, &text("llama"), &text("gpt2x"));
     let message = error(&other);
     assert!(message.contains("general.architecture is gpt2x, expected vesper or llama"), "{message}");
-    drop(File::open(&path).unwrap());
 }

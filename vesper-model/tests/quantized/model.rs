@@ -144,7 +144,8 @@ fn a_training_model_is_left_as_it_is() {
     let training = VesperLM::initialize(&config, &varmap, 3, DType::F32, &Device::Cpu).unwrap();
     let (small, _) = training.quantized(&Policy::new(BlockType::Q8_0)).unwrap();
     let loss = training.loss(&ids(1, 12), &ids(1, 12)).unwrap().loss;
-    assert_eq!(loss.backward().unwrap().get_ids().count() >= varmap.all_vars().len(), true);
+    let grads = loss.backward().unwrap();
+    assert!(varmap.all_vars().iter().all(|var| grads.get(var).is_some()));
     // The quantised one has no gradient to give.
     let loss = small.loss(&ids(1, 12), &ids(1, 12)).unwrap().loss;
     let grads = loss.backward().unwrap();
