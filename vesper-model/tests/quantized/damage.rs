@@ -95,14 +95,14 @@ fn changed_bytes_are_an_error_or_another_model() {
         file.seek(SeekFrom::Start(at as u64)).unwrap();
         file.write_all(&[byte]).unwrap();
     };
-    for at in 0..data {
+    for (at, &byte) in bytes.iter().enumerate().take(data) {
         for mask in [0xff, 1 << (at % 8)] {
-            put(at, bytes[at] ^ mask);
+            put(at, byte ^ mask);
             if let Err(error) = read(&path) {
                 check(&error);
             }
         }
-        put(at, bytes[at]);
+        put(at, byte);
     }
     read(&path).unwrap();
     assert!(largest() < MOST, "{}", largest());
