@@ -7,10 +7,24 @@
 //! X: m <= n, m the smaller side         the direction over its Frobenius norm
 //! A = X X^T                             a product a shape
 //! B = a I + b A,  B += c A A            an elementwise pass and a product a side
-//! X = B X                               a product a shape, `steps` times all of it
+//! X = B X                               a product a shape
 //! ```
 //!
 //! The identity in B saves the passes over X that a X + (b A + c A A) X needs.
+//!
+//! The next iteration's A is (B X)(B X)^T = B A B, for all of these are symmetric and polynomials of each other. So up to
+//! [`SHARED`] iterations share the two products with X, which are the larger ones:
+//!
+//! ```text
+//! Q = B                                 then, for each further iteration
+//! A = (B A) B,  B from A as above,  Q = B Q
+//! X = Q X
+//! ```
+//!
+//! Medium's matrices take three quarters of the operations so. Five iterations on one A would take fewer still, and are wrong:
+//! an eigenvalue that bf16 has rounded to less than 0 grows twelvefold in each, where X X^T has none. After three it is
+//! still small; in f32 arithmetic rounded to bf16, three and two were as near to f32 as five alone, for flat, steep and
+//! spiked spectra.
 
 use super::control::ControlBlock;
 use super::elementwise::{Entry, Gradients, by_gradient, grouped, tables};
@@ -28,22 +42,25 @@ use half::bf16;
 /// The elements of a workspace that a round may take, but at least one matrix.
 const ROUND: usize = 1 << 27;
 
+/// Iterations that share their products with X: see above.
+const SHARED: usize = 3;
+
 /// The matrices that a round may take: what a grid takes in its second dimension.
 const MATRICES: usize = 65_535;
 
 /// Memory for the products; it grows to what the largest round needs and stays.
 #[derive(Default)]
 pub(super) struct Workspace {
-    /// X before and after a product, A and B.
-    buffers: [Option<CudaSlice<bf16>>; 4],
+    /// X before and after a product, A, and room for three more of its size.
+    buffers: [Option<CudaSlice<bf16>>; 6],
 }
 
 impl Workspace {
-    /// The addresses of X, X after a product, A and B, with room for as many elements.
-    fn reserve(&mut self, device: &CudaDevice, x: usize, a: usize) -> Result<[u64; 4]> {
+    /// The addresses of X, X after a product, A and three more, with room for as many elements.
+    fn reserve(&mut self, device: &CudaDevice, x: usize, a: usize) -> Result<[u64; 6]> {
         let stream = device.cuda_stream();
-        let mut addresses = [0; 4];
-        for ((buffer, address), len) in self.buffers.iter_mut().zip(&mut addresses).zip([x, x, a, a]) {
+        let mut addresses = [0; 6];
+        for ((buffer, address), len) in self.buffers.iter_mut().zip(&mut addresses).zip([x, x, a, a, a, a]) {
             let slice = match buffer.take() {
                 Some(slice) if slice.len() >= len => slice,
                 // Zeros: a step that is left out still runs its products, on whatever is there.
@@ -70,6 +87,10 @@ impl Group {
     /// The smaller side.
     fn side(&self) -> usize {
         self.rows.min(self.cols)
+    }
+
+    fn length(&self) -> usize {
+        self.rows.max(self.cols)
     }
 
     fn x_stride(&self) -> usize {
@@ -144,7 +165,7 @@ fn run(
     });
     let Some(options) = round.first().and_then(|first| first.planned.orthogonal) else { return Ok(()) };
     let (device, params) = (control.device(), plan.params());
-    let [mut x, mut y, a, b] = workspace.reserve(device, x_len, a_len)?;
+    let [mut x, mut y, squares @ ..] = workspace.reserve(device, x_len, a_len)?;
     let (block, coefficients, partials) =
         (control.address(), control.coefficients.address, control.partials.address);
     for (name, entries) in by_gradient("direction", round.iter()) {
@@ -170,9 +191,11 @@ fn run(
     for (table, count) in tables(round.iter(), Planned::chunks)? {
         launch!(device, ORTHOGONAL, "normalise", blocks(count, THREADS), &*table, &block, &params, &sums, &x);
     }
-    for _ in 0..options.steps {
-        iterate(device, &groups, options.coefficients, [x, y, a, b])?;
-        (x, y) = (y, x);
+    let (mut left, shared) = (options.steps, shared(&groups));
+    while left > 0 {
+        let count = left.min(shared);
+        iterate(device, &groups, options.coefficients, count, [x, y], squares)?;
+        (x, y, left) = (y, x, left - count);
     }
     let eight_rows = |planned: &Planned| planned.rows().div_ceil(THREADS as usize / 32);
     for (table, count) in tables(with_row_moments(round), eight_rows)? {
@@ -226,12 +249,21 @@ fn with_row_moments(round: &[Entry]) -> impl Iterator<Item = &Entry> {
         .filter(|entry| entry.planned.orthogonal.is_some_and(|options| options.row_moment != RowMoment::Off))
 }
 
-/// One iteration of the matrices of one smaller side, from the first of the buffers X, Y, A and B to the second.
+/// How many iterations are to share their products with X: sharing saves 4 m^2 n operations a matrix and iteration and
+/// takes 6 m^3.
+fn shared(groups: &[Group]) -> usize {
+    let sum = |of: fn(&Group) -> usize| groups.iter().map(|group| group.count * of(group)).sum::<usize>();
+    if 2 * sum(Group::length) > 3 * sum(Group::side) { SHARED } else { 1 }
+}
+
+/// `count` iterations of the matrices of one smaller side, from the first of the buffers of X to the second.
 fn iterate(
     device: &CudaDevice,
     groups: &[Group],
     coefficients: [f64; 3],
-    [from, to, a, b]: [u64; 4],
+    count: usize,
+    [from, to]: [u64; 2],
+    [a, mut b, mut q, mut spare]: [u64; 4],
 ) -> Result<()> {
     let Some(first) = groups.first() else { return Ok(()) };
     let (m, a_stride) = (first.side(), first.a_stride());
@@ -248,25 +280,43 @@ fn iterate(
         let tall = group.rows > group.cols;
         let x = Operand { transposed: !tall, ..whole(from, group) };
         let xt = Operand { transposed: tall, ..x };
-        let long = group.rows.max(group.cols);
-        product(device, [x, xt, square(at(a, group.a))], [m, m, long], group.count, (1.0, 0.0))?;
+        product(device, [x, xt, square(at(a, group.a))], [m, m, group.length()], group.count, (1.0, 0.0))?;
     }
-    let count: usize = groups.iter().map(|group| group.count).sum();
+    let matrices: usize = groups.iter().map(|group| group.count).sum();
+    let squares = |[x, y, out]: [u64; 3], scales| {
+        product(device, [square(x), square(y), square(out)], [m; 3], matrices, scales)
+    };
     let [alpha, beta, gamma] = coefficients.map(|c| c as f32);
     let config = LaunchConfig {
         // 4 vectors of 8 elements a thread
-        grid_dim: (size((m * m).div_ceil(32 * THREADS as usize).clamp(1, 1 << 16))?, size(count)?, 1),
+        grid_dim: (size((m * m).div_ceil(32 * THREADS as usize).clamp(1, 1 << 16))?, size(matrices)?, 1),
         block_dim: (THREADS, 1, 1),
         shared_mem_bytes: 0,
     };
     let (side, stride) = (size(m)?, a_stride as u64);
-    launch!(device, ORTHOGONAL, "mix", config, &a, &b, &side, &stride, &alpha, &beta);
-    product(device, [square(a), square(a), square(b)], [m, m, m], count, (gamma, 1.0))?;
+    for i in 0..count {
+        if i > 0 {
+            squares([b, a, spare], (1.0, 0.0))?;
+            squares([spare, b, a], (1.0, 0.0))?;
+            if i == 1 {
+                (q, b) = (b, q);
+            }
+        }
+        launch!(device, ORTHOGONAL, "mix", config, &a, &b, &side, &stride, &alpha, &beta);
+        squares([a, a, b], (gamma, 1.0))?;
+        if i > 0 {
+            squares([b, q, spare], (1.0, 0.0))?;
+            (q, spare) = (spare, q);
+        }
+    }
+    let q = if count > 1 { q } else { b };
     for group in groups {
-        let (x, b, out) = (whole(from, group), square(at(b, group.a)), whole(to, group));
-        let long = group.rows.max(group.cols);
-        let (operands, sides) =
-            if group.rows > group.cols { ([b, x, out], [m, long, m]) } else { ([x, b, out], [long, m, m]) };
+        let (x, q, out) = (whole(from, group), square(at(q, group.a)), whole(to, group));
+        let (operands, sides) = if group.rows > group.cols {
+            ([q, x, out], [m, group.length(), m])
+        } else {
+            ([x, q, out], [group.length(), m, m])
+        };
         product(device, operands, sides, group.count, (1.0, 0.0))?;
     }
     Ok(())
