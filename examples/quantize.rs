@@ -120,7 +120,7 @@ fn quantize(flags: &Flags) -> Result<ExitCode> {
         name: folder.parent().and_then(Path::file_name).and_then(|name| name.to_str()),
         tokenizer_json: Some(&tokenizer),
         generation: opened.generation.clone(),
-        chat_template: None,
+        chat_template: opened.chat_template.as_deref(),
     };
     let mut last = None;
     for (block, small, report) in &forms {

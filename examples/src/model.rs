@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device};
+use serde::Deserialize;
 use tokenizers::Tokenizer;
 use vesper_data::TextTokenizer;
 use vesper_model::generate::GenerationConfig;
@@ -23,7 +24,7 @@ pub struct Opened {
     pub tokenizer: Tokenizer,
     /// How it is meant to generate; begins with a token where the model has one.
     pub generation: GenerationConfig,
-    /// The chat template of a GGUF file; that of a folder is in its files.
+    /// Its chat template, where it has one (of a folder with several, none).
     pub chat_template: Option<String>,
 }
 
@@ -70,7 +71,28 @@ pub fn open(named: Option<&Path>, device: &Device) -> Result<Opened> {
     let tokenizer = hf::read_tokenizer(&folder, &config)?;
     let model = VesperLM::load(&folder, DType::F32, device)?;
     let generation = begins(hf::read_generation_config(&folder)?, &model);
-    Ok(Opened { source: folder, model, tokenizer, generation, chat_template: None })
+    let chat_template = chat_template(&folder)?;
+    Ok(Opened { source: folder, model, tokenizer, generation, chat_template })
+}
+
+/// The text of `chat_template.jinja`, or of the template in `tokenizer_config.json`.
+fn chat_template(folder: &Path) -> Result<Option<String>> {
+    #[derive(Deserialize)]
+    struct TokenizerConfig {
+        chat_template: Option<serde_json::Value>,
+    }
+    let file = folder.join("chat_template.jinja");
+    if file.is_file() {
+        let text =
+            std::fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        return Ok(Some(text));
+    }
+    let file = folder.join("tokenizer_config.json");
+    if !file.is_file() {
+        return Ok(None);
+    }
+    let config: TokenizerConfig = files::read_json(&file)?;
+    Ok(config.chat_template.and_then(|template| template.as_str().map(Into::into)))
 }
 
 /// Whether a path is that of a file, or would be: folders have no such ending.

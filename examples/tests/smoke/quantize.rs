@@ -1,3 +1,5 @@
+use vesper_model::quantized::Gguf;
+
 use crate::program::{copy, fails, finished, json, only, succeeds};
 
 #[test]
@@ -32,6 +34,7 @@ fn a_run_is_quantised_measured_and_written() {
         assert!(size > bytes && size < bytes + (1 << 20), "{size} {bytes}");
     }
 
+    std::fs::write(dir.join("run/model/chat_template.jinja"), "{{ messages }}").unwrap();
     let out = [
         "--model",
         "run/model",
@@ -45,7 +48,9 @@ fn a_run_is_quantised_measured_and_written() {
         "small.gguf",
     ];
     succeeds("quantize", dir, &out);
-    assert!(dir.join("small.gguf").is_file());
+    let gguf = Gguf::open(dir.join("small.gguf")).unwrap();
+    assert_eq!(gguf.chat_template().unwrap(), Some("{{ messages }}"));
+    assert!(gguf.tokenizer().is_ok() && gguf.generation_config().is_ok());
     // Its own file.
     fails("quantize", dir, &["--model", "small.gguf"], &["small.gguf", "quantised already"]);
     let bytes = std::fs::read(dir.join("small.gguf")).unwrap();
