@@ -40,6 +40,21 @@ fn few_rows_are_near_the_exact_product_and_many_equal_it() {
 }
 
 #[test]
+fn rows_may_have_any_number_of_blocks() {
+    for block in BlockType::ALL.into_iter().filter(|block| block.block_size() <= 32) {
+        for input in [32, 96, 160] {
+            let (w, plain) = blocks(block, 6, input);
+            for m in [1, 3, 20] {
+                let x = random(m, input, m);
+                let y = quantized_linear(&x, &w).unwrap();
+                let error = relative(&y, &x.matmul(&plain.t().unwrap()).unwrap());
+                assert!(error < 2e-2, "{block} {input}, {m} rows: {error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn the_shape_and_dtype_of_x_are_those_of_y() {
     let (w, plain) = blocks(BlockType::Q8_0, 5, 64);
     for dtype in [DType::F32, DType::BF16, DType::F16] {

@@ -105,12 +105,26 @@ fn multiply_blocks<T: GgmlType>(
     for (x, rounded) in x.chunks_exact(input).zip(rounded.chunks_exact_mut(width)) {
         T::VecDotType::from_float(x, rounded);
     }
+    // Three of candle's products want an even number of blocks: what is left of a row is multiplied by itself.
+    let pairs = matches!(T::DTYPE, GgmlDType::Q4_1 | GgmlDType::Q5_0 | GgmlDType::Q5_1);
+    let whole = if pairs { row / 2 * 2 } else { row };
+    let rest = (row - whole) * T::BLCK_SIZE;
     to.par_chunks_mut(step * m).enumerate().for_each(|(task, to)| {
+        let mut last = vec![0.0; rest];
         for (i, to) in to.chunks_exact_mut(m).enumerate() {
             let first = (task * step + i) * row;
             let w = &blocks[first..first + row];
-            for (x, to) in rounded.chunks_exact(width).zip(to) {
-                *to = T::vec_dot(input, w, x);
+            if rest > 0 {
+                widen_blocks(&w[whole..], &mut last);
+            }
+            for ((rounded, x), to) in rounded.chunks_exact(width).zip(x.chunks_exact(input)).zip(to) {
+                let x = &x[input - rest..];
+                let end: f32 = last.iter().zip(x).map(|(w, x)| w * x).sum();
+                let begin = match whole {
+                    0 => 0.0,
+                    _ => T::vec_dot(input - rest, &w[..whole], &rounded[..width - (row - whole)]),
+                };
+                *to = begin + end;
             }
         }
     });
