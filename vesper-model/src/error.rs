@@ -130,6 +130,28 @@ pub enum ModelError {
     /// The tokenizer failed.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
+    /// A chat template that cannot be read or rendered.
+    #[error("{template}: {reason}")]
+    ChatTemplate {
+        /// Where it stands, and the line.
+        template: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A conversation that the model's chat template does not take.
+    #[error("the chat template refuses this conversation: {reason}")]
+    ConversationRefused {
+        /// The template's own words.
+        reason: String,
+    },
+    /// A message that does not fit into the context even without the messages before it.
+    #[error("the last message makes a prompt of {got} tokens, but the model reads at most {limit}")]
+    MessageTooLong {
+        /// Tokens of the message, of the system prompt, and of what the template writes around them.
+        got: usize,
+        /// Tokens that leave room for an answer.
+        limit: usize,
+    },
     /// An adapter failed.
     #[error(transparent)]
     Adapter(#[from] flylora::Error),

@@ -59,7 +59,7 @@ pub(crate) fn invalid(path: &Path, reason: impl Into<String>) -> ModelError {
     ModelError::InvalidFile { path: path.to_path_buf(), reason: reason.into() }
 }
 
-fn read_text(path: &Path) -> Result<String> {
+pub(crate) fn read_text(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).map_err(io(path))?;
     String::from_utf8(bytes).map_err(|error| {
         invalid(path, format!("not UTF-8 text: invalid byte at offset {}", error.utf8_error().valid_up_to()))
