@@ -8,21 +8,20 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use candle_core::DType;
 use clap::Parser;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use tokenizers::Tokenizer;
 use vesper_examples::interrupt::Interrupt;
-use vesper_examples::{device, note, printable, runs, say};
+use vesper_examples::{device, model, note, printable, runs, say};
+use vesper_model::VesperLM;
 use vesper_model::generate::{GenerationConfig, Generator, StopReason};
-use vesper_model::{VesperLM, hf};
 
 /// Chat with a trained model: it continues what you write.
 #[derive(Debug, Parser)]
 #[command(name = "chat", version, about, long_about = None)]
 struct Flags {
-    /// Folder of a run or of a model [default: the last trained run]
+    /// Folder of a run or of a model, or a GGUF file [default: the last trained run]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Adapters for the model: a folder that `finetune` or Hugging Face PEFT wrote
@@ -64,26 +63,11 @@ fn main() -> ExitCode {
 }
 
 fn chat(flags: &Flags) -> Result<ExitCode> {
-    let folder = runs::model_folder(flags.model.as_deref())?;
-    if !folder.is_dir() {
-        bail!(
-            "{}: no such folder; train a model with `cargo run --release --example train`",
-            folder.display()
-        );
-    }
     let device = device::open(&flags.device)?;
-    let config = hf::read_config(&folder)?;
-    let tokenizer = hf::read_tokenizer(&folder, &config)?;
-    let mut model = VesperLM::load(&folder, DType::F32, &device)?;
+    let model::Opened { mut model, tokenizer, generation: mut settings, .. } =
+        model::open(flags.model.as_deref(), &device)?;
     if let Some(adapter) = &flags.adapter {
         model.attach_from(adapter)?;
-    }
-    let mut settings = hf::read_generation_config(&folder)?;
-    if settings.bos_token_id.is_none() {
-        settings.bos_token_id = config.bos_token_id.or(config.eos_token_id);
-    }
-    if settings.eos_token_id.is_empty() {
-        settings.eos_token_id.extend(config.eos_token_id);
     }
     flags.apply(&mut settings);
     settings.validate()?;
