@@ -73,6 +73,10 @@ impl LowRank {
             return self.effective_layer(base, x).map(Some);
         }
         #[cfg(feature = "cuda")]
+        if self.mask.is_some() && x.device().is_cuda() && x.dtype() == DType::BF16 {
+            return self.beside_its_own(base, x).map(Some);
+        }
+        #[cfg(feature = "cuda")]
         if self.has_low_kernels(x)? {
             let ratio = self.ratio.as_ref().map(not_zero).transpose()?;
             return crate::cuda::beside(base, x, &self.a, &self.b, self.scale, ratio.as_ref()).map(Some);
@@ -100,21 +104,28 @@ impl LowRank {
     /// The change alone for x (m, in) by a weight of its own, in the dtype of x.
     pub(crate) fn alone(self, x: &Tensor) -> Result<Tensor> {
         let weight = self.change()?.to_dtype(x.dtype())?;
-        self.apply(x, FrozenLinear::new(weight.clone(), None)?, weight, true)
+        self.apply(x, FrozenLinear::new(weight.clone(), None)?, weight, Target::Alone)
     }
 
     fn effective_layer(self, base: &FrozenLinear, x: &Tensor) -> Result<Tensor> {
         let weight = self.weight(base)?;
-        self.apply(x, base.clone(), weight, false)
+        self.apply(x, base.clone(), weight, Target::Layer)
     }
 
-    fn apply(self, x: &Tensor, base: FrozenLinear, weight: Tensor, alone: bool) -> Result<Tensor> {
+    /// The layer and the change by a weight of its own, added up in one operation.
+    #[cfg(feature = "cuda")]
+    fn beside_its_own(self, base: &FrozenLinear, x: &Tensor) -> Result<Tensor> {
+        let weight = self.change()?.to_dtype(x.dtype())?.contiguous()?;
+        self.apply(x, FrozenLinear::new(weight.clone(), None)?, weight, Target::Beside(base.clone()))
+    }
+
+    fn apply(self, x: &Tensor, base: FrozenLinear, weight: Tensor, target: Target) -> Result<Tensor> {
         let a = self.a.clone();
         let b = match &self.ratio {
             None => self.b.clone(),
             Some(ratio) => Tensor::cat(&[&self.b, ratio], 1)?, // an operation takes three tensors
         };
-        let op = Effective { weight: Mutex::new(Some(weight)), base, alone, change: self };
+        let op = Effective { weight: Mutex::new(Some(weight)), base, target, change: self };
         x.contiguous()?.apply_op3(&a, &b, op)
     }
 
@@ -200,10 +211,21 @@ fn products_of_columns(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     (a * b)?.sum(0)?.unsqueeze(1)
 }
 
+/// What a change is for.
+enum Target {
+    /// The layer itself, which takes `W'`.
+    Layer,
+    /// Nothing: the layer is that of the change.
+    Alone,
+    /// The layer is that of the change, and this one is added.
+    #[cfg(feature = "cuda")]
+    Beside(FrozenLinear),
+}
+
 struct Effective {
     /// The layer that is changed, or one of the change alone.
     base: FrozenLinear,
-    alone: bool,
+    target: Target,
     change: LowRank,
     /// `W'`, until the forward pass takes it: the graph does not keep it.
     weight: Mutex<Option<Tensor>>,
@@ -217,9 +239,18 @@ impl Effective {
         Ok(Frozen(self.base.with_weight(&weight)?))
     }
 
+    /// The gradient of x for dy (m, out): (m, in).
+    fn back(&self, dy: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Target::Beside(base) = &self.target {
+            return crate::cuda::both_back(base, &self.weight()?, dy);
+        }
+        dy.matmul(&self.weight()?)
+    }
+
     /// In the dtype of the layer.
     fn weight(&self) -> Result<Tensor> {
-        if self.alone { self.base.weight() } else { self.change.weight(&self.base) }
+        if matches!(self.target, Target::Layer) { self.change.weight(&self.base) } else { self.base.weight() }
     }
 }
 
@@ -249,6 +280,10 @@ impl CustomOp3 for Effective {
         _: &CudaStorage,
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
+        #[cfg(feature = "cuda")]
+        if let Target::Beside(base) = &self.target {
+            return crate::cuda::both_layers(base, &self.weight()?, x, lx);
+        }
         self.frozen()?.cuda_fwd(x, lx)
     }
 
@@ -275,7 +310,7 @@ impl CustomOp3 for Effective {
         let m = rows(x.shape());
         let dy = dy.detach().contiguous()?.reshape((m, self.base.out_features()))?;
         let flat = x.detach().reshape((m, self.base.in_features()))?;
-        let dx = if x.track_op() { Some(dy.matmul(&self.weight()?)?.reshape(x.shape())?) } else { None };
+        let dx = if x.track_op() { Some(self.back(&dy)?.reshape(x.shape())?) } else { None };
         if self.change.ratio.is_none() {
             let (da, db) = self.change.gradients(&flat, &dy, a, b)?;
             return Ok((dx, Some(da), Some(db)));

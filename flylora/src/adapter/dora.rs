@@ -85,6 +85,10 @@ impl DoraAdapter {
     fn norms(&self) -> Result<Tensor> {
         let (a, b) = (self.lora.a().as_detached_tensor(), self.lora.b().as_detached_tensor());
         let s = self.lora.scale();
+        #[cfg(feature = "cuda")]
+        if let Some(norms) = crate::cuda::norms(&self.base, &a, &b, &self.squares, s)? {
+            return Ok(norms);
+        }
         let dtype = a.dtype();
         // |w + s A^T b|^2 = |w|^2 + 2 s b . (A w) + s^2 b . (A A^T) b for each row w of W and b of B.
         let wa = self.base.forward(&a.to_dtype(self.base.dtype())?)?.t()?.to_dtype(dtype)?; // (out, r)

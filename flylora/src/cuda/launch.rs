@@ -125,6 +125,18 @@ pub(super) fn allow_shared(
     Ok(())
 }
 
+/// A number that the driver knows of a device.
+pub(super) fn attribute(device: &CudaDevice, attribute: sys::CUdevice_attribute) -> Result<usize> {
+    let value = device.cuda_stream().context().attribute(attribute).w()?;
+    Ok(usize::try_from(value).unwrap_or(0))
+}
+
+/// How many multiprocessors a device has: at least 1.
+pub(super) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
+    let attribute = attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+    Ok(attribute.max(1))
+}
+
 /// A size as the kernels take it.
 pub(super) fn size(n: usize) -> Result<u32> {
     match i32::try_from(n) {

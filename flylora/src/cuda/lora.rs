@@ -11,7 +11,10 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Layout, 
 
 use super::launch::{Held, aligned, not_here, tensor};
 use super::onto::{Way, add_product, takes};
-use super::skinny::{Base, Factor, MOST_RANKS, Side, dot, expand, expand_times, expanded, outer, project};
+use super::skinny;
+use super::skinny::{
+    Base, Factor, MOST_RANKS, Side, back, dot, expand, expand_times, expanded, outer, project,
+};
 use super::sweep::sweep;
 use crate::FrozenLinear;
 use crate::frozen::{Frozen, rows, with_last};
@@ -50,10 +53,67 @@ pub(crate) fn gradients(
     let outputs = dy.dim(1)?;
     let (xs, ds, fa, fb) = (Held::new(&x), Held::new(&dy), Held::new(&a), Held::new(&b));
     let low = project(xs.parts()?, m, Factor { parts: fa.parts()?, side: Side::Ranks }, None, 1.0)?;
-    let db = outer(ds.parts()?, &low, outputs, Side::Columns, scale)?;
-    let back = project(ds.parts()?, m, Factor { parts: fb.parts()?, side: Side::Columns }, None, 1.0)?;
+    let factor = Factor { parts: fb.parts()?, side: Side::Columns };
+    let (back, db) = of_dy(&ds, (m, outputs), &low, factor, scale)?;
     let da = outer(xs.parts()?, &back, inputs, Side::Ranks, scale)?;
     Ok((da, db))
+}
+
+/// `g = dy B` (m, r) and `dB = scale dy^T h` (out, r) for dy (m, out), h (m, r) and a factor that lies as `B`.
+fn of_dy(
+    dy: &Held<'_>,
+    (m, outputs): (usize, usize),
+    low: &Tensor,
+    factor: Factor<'_>,
+    scale: f64,
+) -> Result<(Tensor, Tensor)> {
+    if let Some(both) = back(dy.parts()?, low, factor, scale)? {
+        return Ok(both);
+    }
+    let g = project(dy.parts()?, m, factor, None, 1.0)?;
+    Ok((g, outer(dy.parts()?, low, outputs, Side::Columns, scale)?))
+}
+
+/// The norms of the rows of `W + scale B A`, from the squares of those of `W` (out), outside of any graph: (out); `None` where
+/// there is no kernel for that. a (r, in), b (out, r).
+pub(crate) fn norms(
+    base: &FrozenLinear,
+    a: &Tensor,
+    b: &Tensor,
+    squares: &Tensor,
+    scale: f64,
+) -> Result<Option<Tensor>> {
+    if base.quantized_weight().is_some() || a.dtype() != DType::F32 {
+        return Ok(None);
+    }
+    let weight = base.weight()?;
+    if !has_kernels(&weight, a.dim(0)?) || !weight.is_contiguous() {
+        return Ok(None);
+    }
+    skinny::norms(&aligned(&weight)?, &aligned(a)?, &aligned(b)?, &aligned(squares)?, scale).map(Some)
+}
+
+/// Two layers added up for x (..., in), `x (W + V)^T + bias`, for V (out, in) in the dtype of x, bf16 or f32.
+pub(crate) fn both_layers(
+    base: &FrozenLinear,
+    other: &Tensor,
+    x: &CudaStorage,
+    lx: &Layout,
+) -> Result<(CudaStorage, Shape)> {
+    let (mut y, shape) = Frozen(base.clone()).cuda_fwd(x, lx)?;
+    add_product(&mut y, (x, lx), rows(lx.shape()), other, Way::Forward)?;
+    Ok((y, shape))
+}
+
+/// The way back, `dy (W + V)`, for dy (m, out): (m, in).
+pub(crate) fn both_back(base: &FrozenLinear, other: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    let (weight, dy) = (base.weight()?, aligned(dy)?);
+    let (held, weight) = (Held::new(&dy), Held::new(&weight));
+    let ((dy, ldy), (weight, lw)) = (held.parts()?, weight.parts()?);
+    let ((m, outputs), (_, inputs)) = (ldy.shape().dims2()?, lw.shape().dims2()?);
+    let mut dx = dy.matmul(weight, (1, m, inputs, outputs), ldy, lw)?;
+    add_product(&mut dx, (dy, ldy), m, other, Way::Backward)?;
+    Ok(tensor(dx, (m, inputs)))
 }
 
 /// The sum over the rows of `a * b`, both (m, n) of one dtype: (n, 1), f32.
@@ -207,8 +267,7 @@ impl CustomOp3 for Change {
             Some(low) => low,
             None => project(xs.parts()?, m, fa, None, 1.0)?,
         };
-        let back = project(ds.parts()?, m, fb, None, 1.0)?;
-        let db = outer(ds.parts()?, &low, outputs, Side::Columns, self.scale)?;
+        let (back, db) = of_dy(&ds, (m, outputs), &low, fb, self.scale)?;
         let da = outer(xs.parts()?, &back, inputs, Side::Ranks, self.scale)?;
         let dx = if x.track_op() {
             let dx = match &self.base {

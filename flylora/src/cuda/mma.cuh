@@ -27,6 +27,15 @@ __device__ __forceinline__ void multiply_add(float c[4], const uint32_t a[4], ui
 #endif
 }
 
+// An 8 x 8 matrix of 16-bit numbers across a warp, of which lane 4 g + t has columns 2t, 2t+1 of row g, transposed.
+__device__ __forceinline__ uint32_t transpose(uint32_t x) {
+    uint32_t y = 0;
+#ifdef AMPERE
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+#endif
+    return y;
+}
+
 // Starts to copy 16 bytes into shared memory, zeros where not `valid`; `from` is never read then.
 __device__ __forceinline__ void copy_async(void *to, const void *from, bool valid) {
 #ifdef AMPERE

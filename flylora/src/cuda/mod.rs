@@ -17,7 +17,9 @@ use crate::frozen::with_last;
 pub(crate) use dropout::dropped;
 pub(crate) use fly::{Routed, Sparse, routed_layer, used};
 pub(crate) use launch::aligned;
-pub(crate) use lora::{alone, beside, effective, gradients, has_kernels, products_of_columns};
+pub(crate) use lora::{
+    alone, beside, both_back, both_layers, effective, gradients, has_kernels, norms, products_of_columns,
+};
 pub(crate) use select::largest;
 
 /// What a layer gives for no rows on a CUDA device, where candle's own operations fail on nothing; else `None`.

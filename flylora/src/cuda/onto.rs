@@ -4,11 +4,11 @@
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::cublas::sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
-use candle_core::cuda_backend::cudarc::cublas::{Gemm, GemmConfig};
+use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, Gemm, GemmConfig};
 use candle_core::{CudaStorage, DType, Layout, Result, Tensor, bail};
 use half::bf16;
 
-use super::launch::{Held, size, view};
+use super::launch::{Element, Held, size, view};
 
 /// Which product with a weight (out, in).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub(super) enum Way {
 /// [`add_product`] does not take them.
 fn by_rows(weight: &Tensor) -> Option<bool> {
     let [outputs, inputs] = *weight.dims() else { return None };
-    if weight.dtype() != DType::BF16 {
+    if !matches!(weight.dtype(), DType::F32 | DType::BF16) {
         return None;
     }
     match *weight.stride() {
@@ -38,14 +38,32 @@ pub(super) fn takes(weight: &Tensor) -> bool {
     by_rows(weight).is_some()
 }
 
-/// `y += x W^T` or `y += x W` for contiguous x and y of `rows` rows, with sums in f32; all bf16.
+/// `y += x W^T` or `y += x W` for contiguous x and y of `rows` rows, with sums in f32; all f32, or all bf16.
 pub(super) fn add_product(
+    y: &mut CudaStorage,
+    x: (&CudaStorage, &Layout),
+    rows: usize,
+    weight: &Tensor,
+    way: Way,
+) -> Result<()> {
+    match y.dtype() {
+        DType::F32 => run(y, x, rows, weight, way, 1f32),
+        DType::BF16 => run(y, x, rows, weight, way, bf16::ONE),
+        other => bail!("no product that adds to {other:?}"),
+    }
+}
+
+fn run<T: Element>(
     y: &mut CudaStorage,
     (x, layout): (&CudaStorage, &Layout),
     rows: usize,
     weight: &Tensor,
     way: Way,
-) -> Result<()> {
+    one: T,
+) -> Result<()>
+where
+    CudaBlas: Gemm<T>,
+{
     let (outputs, inputs) = weight.dims2()?;
     let Some(by_rows) = by_rows(weight) else {
         bail!("a weight that is not contiguous: {:?}", weight.layout())
@@ -66,21 +84,21 @@ pub(super) fn add_product(
         m: int(n)?,
         n: int(rows)?,
         k: int(k)?,
-        alpha: bf16::ONE,
+        alpha: one,
         lda: int(lda)?,
         ldb: int(k)?,
-        beta: bf16::ONE,
+        beta: one,
         ldc: int(n)?,
     };
     let blas = y.device().cublas_handle();
-    let x = view::<bf16>(x, layout)?;
+    let x = view::<T>(x, layout)?;
     let held = Held::new(weight);
     let (storage, layout) = held.parts()?;
     let start = layout.start_offset();
-    let Some(weight) = storage.as_cuda_slice::<bf16>()?.try_slice(start..start + n * k) else {
+    let Some(weight) = storage.as_cuda_slice::<T>()?.try_slice(start..start + n * k) else {
         bail!("layout {layout:?} reaches outside a storage")
     };
-    let y = y.as_cuda_slice_mut::<bf16>()?;
+    let y = y.as_cuda_slice_mut::<T>()?;
     if y.len() < rows * n {
         bail!("an output of {} elements for {rows} rows of {n}", y.len());
     }

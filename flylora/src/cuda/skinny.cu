@@ -231,6 +231,33 @@ __device__ __forceinline__ void dot(const T *a, const T *b, float *partial, cons
         if (c + v < p.columns) partial[(uint64_t)blockIdx.y * p.columns + c + v] = sums[v];
 }
 
+// The norms of the rows of W + scale M^T A, for squares of those of W, W (rows, columns), A (r, columns) and M (rows, r):
+// |w + d|^2 = |w|^2 + d . (2 w + d). A block takes a row.
+template <typename T>
+__device__ __forceinline__ void norms(const T *w, const float *a, const float *m, const float *squares, float *out,
+                                      const SkinnyParams &p) {
+    __shared__ float own[64], shares[8];
+    const uint64_t row = blockIdx.x;
+    if (threadIdx.x < p.r) own[threadIdx.x] = m[row * p.r + threadIdx.x] * p.scale;
+    __syncthreads();
+    float sum = 0.0f;
+    for (uint32_t c = threadIdx.x; c < p.columns; c += blockDim.x) {
+        float d = 0.0f;
+        for (uint32_t j = 0; j < p.r; j++) d = fmaf(own[j], a[(uint64_t)j * p.columns + c], d);
+        sum = fmaf(d, 2.0f * to_float(w[row * p.columns + c]) + d, sum);
+    }
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (threadIdx.x % 32 == 0) shares[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        float square = squares[row];
+        for (uint32_t warp = 0; warp < blockDim.x / 32; warp++) square += shares[warp];
+        // Rounding may take a square below 0 where the change cancels the weight.
+        out[row] = sqrtf(fmaxf(square, 1.17549435e-38f));
+    }
+}
+
 // Blocks of 32 values by 16 shares of the parts.
 extern "C" __global__ void __launch_bounds__(512) reduce(const float *partial, float *out, SkinnyParams p) {
     __shared__ float shares[16][33];
@@ -264,6 +291,10 @@ extern "C" __global__ void __launch_bounds__(512) reduce(const float *partial, f
         outer<T, R>(x, h, partial, p);                                                                                 \
     }
 #define ALL(T)                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        norms_##T(const T *w, const float *a, const float *m, const float *squares, float *out, SkinnyParams p) {      \
+        norms<T>(w, a, m, squares, out, p);                                                                            \
+    }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         dot_##T(const T *a, const T *b, float *partial, SkinnyParams p) {                                              \
         dot<T>(a, b, partial, p);                                                                                      \

@@ -2,9 +2,12 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
-use candle_core::{CudaDevice, CudaStorage, Layout, Result, Tensor, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
+use half::bf16;
 
-use super::launch::{Element, Held, Module, allocate, by_dtype, config, launch, size, tensor, view, wrap};
+use super::launch::{
+    Element, Held, Module, allocate, by_dtype, config, launch, multiprocessors, size, tensor, view, wrap,
+};
 
 /// The largest rank that there are kernels for.
 pub(crate) const MOST_RANKS: usize = 64;
@@ -281,12 +284,12 @@ pub(super) fn outer(
         let compiled = compiled(r)?;
         // On tensor cores a warp takes 64 columns.
         let (vectors, blocks) = if T::ON_TENSOR_CORES {
-            (columns.div_ceil(64) * 32, 264)
+            (columns.div_ceil(64) * 32, if r <= 16 { 396 } else { 264 })
         } else {
             (columns.div_ceil(kept::<T>(compiled)), 400)
         };
         let (across, threads) = over_columns(vectors);
-        let (band, parts) = bands(rows, blocks, across, 32);
+        let (band, parts) = bands(rows, blocks, across, if T::ON_TENSOR_CORES { 16 } else { 32 });
         let params = Params { band: size(band)?, ..params::<T>(rows, (r, columns), side, scale)? };
         let (module, name) = kernel::<T>("outer", compiled);
         let (x, h) = (view::<T>(x, layout)?, Held::new(h));
@@ -298,6 +301,67 @@ pub(super) fn outer(
         reduced(device, &partial, parts, (r, columns), side, scale)
     }
     by_dtype!(x.dtype(), T => run::<T>((x, layout), h, columns, side, scale))
+}
+
+/// The norms of the rows of `W + scale B A`, from the squares of those of `W` (out): (out), f32; W (out, in) contiguous,
+/// a (r, in), b (out, r) and the squares f32.
+pub(super) fn norms(weight: &Tensor, a: &Tensor, b: &Tensor, squares: &Tensor, scale: f64) -> Result<Tensor> {
+    fn run<T: Element>(w: &Tensor, a: &Tensor, b: &Tensor, squares: &Tensor, scale: f64) -> Result<Tensor> {
+        let ((outputs, inputs), r) = (w.dims2()?, a.dim(0)?);
+        let params = params::<T>(outputs, (r, inputs), Side::Ranks, scale)?;
+        let (hw, ha, hb, hs) = (Held::new(w), Held::new(a), Held::new(b), Held::new(squares));
+        let ((w, lw), (a, la), (b, lb), (s, ls)) = (hw.parts()?, ha.parts()?, hb.parts()?, hs.parts()?);
+        let device = w.device();
+        let (w, a) = (view::<T>(w, lw)?, view::<f32>(a, la)?);
+        let (b, s) = (view::<f32>(b, lb)?, view::<f32>(s, ls)?);
+        let mut out = allocate::<f32>(device, outputs)?;
+        let config = config((outputs, 1), (256, 1), 0)?;
+        launch!(
+            device,
+            Module::Skinny,
+            &format!("norms_{}", T::NAME),
+            config,
+            &w,
+            &a,
+            &b,
+            &s,
+            &mut out,
+            &params
+        );
+        Ok(tensor(wrap(out, device), outputs))
+    }
+    by_dtype!(weight.dtype(), T => run::<T>(weight, a, b, squares, scale))
+}
+
+/// Both products with dy (rows, columns), which is read once: `g = dy M^T` (rows, r), and `scale dy^T h` (columns, r), for a
+/// factor by columns and h (rows, r); `None` where there is no kernel for both at once.
+pub(super) fn back(
+    (dy, layout): (&CudaStorage, &Layout),
+    h: &Tensor,
+    factor: Factor<'_>,
+    scale: f64,
+) -> Result<Option<(Tensor, Tensor)>> {
+    const MOST_WARPS: usize = 12;
+    let ((rows, r), (_, columns)) = (h.dims2()?, factor.dims()?);
+    let warps = columns.div_ceil(64);
+    if dy.dtype() != DType::BF16 || !bf16::ON_TENSOR_CORES || r > 16 || warps > MOST_WARPS {
+        return Ok(None);
+    }
+    let device = dy.device();
+    let blocks = multiprocessors(device)? * (MOST_WARPS / warps).min(4);
+    let (band, parts) = bands(rows, blocks, 1, 16);
+    let params = Params { band: size(band)?, ..params::<bf16>(rows, (r, columns), factor.side, 1.0)? };
+    let config = config((parts, 1), (32 * warps, 1), 0)?;
+    let name = format!("back_{}", compiled(r)?);
+    let held = Held::new(h);
+    let (low, lh) = held.parts()?;
+    let (dy, low) = (view::<bf16>(dy, layout)?, view::<f32>(low, lh)?);
+    let m = view::<f32>(factor.parts.0, factor.parts.1)?;
+    let mut g = allocate::<f32>(device, rows * r)?;
+    let mut partial = allocate::<f32>(device, parts * r * columns)?;
+    launch!(device, Module::Tensor, &name, config, &dy, &m, &low, &mut g, &mut partial, &params);
+    let db = reduced(device, &partial, parts, (r, columns), Side::Columns, scale)?;
+    Ok(Some((tensor(wrap(g, device), (rows, r)), db)))
 }
 
 /// `scale` times the sum of (parts, r, columns) over the parts, as `side` says.

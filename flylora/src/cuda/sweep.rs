@@ -1,10 +1,9 @@
 //! Both gradients of a low-rank change in one pass over x and dy, by `sweep.cu`.
 
-use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, sys};
 use candle_core::{CudaDevice, Result, Tensor};
 
-use super::launch::{Held, Module, allocate, config, launch, size, view};
+use super::launch::{Held, Module, allocate, attribute, config, launch, multiprocessors, size, view};
 use super::skinny::{Side, reduced};
 
 /// As in the kernel: ranks of a block, rows of a tile, and columns of a thread.
@@ -44,11 +43,6 @@ fn shape(device: &CudaDevice, inputs: usize, outputs: usize) -> Result<Option<(u
     Ok(fits.then_some((of_x, of_dy, bytes)))
 }
 
-fn attribute(device: &CudaDevice, attribute: sys::CUdevice_attribute) -> Result<usize> {
-    let value = device.cuda_stream().context().attribute(attribute).w()?;
-    Ok(usize::try_from(value).unwrap_or(0))
-}
-
 /// `dA` (r, in) and `dB` (out, r) of `scale B A`, for x (m, in), dy (m, out), a (r, in) and b (out, r), all f32,
 /// contiguous and aligned; `None` where the kernel does not take such a layer.
 pub(super) fn sweep(
@@ -63,7 +57,7 @@ pub(super) fn sweep(
     let Some((of_x, of_dy, bytes)) = shape(device, inputs, outputs)? else { return Ok(None) };
     let groups = r.div_ceil(RANKS);
     // As many blocks as the device holds at once.
-    let processors = attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+    let processors = multiprocessors(device)?;
     let resident =
         if of_x + of_dy <= MOST_THREADS / 2 && 2 * (bytes + 6 * 1024) <= held(device)? { 2 } else { 1 };
     let blocks = (resident * processors / groups).max(1);
