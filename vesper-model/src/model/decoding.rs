@@ -13,14 +13,10 @@ use crate::{ModelError, Result};
 /// head.
 const CHUNK: usize = 256;
 
-/// Whether sessions on CUDA take the fused step where nothing else is asked for.
-const CUDA_BY_DEFAULT: bool = false;
-
 /// How a session takes single tokens through the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DecodeStep {
-    /// By the fastest way that is in use on the device: on the CPU [`DecodeStep::Fused`], elsewhere
-    /// [`DecodeStep::Composed`].
+    /// As [`DecodeStep::Fused`], which asks nothing of the device.
     #[default]
     Auto,
     /// By the operations of [`ops`](crate::ops), which take every model.
@@ -77,8 +73,7 @@ impl Decoding {
         self.stepper = Stepper::Composed;
         let wanted = match step {
             DecodeStep::Composed => false,
-            DecodeStep::Auto => CUDA_BY_DEFAULT || self.model.device().is_cpu(),
-            DecodeStep::Fused | DecodeStep::Captured => true,
+            DecodeStep::Auto | DecodeStep::Fused | DecodeStep::Captured => true,
         };
         if !wanted || self.capacity == 0 {
             return Ok(());
@@ -92,7 +87,7 @@ impl Decoding {
         #[cfg(feature = "cuda")]
         if let Some(weights) = self.model.step_weights() {
             let caches: Vec<Tensor> = self.layers.iter().map(|layer| layer.tensor().clone()).collect();
-            if let Some(cuda) = CudaStep::new(&weights, &caches, step != DecodeStep::Fused)? {
+            if let Some(cuda) = CudaStep::new(&weights, &caches, step == DecodeStep::Captured)? {
                 self.stepper = Stepper::Cuda(Box::new(cuda));
             }
         }

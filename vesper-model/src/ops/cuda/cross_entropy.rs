@@ -51,6 +51,7 @@ struct Saved {
     entropy: Option<Tensor>,
     /// How many rows count, one f32.
     count: Option<Tensor>,
+    /// In f32 for f16, which would round twice.
     dhidden: Option<Tensor>,
     /// In f32 whatever the dtype, because it is added up over the chunks.
     dweight: Option<Tensor>,
@@ -116,7 +117,10 @@ impl LinearCrossEntropy {
         };
         let mut logits = allocate::<T>(device, rows * stride)?;
         let (mut losses, mut entropies) = (allocate::<f32>(device, n)?, allocate::<f32>(device, n)?);
-        let mut dhidden = if self.hidden_tracked { Some(allocate::<T>(device, n * d)?) } else { None };
+        let widened = T::DTYPE == DType::F16;
+        let size_of = |wanted| if self.hidden_tracked && wanted { n * d } else { 0 };
+        let (mut dhidden, mut wide_dhidden) =
+            (allocate::<T>(device, size_of(!widened))?, allocate::<f32>(device, size_of(widened))?);
         let mut dweight = if self.weight_tracked { Some(allocate::<f32>(device, vocab * d)?) } else { None };
         let plain = self.settings.is_plain();
         let name = format!("cross_entropy_{}_{}", if plain { "rows" } else { "terms" }, T::NAME);
@@ -140,10 +144,14 @@ impl LinearCrossEntropy {
                 launch!(device, module, &name, config, z, &wanted, loss, entropy, &params, &terms);
             }
             let dz = logits.as_view();
-            if let Some(dhidden) = &mut dhidden {
-                let mut to = dhidden.slice_mut(start * d..(start + rows) * d);
+            if self.hidden_tracked {
+                let (place, factors) = (start * d..(start + rows) * d, (1.0 / scale, 0.0));
                 let dz = Matrix::new(&dz, rows, vocab, stride);
-                product(device, &dz, &w.t(), &mut to, d, (1.0 / scale, 0.0))?;
+                if widened {
+                    product(device, &dz, &w.t(), &mut wide_dhidden.slice_mut(place), d, factors)?;
+                } else {
+                    product(device, &dz, &w.t(), &mut dhidden.slice_mut(place), d, factors)?;
+                }
             }
             if let Some(dweight) = &mut dweight {
                 let dz = Matrix::new(&dz, rows, vocab, stride).t();
@@ -173,7 +181,11 @@ impl LinearCrossEntropy {
         *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Saved {
             entropy: Some(tensor(entropy, device, ())),
             count: Some(tensor(count, device, ())),
-            dhidden: dhidden.map(|slice| tensor(slice, device, (n, d))),
+            dhidden: match (self.hidden_tracked, widened) {
+                (false, _) => None,
+                (true, false) => Some(tensor(dhidden, device, (n, d))),
+                (true, true) => Some(tensor(wide_dhidden, device, (n, d))),
+            },
             dweight: dweight.map(|slice| tensor(slice, device, (vocab, d))),
         };
         Ok(wrap(loss, device))
