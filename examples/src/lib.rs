@@ -2,6 +2,7 @@
 //! and the training loop, stands in the examples themselves.
 
 pub mod chart;
+pub mod chat;
 pub mod checkpoint;
 pub mod data;
 pub mod dataset;

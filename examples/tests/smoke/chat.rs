@@ -1,8 +1,16 @@
-use std::io::{Read, Write};
+use std::io::Write;
+use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
 
-use crate::program::{command, copy, data, fails, files, finished, json, output, succeeds};
+use candle_core::{DType, Device};
+use candle_nn::VarMap;
+use flylora::{AdapterKind, LoraConfig, Targets};
+use tempfile::TempDir;
+use vesper_model::{VesperConfig, VesperLM};
+
+use crate::program::{
+    Output, command, copy, data, fails, files, finished, is_one_error, json, output, succeeds,
+};
 
 fn answer(args: &[&str]) -> String {
     succeeds("chat", finished(), &[&["--model", "run", "--prompt", "the little"], args].concat())
@@ -39,23 +47,175 @@ fn no_more_than_max_tokens_are_written() {
     }
 }
 
+/// What the program makes of its standard input.
+fn lines(dir: &Path, args: &[&str], input: &[u8]) -> Output {
+    let mut command = command("chat", dir, &[&["--model", "run"], args].concat());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let _ = child.stdin.take().unwrap().write_all(input); // it may end before it has read all of it
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Output { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
 #[test]
 fn without_a_prompt_each_line_is_answered_until_the_input_ends() {
-    let mut command = command("chat", finished(), &["--model", "run", "--max-tokens", "3"]);
-    let mut child =
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let lines = "the little\n/max-tokens 0\nthe second\n/temperature -1\n/nothing\n\n";
-    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
-    let output = child.wait_with_output().unwrap();
-    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert_eq!(output.status.code(), Some(0), "{stdout}\n{stderr}");
-    assert!(stdout.contains("/help"), "{stdout}");
-    assert!(stdout.contains("the little"), "{stdout}");
-    assert!(stdout.contains("max-tokens is 0") && stdout.contains("the second\n"), "{stdout}");
-    assert!(stdout.contains("temperature is -1, expected"), "{stdout}");
-    assert!(!stderr.contains("panicked"), "{stderr}");
+    let input = "the little\n/max-tokens 0\nthe second\n/help\n//slash\n/system x\n\n";
+    let output = lines(finished(), &["--max-tokens", "3"], input.as_bytes());
+    assert_eq!(output.code, Some(0), "{output:?}");
+    assert!(output.stdout.starts_with("the little"), "{output:?}");
+    assert!(output.stdout.contains("max-tokens is 0\nthe second\n/temperature X"), "{output:?}");
+    assert!(output.stdout.ends_with("\n/slash\n\n"), "{output:?}");
+    assert_eq!(output.stderr, "");
     // A model's folder is not where a program leaves its own files.
     assert!(files(&finished().join("run/model")).iter().all(|name| !name.contains("history")));
+    let quit = lines(finished(), &["--max-tokens", "0"], b"a\n/quit\nb\n");
+    assert_eq!((quit.code, quit.stdout.as_str()), (Some(0), "a\n"));
+}
+
+#[test]
+fn in_a_pipe_the_first_mistake_ends_the_program() {
+    let limit = context();
+    let long = format!("a\n{}\n", "1 2 3 ".repeat(limit as usize));
+    for (input, parts) in [
+        (&b"a\n/temperature -1\nb\n"[..], &["temperature is -1, expected"][..]),
+        (b"/nothing\n", &["no command /nothing", "/help"]),
+        (b"/load\n", &["/load needs the name of a file"]),
+        (b"/load none.jsonl\n", &["cannot read none.jsonl"]),
+        (b"/save\n", &["nothing to save"]),
+        (b"/regenerate\n", &["nothing to answer"]),
+        (b"a\nUn caf\xe9\n", &["standard input, line 2: invalid UTF-8 at byte 7"]),
+        (long.as_bytes(), &["the prompt has", "at most"]),
+    ] {
+        is_one_error(&lines(finished(), &["--max-tokens", "0"], input), parts);
+    }
+}
+
+#[test]
+fn a_conversation_is_saved_and_loaded_again() {
+    let folder = copy(finished());
+    let dir = folder.path();
+    let input = b"the little\n/save talk.jsonl\n/save talk.md\nthe big\n/save talk.jsonl\n/save\n";
+    let first = lines(dir, &["--max-tokens", "4"], input);
+    assert_eq!(first.code, Some(2), "{first:?}"); // talk.jsonl is not the file that was saved last
+    assert!(first.stderr.contains("talk.jsonl exists already"), "{first:?}");
+    let saved = std::fs::read_to_string(dir.join("talk.jsonl")).unwrap();
+    assert!(
+        saved.starts_with("{\"role\":\"user\",\"content\":\"the little\"}\n{\"role\":\"assistant\""),
+        "{saved}"
+    );
+    assert!(
+        std::fs::read_to_string(dir.join("talk.md"))
+            .unwrap()
+            .starts_with("## User\n\nthe little\n\n## Assistant")
+    );
+    // The text goes on from where it was.
+    let args = ["--temperature", "0", "--max-tokens", "4"];
+    let more = lines(dir, &args, b"/load talk.jsonl\n/continue\n/save\n");
+    assert_eq!(more.code, Some(0), "{more:?}");
+    assert!(more.stdout.starts_with("the little") && more.stdout.contains("saved to talk.jsonl"), "{more:?}");
+    let longer = std::fs::read_to_string(dir.join("talk.jsonl")).unwrap();
+    assert!(longer.len() > saved.len() && longer.lines().count() == 2, "{longer}");
+}
+
+/// A run whose model has this chat template, and its special tokens in it.
+fn with_template(template: &str) -> TempDir {
+    let folder = endless(&[]);
+    std::fs::write(folder.path().join("run/model/chat_template.jinja"), template).unwrap();
+    folder
+}
+
+const TEMPLATE: &str = "{% if messages[0].role == 'system' %}{{ messages[0].content ~ '. ' }}{% endif %}\
+    {% for message in messages if message.role != 'system' %}{{ message.content ~ ' ' }}{% endfor %}";
+
+#[test]
+fn a_model_with_a_template_answers_what_the_template_asks() {
+    let folder = with_template(TEMPLATE);
+    let dir = folder.path();
+    let drawn = ["--temperature", "1", "--max-tokens", "12"];
+    let answer = |args: &[&str]| succeeds("chat", dir, &[&["--model", "run"], &drawn[..], args].concat());
+    let one = answer(&["--prompt", "the little"]);
+    assert!(!one.trim().is_empty() && !one.starts_with("the little"), "{one}");
+    // The system prompt is part of what is asked.
+    let system = answer(&["--prompt", "the little", "--system", "happy"]);
+    assert_eq!(system, answer(&["--prompt", "happy. the little"]));
+    // The second answer knows the first, and has a seed of its own.
+    let turns = lines(dir, &drawn, b"the little\na big\n");
+    let both = format!("the little {} a big", one.strip_suffix('\n').unwrap());
+    assert_eq!(turns.stdout, format!("{one}{}", answer(&["--prompt", &both, "--seed", "1"])));
+    // Another answer to the same message.
+    let again = lines(dir, &drawn, b"the little\n/regenerate\n");
+    assert_eq!(again.stdout, format!("{one}{}", answer(&["--prompt", "the little", "--seed", "1"])));
+    // A template of one's own in place of the model's.
+    std::fs::write(dir.join("mine.jinja"), "happy. {{ messages[0].content }} ").unwrap();
+    assert_eq!(system, answer(&["--prompt", "the little", "--template", "mine.jinja"]));
+}
+
+#[test]
+fn a_conversation_longer_than_the_context_forgets_its_beginning() {
+    let folder = with_template(TEMPLATE);
+    let many = "the little big red cat\n".repeat(context() as usize / 8);
+    let output = lines(folder.path(), &["--max-tokens", "8"], many.as_bytes());
+    assert_eq!(output.code, Some(0), "{output:?}");
+    assert!(output.stdout.lines().count() as u64 >= context() / 8, "{output:?}");
+    assert!(output.stderr.contains("the oldest messages have no place"), "{output:?}");
+    let long = "1 2 3 ".repeat(context() as usize);
+    let args = ["--model", "run", "--prompt", &long];
+    fails("chat", folder.path(), &args, &["the last message makes a prompt of", "reads at most"]);
+}
+
+#[test]
+fn templates_that_are_wrong() {
+    for (template, parts) in [
+        ("a\n{% if %}", &["chat_template.jinja, line 2: syntax error"][..]),
+        ("a\n\n{{ messages | shout }}", &["chat_template.jinja, line 3", "shout"]),
+        ("{{ raise_exception('Jamais « moi » !') }}", &["refuses this conversation: Jamais « moi » !"]),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            &["line 1", "fuel"],
+        ),
+    ] {
+        let folder = with_template(template);
+        fails("chat", folder.path(), &["--model", "run", "--prompt", "the"], parts);
+    }
+    let folder =
+        with_template("{% if messages[0].role == 'system' %}{{ raise_exception('No system') }}{% endif %}");
+    let args = ["--model", "run", "--prompt", "the", "--system", "x"];
+    fails("chat", folder.path(), &args, &["refuses this conversation: No system"]);
+
+    let folder = copy(finished());
+    let settings = folder.path().join("run/model/tokenizer_config.json");
+    let mut config = json(&settings);
+    config["chat_template"] = 5.into();
+    std::fs::write(&settings, config.to_string()).unwrap();
+    let args = ["--model", "run", "--prompt", "the"];
+    fails("chat", folder.path(), &args, &["tokenizer_config.json: chat_template is 5, expected"]);
+    std::fs::remove_file(folder.path().join("run/model/tokenizer.json")).unwrap();
+    fails(
+        "chat",
+        folder.path(),
+        &["--model", "run", "--prompt", "the", "--template", "none.jinja"],
+        &["tokenizer.json"],
+    );
+    fails(
+        "chat",
+        finished(),
+        &["--model", "run", "--prompt", "the", "--template", "none.jinja"],
+        &["none.jinja"],
+    );
+}
+
+#[test]
+fn an_adapter_for_another_model_is_refused() {
+    let folder = copy(finished());
+    let config = VesperConfig::preset("tiny").unwrap().with_vocab(64);
+    let mut other = VesperLM::initialize(&config, &VarMap::new(), 0, DType::F32, &Device::Cpu).unwrap();
+    let kind = AdapterKind::Lora(LoraConfig::default());
+    other.attach(&kind, &Targets::names(["q_proj"])).unwrap();
+    other.save_adapters(folder.path().join("adapter")).unwrap();
+    let args = ["--model", "run", "--prompt", "the", "--adapter", "adapter"];
+    fails("chat", folder.path(), &args, &["adapter"]);
+    fails("chat", folder.path(), &["--model", "run", "--prompt", "the", "--adapter", "none"], &["none"]);
 }
 
 #[test]
@@ -82,6 +242,7 @@ fn settings_out_of_range_are_one_line() {
         (&["--top-p", "0"], &["top_p is 0"]),
         (&["--top-p", "1.5"], &["top_p is 1.5"]),
         (&["--repetition-penalty", "0"], &["repetition_penalty is 0"]),
+        (&["--min-p", "-0.5"], &["min_p is -0.5"]),
         (&["--device", "cuda:x"], &["--device cuda:x"]),
     ] {
         let args = [&["--model", "run", "--prompt", "the"], args].concat();
@@ -95,14 +256,19 @@ fn settings_out_of_range_are_one_line() {
 
 #[test]
 fn a_prompt_longer_than_the_context_is_refused() {
-    let limit = json(&finished().join("run/model/config.json"))["max_position_embeddings"].as_u64().unwrap();
+    let limit = context();
     let prompt = "1 2 3 ".repeat(limit as usize);
     let line = fails("chat", finished(), &["--model", "run", "--prompt", &prompt], &["the prompt has"]);
     assert!(line.contains(&format!("at most {}", limit - 1)), "{line}");
 }
 
+/// The most tokens that the model of [`finished`] reads.
+fn context() -> u64 {
+    json(&finished().join("run/model/config.json"))["max_position_embeddings"].as_u64().unwrap()
+}
+
 /// A finished run whose model does not end a text by itself, with other settings too.
-fn endless(settings: &[(&str, &str, u64)]) -> tempfile::TempDir {
+pub(crate) fn endless(settings: &[(&str, &str, u64)]) -> TempDir {
     let folder = copy(finished());
     let no_token = ("generation_config.json", "eos_token_id", 1_000_000);
     for &(file, key, value) in settings.iter().chain([&no_token]) {
@@ -117,7 +283,7 @@ fn endless(settings: &[(&str, &str, u64)]) -> tempfile::TempDir {
 #[test]
 fn a_text_that_fills_the_context_ends() {
     let folder = endless(&[]);
-    let limit = json(&finished().join("run/model/config.json"))["max_position_embeddings"].as_u64().unwrap();
+    let limit = context();
     let args = ["--model", "run", "--prompt", "the", "--max-tokens", "18446744073709551615"];
     let output = output(command("chat", folder.path(), &args));
     assert_eq!(output.code, Some(0), "{output:?}");
@@ -166,51 +332,4 @@ fn a_model_that_is_meant_to_be_greedy_draws_when_asked_to() {
     for flag in [["--temperature", "1"], ["--top-k", "20"], ["--top-p", "0.9"]] {
         assert_ne!(greedy, answer(&flag), "{flag:?}");
     }
-}
-
-/// `script` gives the program a terminal, which the line editor and Ctrl-C need.
-#[cfg(target_os = "linux")]
-#[test]
-fn ctrl_c_stops_the_answer_and_not_the_program() {
-    // So long that the signal comes before the end, on however fast a machine.
-    let folder = endless(&[("config.json", "max_position_embeddings", 100_000)]);
-    let chat = command("chat", folder.path(), &[]);
-    // `exec`, because some shells take Ctrl-C for themselves too and then hide how the program ended.
-    let line = format!("exec '{}' --model run --max-tokens 100000", chat.get_program().display());
-    let mut script = std::process::Command::new("script");
-    script.args(["-qfec", &line, "/dev/null"]).current_dir(folder.path()).env("TERM", "xterm");
-    let Ok(mut child) = script.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn() else {
-        println!("skipped: ctrl_c_stops_the_answer_and_not_the_program (there is no command `script`)");
-        return;
-    };
-    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-    let (sender, shown) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        let mut bytes = [0; 4096];
-        while let Ok(n @ 1..) = stdout.read(&mut bytes) {
-            let _ = sender.send(String::from_utf8_lossy(&bytes[..n]).into_owned());
-        }
-    });
-    let wait_for = |part: &str| {
-        let mut text = String::new();
-        while !text.contains(part) {
-            text += &shown
-                .recv_timeout(Duration::from_secs(60))
-                .unwrap_or_else(|_| panic!("no {part} in {text}"));
-        }
-        text
-    };
-    let mut write = |bytes: &[u8]| stdin.write_all(bytes).and_then(|()| stdin.flush()).unwrap();
-    let prompt = "\u{1b}[K> ";
-    wait_for(prompt);
-    for _ in 0..2 {
-        write(b"the little\r");
-        wait_for("\nthe little");
-        write(&[3]);
-        assert!(wait_for(prompt).contains("(stopped)"));
-    }
-    write(b"/temperature 0.5\r");
-    wait_for("temperature is 0.5");
-    write(b"/quit\r");
-    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
