@@ -59,7 +59,7 @@ impl Terminal {
             match self.written.recv_timeout(Duration::from_millis(100)) {
                 Ok(bytes) => self.screen.process(&bytes),
                 Err(_) => {
-                    assert!(self.child.try_wait().unwrap().is_none(), "it ended without {what}:\n{shown}")
+                    assert!(self.child.try_wait().unwrap().is_none(), "it ended without {what}:\n{shown}");
                 }
             }
         }

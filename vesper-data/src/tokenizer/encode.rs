@@ -458,6 +458,17 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_space_that_is_a_token_by_itself_counts_for_itself_where_a_text_is_cut() {
+        // The "x" is unknown, so that the "▁" in the place of the line break stands alone.
+        let tokenizer = unigram("always");
+        for counts in [9..10, 10..11, 9..11, 8..9] {
+            let [pieces, whole] =
+                both(&tokenizer, &document("\u{301}<m><m>a\nx\n", Some(vec![counts.clone()])), 1);
+            assert_eq!(pieces, whole, "{counts:?}");
+        }
+    }
+
     /// The texts of the tokens that count.
     fn counted(tokenizer: &TextTokenizer, text: &str, loss: &[Range<usize>]) -> Vec<String> {
         let encoded = tokenizer.encode_document(&document(text, Some(loss.to_vec()))).unwrap();

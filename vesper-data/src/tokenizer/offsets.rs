@@ -20,11 +20,15 @@ pub(super) fn encode(tokenizer: &Tokenizer, text: &str) -> tokenizers::Result<En
 
 /// The ids of a piece whose tokens touch `ranges`, which are bytes of the whole text.
 pub(super) fn touched(encoding: &Encoding, piece: Piece<'_>, ranges: &[Range<usize>]) -> Vec<Range<usize>> {
+    let offsets = encoding.get_offsets();
+    // The white space that was left out between two pieces belongs to the first token, and is all of it where the second one
+    // begins at the same place: a "▁" by itself.
+    let alone = piece.from < piece.start && matches!(offsets, [(0, _), (0, _), ..]);
     let mut touched = Vec::new();
-    for (index, &(start, end)) in encoding.get_offsets().iter().enumerate() {
-        // The white space that was left out between two pieces.
+    for (index, &(start, end)) in offsets.iter().enumerate() {
         let start = if index == 0 && start == 0 { piece.from } else { piece.start + start };
-        if touches(start..piece.start + end, ranges) {
+        let end = if index == 0 && alone { piece.start } else { piece.start + end };
+        if touches(start..end, ranges) {
             append(&mut touched, index..index + 1);
         }
     }
