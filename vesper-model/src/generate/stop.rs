@@ -69,12 +69,10 @@ impl StopStrings {
             self.stops.iter().any(|stop| stop.starts_with(rest))
         });
         let limit = possible.unwrap_or(withheld.len());
-        let end = withheld
-            .grapheme_indices(true)
-            .map(|(at, grapheme)| if is_closed(grapheme) { at + grapheme.len() } else { at })
-            .take_while(|&end| end <= limit)
-            .last()
-            .unwrap_or(0);
+        // Where each grapheme begins the one before it has ended; the last has not, unless it is closed.
+        let last = withheld.graphemes(true).next_back().is_some_and(is_closed).then_some(withheld.len());
+        let ends = withheld.grapheme_indices(true).map(|(at, _)| at).chain(last);
+        let end = ends.take_while(|&end| end <= limit).last().unwrap_or(0);
         Piece { text: self.withheld.drain(..end).collect(), stop: None }
     }
 

@@ -50,6 +50,11 @@ fn a_line_comes_with_its_end() {
 }
 
 #[test]
+fn what_is_before_a_possible_stop_string_does_not_wait_for_it() {
+    assert_eq!(run(&["\nUser:"], &["Yes.", "\nUs", "ually"]).0, ["Yes", ".", "\nUsuall", "y"]);
+}
+
+#[test]
 fn a_stop_string_may_be_part_of_a_grapheme() {
     assert_eq!(run(&["e"], &["the\u{301}"]), (vec!["th".into()], Some("e".into())));
     assert_eq!(run(&["\n"], &["a\r\nb"]), (vec!["a\r".into()], Some("\n".into())));
