@@ -12,3 +12,4 @@ mod processors;
 mod sampler;
 mod stop;
 mod stream;
+mod vesper;
