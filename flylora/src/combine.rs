@@ -148,11 +148,19 @@ pub fn combine(adapters: &[(&LoraAdapter, f64)], how: Combination) -> Result<Lor
     LoraAdapter::from_factors(&a, &b, &LoraConfig::default().with_r(r).with_alpha(r as f64))
 }
 
-/// An adapter's factors, and what their product counts for: `weight * scale`.
+/// An adapter's factors, its change `scale B A`, and what that counts for.
 struct Part {
     a: Tensor,
     b: Tensor,
+    scale: f64,
     weight: f64,
+}
+
+impl Part {
+    /// What the product of the factors counts for.
+    fn factor(&self) -> f64 {
+        self.weight * self.scale
+    }
 }
 
 fn none() -> Error {
@@ -175,7 +183,7 @@ fn parts(adapters: &[(&LoraAdapter, f64)]) -> Result<Vec<Part>> {
                 return Err(Error::Config { field: "weight", expected, got: weight.to_string() });
             }
             let (a, b) = adapter.factors()?;
-            Ok(Part { a, b, weight: weight * adapter.scale() })
+            Ok(Part { a, b, scale: adapter.scale(), weight: *weight })
         })
         .collect()
 }
@@ -189,7 +197,7 @@ fn check_rank(rank: usize) -> Result<()> {
 
 /// `(B, A)` with `B A` the weighted sum.
 fn side_by_side(parts: &[Part]) -> Result<(Tensor, Tensor)> {
-    let a = parts.iter().map(|p| &p.a * p.weight).collect::<candle_core::Result<Vec<_>>>()?;
+    let a = parts.iter().map(|p| &p.a * p.factor()).collect::<candle_core::Result<Vec<_>>>()?;
     let b: Vec<&Tensor> = parts.iter().map(|p| &p.b).collect();
     Ok((Tensor::cat(&b, 1)?, Tensor::cat(&a, 0)?))
 }
@@ -216,8 +224,9 @@ impl Rule {
             Over::Factors => over_factors(parts, self),
             Over::Product { rank } => {
                 check_rank(rank)?;
+                // With their scales: whose sign counts is a matter of what the adapters do.
                 let products: Vec<Vec<f64>> =
-                    parts.iter().map(|p| values(&p.b.matmul(&p.a)?)).collect::<Result<_>>()?;
+                    parts.iter().map(|p| values(&p.b.matmul(&(&p.a * p.scale)?)?)).collect::<Result<_>>()?;
                 let weights: Vec<f64> = parts.iter().map(|p| p.weight).collect();
                 let (b, a) = parts.first().map(|p| (&p.b, &p.a)).ok_or_else(none)?;
                 let shape = (b.dim(0)?, a.dim(1)?);
@@ -275,8 +284,8 @@ fn over_factors(parts: &[Part], rule: &Rule) -> Result<(Tensor, Tensor)> {
         let shape = of(parts.first().ok_or_else(none)?).0.shape().clone();
         Ok(Tensor::from_vec(rule.combine(&tasks, &weights, name), shape, &Device::Cpu)?)
     };
-    let a = run(|p| (&p.a, p.weight.abs().sqrt().copysign(p.weight)), "A")?;
-    let b = run(|p| (&p.b, p.weight.abs().sqrt()), "B")?;
+    let a = run(|p| (&p.a, p.factor().abs().sqrt().copysign(p.factor())), "A")?;
+    let b = run(|p| (&p.b, p.factor().abs().sqrt()), "B")?;
     Ok((b, a))
 }
 

@@ -52,7 +52,7 @@ pub enum LoraInit {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
-    /// The rank of the update: from 1 to the smaller dimension of the weight, 8 by default.
+    /// The rank of the update: at least 1, 8 by default. It may be larger than the layer, except with PiSSA's start.
     pub r: usize,
     /// The numerator of the scale: finite and not 0, 8 by default.
     pub alpha: f64,
@@ -149,11 +149,11 @@ impl LoraConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::Config`], also where `r` is larger than one of the dimensions.
+    /// [`Error::Config`], also where a weight has fewer singular directions than PiSSA's start asks for.
     pub fn validate_for(&self, in_features: usize, out_features: usize) -> Result<()> {
         self.validate()?;
-        if self.r > in_features.min(out_features) {
-            let expected = format!("at most min(in, out) = min({in_features}, {out_features})");
+        if matches!(self.init, LoraInit::Pissa { .. }) && self.r > in_features.min(out_features) {
+            let expected = format!("at most min(in, out) = min({in_features}, {out_features}) for PiSSA");
             return Err(Error::Config { field: "r", expected, got: self.r.to_string() });
         }
         Ok(())

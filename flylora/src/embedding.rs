@@ -1,8 +1,9 @@
 use candle_core::{Result, Tensor, Var};
 
+use crate::adapter::MAGNITUDE;
 use crate::init::{generator, normal};
-use crate::linear::added;
-use crate::{Error, LoraConfig, LoraInit, Place};
+use crate::linear::{added, at_least_f32};
+use crate::{AdapterKind, Error, LoraConfig, LoraInit, Place};
 
 /// The name of `A` below the name of the table.
 pub(crate) const A: &str = "lora_embedding_A";
@@ -16,6 +17,12 @@ pub(crate) const B: &str = "lora_embedding_B";
 /// ```
 ///
 /// `A` is 0 at first and `B` normal with deviation 1: the other way around than for a linear layer.
+///
+/// [`dora`](Self::dora) makes it one of DoRA, whose magnitudes are those of the columns:
+///
+/// ```text
+/// V = table + scale A^T B^T,   y = V[id] m / |V|      m: (dim), |V|: (dim), the norm of each column, held constant
+/// ```
 ///
 /// # Examples
 ///
@@ -37,6 +44,8 @@ pub struct LoraEmbedding {
     table: Tensor,
     a: Var,
     b: Var,
+    /// The magnitudes of DoRA: (dim).
+    magnitude: Option<Var>,
     config: LoraConfig,
     merged: Option<Tensor>,
     enabled: bool,
@@ -70,10 +79,45 @@ impl LoraEmbedding {
             table: table.detach(),
             a: place.constant((config.r, vocab), A, 0.0)?,
             b: place.var((dim, config.r), B, || Ok(normal((dim, config.r), 1.0, &mut rng)?))?,
+            magnitude: None,
             config: config.clone(),
             merged: None,
             enabled: true,
         })
+    }
+
+    /// As [`new`](Self::new), with the magnitudes of DoRA, which start at the norms of the table's columns.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn dora(table: Tensor, config: &LoraConfig, place: &Place<'_>) -> crate::Result<Self> {
+        let mut embedding = Self::new(table, config, place)?;
+        let dim = embedding.b.dim(0)?;
+        embedding.magnitude = Some(place.var(dim, MAGNITUDE, || Ok(embedding.norms()?))?);
+        Ok(embedding)
+    }
+
+    /// The norms of the columns of `V`, without gradients, some rows at a time: (dim).
+    fn norms(&self) -> Result<Tensor> {
+        let (vocab, dim) = self.table.dims2()?;
+        let wide = at_least_f32(self.a.dtype());
+        let a = (self.a.as_detached_tensor() * self.config.scale())?.to_dtype(wide)?; // (r, vocab)
+        let b = self.b.as_detached_tensor().to_dtype(wide)?.t()?; // (r, dim)
+        let mut squares = Tensor::zeros(dim, wide, self.table.device())?;
+        let step = ((1 << 20) / dim).max(1);
+        for start in (0..vocab).step_by(step) {
+            let rows = step.min(vocab - start);
+            let change = a.narrow(1, start, rows)?.t()?.contiguous()?.matmul(&b)?;
+            let part = (self.table.narrow(0, start, rows)?.to_dtype(wide)? + change)?; // (rows, dim)
+            squares = (squares + part.sqr()?.sum(0)?)?;
+        }
+        squares.maximum(f32::MIN_POSITIVE)?.sqrt()?.to_dtype(self.a.dtype())
+    }
+
+    /// `m / |V|`: (dim), in the dtype of the variables.
+    fn ratio(&self) -> Result<Option<Tensor>> {
+        self.magnitude.as_ref().map(|m| m.div(&self.norms()?)).transpose()
     }
 
     /// The rows of the ids; ids: (...), u32, returns (..., dim).
@@ -89,7 +133,14 @@ impl LoraEmbedding {
         let rows = table.index_select(&ids, 0)?; // (n, dim)
         let rows = if self.enabled && self.merged.is_none() {
             let low = (self.a.index_select(&ids, 1)?.t()? * self.config.scale())?; // (n, r)
-            (&rows + low.matmul(&self.b.t()?)?.to_dtype(rows.dtype())?)?
+            let delta = low.matmul(&self.b.t()?)?;
+            match self.ratio()? {
+                None => (&rows + delta.to_dtype(rows.dtype())?)?,
+                Some(ratio) => {
+                    let changed = (rows.to_dtype(delta.dtype())? + delta)?;
+                    changed.broadcast_mul(&ratio)?.to_dtype(rows.dtype())?
+                }
+            }
         } else {
             rows
         };
@@ -118,7 +169,17 @@ impl LoraEmbedding {
 
     /// The trained variables by name, sorted by name.
     pub fn parameters(&self) -> Vec<(String, Var)> {
-        vec![(A.to_owned(), self.a.clone()), (B.to_owned(), self.b.clone())]
+        let mut parameters = vec![(A.to_owned(), self.a.clone()), (B.to_owned(), self.b.clone())];
+        parameters.extend(self.magnitude.clone().map(|m| (MAGNITUDE.to_owned(), m)));
+        parameters
+    }
+
+    /// The kind and its configuration.
+    pub fn kind(&self) -> AdapterKind {
+        match self.magnitude {
+            None => AdapterKind::Lora(self.config.clone()),
+            Some(_) => AdapterKind::Dora(self.config.clone()),
+        }
     }
 
     /// What merging adds to the table: (vocab, dim), in the dtype of the variables.
@@ -128,7 +189,14 @@ impl LoraEmbedding {
     /// candle's own.
     pub fn delta_table(&self) -> Result<Tensor> {
         let (a, b) = (self.a.as_detached_tensor(), self.b.as_detached_tensor());
-        (a.t()? * self.config.scale())?.matmul(&b.t()?)
+        let delta = (a.t()? * self.config.scale())?.matmul(&b.t()?)?;
+        match self.ratio()? {
+            None => Ok(delta),
+            Some(ratio) => {
+                let table = self.table.to_dtype(delta.dtype())?;
+                (&table + delta)?.broadcast_mul(&ratio.detach())? - table
+            }
+        }
     }
 
     /// Adds the adapter to the table, rounded once.

@@ -114,7 +114,9 @@ impl Modules {
     fn read(field: &str, value: &Value) -> Result<Option<Self>> {
         match value {
             Value::Null => Ok(None),
-            Value::String(text) if text == "all-linear" => Ok(Some(Self::AllLinear)),
+            Value::String(text) if field == "target_modules" && text.eq_ignore_ascii_case("all-linear") => {
+                Ok(Some(Self::AllLinear))
+            }
             // A single name is an expression that matches itself alone.
             Value::String(text) => Pattern::new(field, text, "^(?:{})$").map(|p| Some(Self::Regex(p))),
             Value::Array(items) => {

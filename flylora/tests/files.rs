@@ -124,6 +124,22 @@ fn ranks_and_alphas_that_differ_go_into_the_patterns_and_come_back() {
 }
 
 #[test]
+fn a_pattern_of_a_path_matches_no_other_path() {
+    // An expression matches endings, and its dots match anything.
+    for paths in [["a.q", "x.a.q", "b"], ["a.q", "a_q", "b"], ["a_q", "a.q", "x.a.q"], ["b", "a+(q", "a.q"]] {
+        let dir = tempfile::tempdir().unwrap();
+        let make = |r: usize| {
+            let config = LoraConfig::default().with_r(r).with_alpha(r as f64);
+            LoraAdapter::seeded(10, 6, &config, "layer", DType::F32, &Device::Cpu).unwrap()
+        };
+        let adapters = [make(4), make(2), make(3)];
+        let named: Vec<(&str, &LoraAdapter)> = paths.into_iter().zip(&adapters).collect();
+        save_adapters(dir.path(), &named).unwrap();
+        load_adapters(dir.path(), &named).unwrap_or_else(|e| panic!("{paths:?}: {e}"));
+    }
+}
+
+#[test]
 fn whatever_is_wrong_is_named_and_nothing_changes() {
     type Damage = fn(&Path);
     let cases: Vec<(&str, Damage, &[&str])> = vec![
@@ -180,6 +196,16 @@ fn whatever_is_wrong_is_named_and_nothing_changes() {
             "integers",
             |d| rewrite(d, |t| drop(t.insert(QB.into(), t[QB].to_dtype(DType::U32).unwrap()))),
             &[WEIGHTS_FILE, QB, "got U32"],
+        ),
+        (
+            "NaN",
+            |d| rewrite(d, |t| drop(t.insert(QB.into(), (&t[QB] * f64::NAN).unwrap()))),
+            &[WEIGHTS_FILE, QB, "not finite"],
+        ),
+        (
+            "infinity",
+            |d| rewrite(d, |t| drop(t.insert(QB.into(), (&t[QB] / 0.0).unwrap()))),
+            &[WEIGHTS_FILE, QB, "not finite"],
         ),
         ("another rank", |d| edit(d, "r", Some(json!(8))), &[CONFIG_FILE, Q, "r is 8 in the file and 4"]),
         ("no rank", |d| edit(d, "r", None), &["r: expected a whole number from 1 on, got nothing"]),

@@ -68,6 +68,16 @@ fn each_row_makes_use_of_its_k_largest_ranks() {
 }
 
 #[test]
+fn exactly_k_ranks_are_used_also_where_half_types_make_values_equal() {
+    for dtype in [DType::BF16, DType::F16, DType::F32] {
+        let adapter = adapter(64, 48, &FlyLoraConfig::default(), dtype);
+        let used = adapter.used(&noise(&[500, 64], 1.0, dtype, 1)).unwrap();
+        let counts = values(&used.ne(0.0).unwrap().to_dtype(DType::F32).unwrap().sum(1).unwrap());
+        assert!(counts.iter().all(|n| *n == 8.0), "{dtype:?}");
+    }
+}
+
+#[test]
 fn the_bias_goes_towards_the_ranks_that_are_used_less_and_only_between_training_steps() {
     let config = FlyLoraConfig::default().with_ranks(8, 2).with_balance_rate(0.01);
     let adapter = adapter(30, 20, &config, DType::F32);

@@ -5,8 +5,10 @@ mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Linear, Optimizer, SGD};
-use common::{awake, base, noise, values};
-use flylora::{Adapter, AdapterLinear, DoraAdapter, FrozenLinear, LoraConfig, LoraLinear, Place};
+use common::{awake, base, largest_difference, noise, values};
+use flylora::{
+    Adapter, AdapterLinear, DoraAdapter, FrozenLinear, LoraConfig, LoraEmbedding, LoraLinear, Place,
+};
 
 #[test]
 fn gradients_of_the_input_and_the_adapter_equal_central_differences() {
@@ -196,4 +198,53 @@ fn doras_gradients_are_right_where_rows_are_many_and_where_a_magnitude_is_zero()
             }
         }
     }
+}
+
+#[test]
+fn an_embedding_of_dora_has_the_gradients_of_its_loss_where_the_norm_is_constant() {
+    let table = noise(&[9, 5], 0.6, DType::F64, 50);
+    let place = Place::alone("embed", DType::F64, &Device::Cpu);
+    let config = LoraConfig::default().with_r(3).with_alpha(4.0);
+    let mut embedding = LoraEmbedding::dora(table.clone(), &config, &place).unwrap();
+    let ids = Tensor::new(&[[1u32, 8, 1], [0, 4, 4]], &Device::Cpu).unwrap();
+    let plain = table.index_select(&ids.flatten_all().unwrap(), 0).unwrap().reshape((2, 3, 5)).unwrap();
+    assert!(largest_difference(&embedding.forward(&ids).unwrap(), &plain) < 1e-12, "a new one adds nothing");
+    embedding.a().set(&noise(&[3, 9], 0.5, DType::F64, 51)).unwrap();
+    let weights = noise(&[2, 3, 5], 1.0, DType::F64, 52);
+    let loss =
+        |e: &LoraEmbedding| (e.forward(&ids).unwrap().sqr().unwrap() * &weights).unwrap().sum_all().unwrap();
+    let grads = loss(&embedding).backward().unwrap();
+    let parameters = embedding.parameters();
+    assert_eq!(parameters.len(), 3);
+    flylora::audit(parameters.clone(), &grads).unwrap();
+    let (_, magnitude) = parameters.last().unwrap();
+    let (got, original) = (values(grads.get(magnitude).unwrap()), values(magnitude));
+    for i in 0..original.len() {
+        let at = |step: f64| {
+            let mut moved = original.clone();
+            moved[i] += step;
+            magnitude.set(&Tensor::new(moved, &Device::Cpu).unwrap()).unwrap();
+            values(&loss(&embedding))[0]
+        };
+        let want = (at(1e-5) - at(-1e-5)) / 2e-5;
+        assert!((got[i] - want).abs() < 1e-8 * (1.0 + want.abs()), "{i}: {} and {want}", got[i]);
+    }
+    magnitude.set(&Tensor::new(original, &Device::Cpu).unwrap()).unwrap();
+    // The factors' gradients are those of the change times the ratio, which does not move with them.
+    let (a, b) = (Var::from_tensor(embedding.a()).unwrap(), Var::from_tensor(embedding.b()).unwrap());
+    let changed = |a: &Tensor, b: &Tensor| {
+        (&table + (a.t().unwrap() * (4.0 / 3.0)).unwrap().matmul(&b.t().unwrap()).unwrap()).unwrap()
+    };
+    let norms = changed(&a.detach(), &b.detach()).sqr().unwrap().sum(0).unwrap().sqrt().unwrap();
+    let ratio = (magnitude.as_detached_tensor() / norms).unwrap();
+    let y =
+        changed(&a, &b).broadcast_mul(&ratio).unwrap().index_select(&ids.flatten_all().unwrap(), 0).unwrap();
+    let y = y.reshape((2, 3, 5)).unwrap();
+    assert!(largest_difference(&embedding.forward(&ids).unwrap(), &y) < 1e-12);
+    let want = (y.sqr().unwrap() * &weights).unwrap().sum_all().unwrap().backward().unwrap();
+    assert!(largest_difference(grads.get(embedding.a()).unwrap(), want.get(&a).unwrap()) < 1e-12);
+    assert!(largest_difference(grads.get(embedding.b()).unwrap(), want.get(&b).unwrap()) < 1e-12);
+    let before = embedding.forward(&ids).unwrap();
+    embedding.merge().unwrap();
+    assert!(largest_difference(&embedding.forward(&ids).unwrap(), &before) < 1e-12);
 }

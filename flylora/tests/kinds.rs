@@ -324,10 +324,8 @@ fn configurations_come_back_from_json_and_what_is_out_of_range_is_named() {
     let cases = [
         (AdapterKind::Lora(lora().with_r(3).with_init(LoraInit::Orthogonal)), "r must be even"),
         (AdapterKind::Dora(lora().with_init(LoraInit::Orthogonal)), "init must be kaiming_uniform"),
-        (
-            AdapterKind::AdaLora(AdaLoraConfig::default().with_init_r(13)),
-            "init_r must be at most min(in, out)",
-        ),
+        (AdapterKind::AdaLora(AdaLoraConfig::default().with_init_r(0)), "init_r must be at least 1"),
+        (AdapterKind::AdaLora(AdaLoraConfig::default().with_alpha(-1.0)), "alpha must be finite and over 0"),
         (AdapterKind::AdaLora(AdaLoraConfig::default().with_orthogonality(-1.0)), "orthogonality must be"),
         (AdapterKind::FlyLora(fly.clone().with_ranks(8, 9)), "k must be from 1 to r = 8, got 9"),
         (AdapterKind::FlyLora(fly.clone().with_density(0.0)), "density must be over 0"),
@@ -395,5 +393,54 @@ fn an_adapter_is_shared_by_its_clones() {
         train(&one, 2);
         let (y, z) = (one.forward(&x(DType::F32)).unwrap(), two.forward(&x(DType::F32)).unwrap());
         assert_eq!(values(&y), values(&z), "{kind:?}");
+    }
+}
+
+#[test]
+fn ranks_of_one_and_above_the_size_of_the_layer_work_in_every_kind() {
+    let kinds = |r: usize| {
+        let lora = LoraConfig::default().with_r(r).with_alpha(3.0);
+        let masked = MaskedLoraConfig::default()
+            .with_lora(lora.clone())
+            .with_selection(MaskSelection::Magnitude { every: 2 });
+        vec![
+            AdapterKind::Lora(lora.clone()),
+            AdapterKind::Dora(lora),
+            AdapterKind::AdaLora(AdaLoraConfig::default().with_init_r(r)),
+            AdapterKind::FlyLora(FlyLoraConfig::default().with_ranks(r, 1)),
+            AdapterKind::FlyLora(FlyLoraConfig::default().with_ranks(r, r)),
+            AdapterKind::MaskedLora(masked),
+        ]
+    };
+    for ((inputs, outputs), r) in [((1, 1), 1), ((1, 5), 4), ((5, 1), 4), ((8, 3), 11), ((3, 8), 1)] {
+        for kind in kinds(r) {
+            let base = FrozenLinear::new(
+                noise(&[outputs, inputs], 0.3, DType::F64, 1),
+                Some(noise(&[outputs], 0.5, DType::F64, 2)),
+            )
+            .unwrap();
+            let place = Place::alone("layer", DType::F64, &Device::Cpu);
+            let mut layer = AnyLinear::build(base, &kind, &place).unwrap();
+            wake(&layer, 40);
+            // Few rows and many, which go different ways.
+            for rows in [2, 50] {
+                let what = format!("{kind:?} ({outputs}, {inputs}), {rows} rows");
+                let x = Var::from_tensor(&noise(&[rows, inputs], 1.0, DType::F64, 41)).unwrap();
+                let y = layer.forward(&x).unwrap();
+                let apart = (layer.base().forward(&x).unwrap() + layer.adapter().delta(&x).unwrap()).unwrap();
+                assert!(largest_difference(&y, &apart) < 1e-12, "{what}");
+                let gradients = |y: &Tensor| y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+                let (whole, parts) = (gradients(&y), gradients(&apart));
+                for var in layer.vars().iter().chain([&x]) {
+                    let (a, b) = (whole.get(var).unwrap(), parts.get(var).unwrap());
+                    assert!(largest_difference(a, b) < 1e-9, "{what}");
+                }
+            }
+            let x = noise(&[4, inputs], 1.0, DType::F64, 42);
+            let y = layer.forward(&x).unwrap();
+            if layer.merge().unwrap() == Merge::Exact {
+                assert!(largest_difference(&layer.forward(&x).unwrap(), &y) < 1e-12, "{kind:?}");
+            }
+        }
     }
 }

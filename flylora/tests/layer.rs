@@ -6,7 +6,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module, VarBuilder, VarMap};
 use common::{awake, base, largest_difference, noise, values, wake};
-use flylora::{Adapter, FrozenLinear, LoraAdapter, LoraConfig, LoraLinear, Merge, Scaling};
+use flylora::{Adapter, FrozenLinear, LoraAdapter, LoraConfig, LoraInit, LoraLinear, Merge, Scaling};
 
 const DTYPES: [(DType, f64); 4] =
     [(DType::F32, 1e-5), (DType::F64, 1e-13), (DType::BF16, 0.03), (DType::F16, 4e-3)];
@@ -206,7 +206,8 @@ fn what_does_not_fit_is_refused_with_the_reason() {
     let make = |config: &LoraConfig| LoraLinear::seeded(base(10, 6, DType::F32, false), config, "layer");
     let message = |config: &LoraConfig| make(config).unwrap_err().to_string();
     assert_eq!(message(&config.clone().with_r(0)), "r must be at least 1, got 0");
-    assert_eq!(message(&config.clone().with_r(7)), "r must be at most min(in, out) = min(10, 6), got 7");
+    let pissa = config.clone().with_r(7).with_init(LoraInit::Pissa { iterations: None });
+    assert_eq!(message(&pissa), "r must be at most min(in, out) = min(10, 6) for PiSSA, got 7");
     assert_eq!(
         message(&config.clone().with_r(2).with_alpha(f64::NAN)),
         "alpha must be finite and not 0, got NaN"

@@ -12,8 +12,8 @@ use candle_nn::{Optimizer, SGD, VarBuilder};
 use common::{largest_difference, values};
 use flylora::files::{AdapterFile, MergedWeights, SaveOptions, WEIGHTS_FILE, save_adapters_with};
 use flylora::{
-    AdaLoraConfig, Adapter, AdapterKind, AnyLinear, FrozenLinear, LoraConfig, LoraEmbedding, LoraInit, Place,
-    Scaling, load_adapters,
+    AdaLoraConfig, Adapter, AdapterKind, AnyLinear, Combination, FrozenLinear, LoraAdapter, LoraConfig,
+    LoraEmbedding, LoraInit, MajoritySign, Over, Place, Scaling, combine, load_adapters,
 };
 
 fn golden(which: &str) -> PathBuf {
@@ -33,6 +33,19 @@ fn outputs(which: &str) -> HashMap<String, Tensor> {
 fn ids() -> Tensor {
     Tensor::new(&[[0u32, 3, 10, 3], [7, 1, 2, 9]], &Device::Cpu).unwrap()
 }
+
+/// The directories that PEFT saved.
+const SAVED: [&str; 9] = [
+    "lora",
+    "rslora",
+    "dora",
+    "embedding",
+    "adalora",
+    "adalora_full",
+    "dora_embedding",
+    "wide",
+    "adalora_alpha",
+];
 
 const MODULES: [&str; 3] = ["q_proj", "c_attn", "up_proj"];
 
@@ -97,14 +110,17 @@ fn adapters_that_peft_saved_give_the_outputs_of_peft_in_every_kind() {
     let want = outputs("peft");
     let plain = Tiny::new(|_, _| None).forward();
     assert!(largest_difference(&plain, &want["base"]) < 1e-12);
-    for name in ["lora", "rslora", "dora", "embedding", "adalora", "adalora_full"] {
+    for name in SAVED {
         let file = AdapterFile::read(golden("peft").join(name)).unwrap();
         let modules = file.modules();
         let mut model = Tiny::new(|path, frozen| {
             modules.contains(&path).then(|| file.adapter(path, frozen, DType::F64).unwrap())
         });
-        if name == "embedding" {
-            assert!(file.is_embedding("embed_tokens"));
+        assert_eq!(
+            file.is_embedding("embed_tokens"),
+            ["embedding", "dora_embedding", "wide"].contains(&name)
+        );
+        if file.is_embedding("embed_tokens") {
             model.embed = file.embedding("embed_tokens", model.embed.table().clone(), DType::F64).unwrap();
         }
         let got = model.forward();
@@ -136,7 +152,7 @@ fn adapters_that_peft_saved_give_the_outputs_of_peft_in_every_kind() {
 #[test]
 fn merged_weights_give_the_outputs_of_peft_to_a_model_that_knows_nothing_of_adapters() {
     let want = outputs("peft");
-    for name in ["lora", "rslora", "dora", "embedding", "adalora", "adalora_full"] {
+    for name in SAVED {
         let vb = VarBuilder::from_tensors(base(), DType::F64, &Device::Cpu);
         let merged = MergedWeights::new(vb, AdapterFile::read(golden("peft").join(name)).unwrap()).unwrap();
         let vb = merged.var_builder();
@@ -160,6 +176,44 @@ fn merged_weights_give_the_outputs_of_peft_to_a_model_that_knows_nothing_of_adap
         merged.check_all_used().unwrap();
         assert!(largest_difference(&x, &want[name].flatten_to(1).unwrap()) < 1e-6, "{name}");
         assert!(vb.contains_tensor("layers.0.q_proj.bias") && !vb.contains_tensor("lm_head.weight"));
+    }
+}
+
+#[test]
+fn combinations_are_those_of_peft() {
+    let text = std::fs::read_to_string(golden("peft/combine.json")).unwrap();
+    let golden: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let matrix = |v: &serde_json::Value| {
+        Tensor::new(serde_json::from_value::<Vec<Vec<f64>>>(v.clone()).unwrap(), &Device::Cpu).unwrap()
+    };
+    let list = |name: &str| golden[name].as_array().unwrap().clone();
+    let adapters: Vec<(LoraAdapter, f64)> = list("adapters")
+        .iter()
+        .map(|v| {
+            let config = LoraConfig::default().with_alpha(2.0 * v["scale"].as_f64().unwrap());
+            let adapter = LoraAdapter::from_factors(&matrix(&v["a"]), &matrix(&v["b"]), &config).unwrap();
+            (adapter, v["weight"].as_f64().unwrap())
+        })
+        .collect();
+    let weighted: Vec<(&LoraAdapter, f64)> = adapters.iter().map(|(a, w)| (a, *w)).collect();
+    for case in list("cases") {
+        let density = case["density"].as_f64().unwrap_or(1.0);
+        let rank = case["svd_rank"].as_u64().map(|r| r as usize);
+        let over = rank.map_or(Over::Factors, |rank| Over::Product { rank });
+        let frequency = case["majority_sign_method"] == "frequency";
+        let sign = if frequency { MajoritySign::Frequency } else { MajoritySign::Total };
+        let how = match case["how"].as_str().unwrap().trim_end_matches("_svd") {
+            "linear" => Combination::Linear,
+            "cat" => Combination::Cat,
+            "svd" => Combination::Svd { rank: rank.unwrap() },
+            "magnitude_prune" => Combination::MagnitudePrune { density, over },
+            "ties" => Combination::Ties { density, sign, over },
+            "dare_linear" => Combination::DareLinear { density, seed: 0, over },
+            "dare_ties" => Combination::DareTies { density, seed: 0, sign, over },
+            other => panic!("{other}"),
+        };
+        let got = combine(&weighted, how).unwrap().delta_weight().unwrap();
+        assert!(largest_difference(&got, &matrix(&case["delta"])) < 1e-4, "{case}");
     }
 }
 

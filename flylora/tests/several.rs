@@ -293,6 +293,24 @@ fn the_budget_ends_at_its_total_within_its_bounds_and_favours_the_layer_that_lea
 }
 
 #[test]
+fn a_run_that_is_too_short_for_its_phases_is_refused() {
+    let place = Place::alone("q", DType::F32, &Device::Cpu);
+    let adapter = AdaLoraAdapter::new(20, 12, &AdaLoraConfig::default().with_init_r(6), &place).unwrap();
+    let grads = adapter.delta(&noise(&[4, 20], 1.0, DType::F32, 1)).unwrap().sum_all().unwrap();
+    let grads = grads.backward().unwrap();
+    for (warm_up, final_steps) in [(10, 0), (5, 5), (0, 10), (0, 20)] {
+        let config = RankBudgetConfig::default().with_target_r(2).with_phases(warm_up, final_steps);
+        let step = Step { index: 1, total: 10 };
+        let error = RankBudget::new(config)
+            .unwrap()
+            .update(step, &grads, &[("q", &adapter)])
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("warm_up must be less than the") && error.contains("run of 10"), "{error}");
+    }
+}
+
+#[test]
 fn the_audit_names_the_first_variable_that_is_cut_off_and_where() {
     let layers: Vec<_> = ["a", "b"].iter().map(|name| adapter(&lora(2), name, 5)).collect();
     let names = |layers: &[Arc<dyn Adapter>]| -> Vec<(String, Var)> {

@@ -21,9 +21,9 @@ pub(super) const E: &str = "lora_E";
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdaLoraConfig {
-    /// The rank that the adapter starts with: from 1 to the smaller dimension of the weight, 12 by default.
+    /// The rank that the adapter starts with: at least 1, 12 by default. It may be larger than the layer, as in PEFT.
     pub init_r: usize,
-    /// The numerator of the scale, which is `alpha / (init_r + 1e-5)` as in PEFT: finite and not 0, 8 by default.
+    /// The numerator of the scale, which is `alpha / (init_r + 1e-5)` as in PEFT: finite and over 0, 8 by default.
     pub alpha: f64,
     /// The weight of the penalty that keeps the factors orthogonal: 0 or more, 0.5 by default.
     pub orthogonality: f64,
@@ -88,8 +88,8 @@ impl AdaLoraConfig {
         if self.init_r == 0 {
             return fail("init_r", "at least 1", self.init_r.to_string());
         }
-        if !self.alpha.is_finite() || self.alpha == 0.0 {
-            return fail("alpha", "finite and not 0", self.alpha.to_string());
+        if !self.alpha.is_finite() || self.alpha <= 0.0 {
+            return fail("alpha", "finite and over 0", self.alpha.to_string());
         }
         if !self.orthogonality.is_finite() || self.orthogonality < 0.0 {
             return fail("orthogonality", "0 or more", self.orthogonality.to_string());
@@ -153,11 +153,6 @@ impl AdaLoraAdapter {
         config: &AdaLoraConfig,
         place: &Place<'_>,
     ) -> crate::Result<Self> {
-        config.validate()?;
-        if config.init_r > in_features.min(out_features) {
-            let expected = format!("at most min(in, out) = min({in_features}, {out_features})");
-            return Err(Error::Config { field: "init_r", expected, got: config.init_r.to_string() });
-        }
         Self::with_rank(in_features, out_features, config.init_r, config, place)
     }
 

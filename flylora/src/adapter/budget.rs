@@ -9,7 +9,7 @@ use crate::{Error, Result};
 
 /// How the ranks of AdaLoRA adapters shrink during a run, and what they end at.
 ///
-/// The total starts at the sum of the adapters' ranks. After `warm_up` steps it falls, by the cube of the way that is
+/// The total starts at the sum of the adapters' ranks. A run must be longer than its two phases without allocations. After `warm_up` steps it falls, by the cube of the way that is
 /// left, to `target_r` times the number of adapters; the last `final_steps` train with the ranks found. Within the
 /// total, a layer keeps as many ranks as its own are worth, from `min_r` to `max_r`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -188,6 +188,7 @@ impl RankBudget {
     ///
     /// # Errors
     ///
+    /// [`Error::Config`] where the run is too short for its phases, so that the total would never be reached;
     /// [`Error::NoGradient`] for a variable without a gradient, while ranks are still being allocated; and candle's own.
     pub fn update(
         &mut self,
@@ -196,6 +197,11 @@ impl RankBudget {
         adapters: &[(&str, &AdaLoraAdapter)],
     ) -> Result<()> {
         let end = step.total.saturating_sub(self.config.final_steps);
+        if self.config.warm_up >= end {
+            let expected =
+                format!("less than the {end} steps before the last phase of a run of {}", step.total);
+            return Err(Error::Config { field: "warm_up", expected, got: self.config.warm_up.to_string() });
+        }
         if step.index > end {
             // What the optimizer has put back.
             for (_, adapter) in adapters {

@@ -7,7 +7,7 @@ use crate::frozen::{check_input, rows, with_last};
 use crate::{Error, FrozenLinear, LoraConfig, LoraInit, Place};
 
 /// The name of the magnitudes below the name of the layer.
-const MAGNITUDE: &str = "lora_magnitude_vector";
+pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
 
 /// DoRA: the weight split into a direction, which LoRA changes, and a magnitude of each row, which is trained itself.
 ///

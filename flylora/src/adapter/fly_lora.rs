@@ -429,15 +429,16 @@ impl FlyLoraAdapter {
         used.matmul(&self.b.t()?) // (m, out)
     }
 
-    /// 1 where a score is among the k largest of its row, else 0: (m, r), f32. Of equal scores all are, where the last
-    /// place falls on them.
+    /// 1 where a score is among the k largest of its row, else 0: (m, r), f32. Also among equal scores, which half types
+    /// often give, exactly k are chosen.
     fn mask(&self, scores: &Tensor) -> Result<Tensor> {
         if scores.elem_count() == 0 {
             return Ok(scores.clone());
         }
-        let (sorted, _) = scores.contiguous()?.sort_last_dim(false)?;
-        let least = sorted.narrow(D::Minus1, self.config.k - 1, 1)?; // (m, 1)
-        scores.broadcast_ge(&least)?.to_dtype(DType::F32)
+        let order = scores.contiguous()?.arg_sort_last_dim(false)?;
+        let chosen = order.narrow(D::Minus1, 0, self.config.k)?.contiguous()?; // (m, k)
+        let ones = chosen.ones_like()?.to_dtype(DType::F32)?;
+        scores.zeros_like()?.scatter_add(&chosen, &ones, D::Minus1)
     }
 }
 

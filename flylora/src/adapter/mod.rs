@@ -20,6 +20,7 @@ mod masked_lora;
 pub use ada_lora::{AdaLoraAdapter, AdaLoraConfig};
 pub use budget::{RankBudget, RankBudgetConfig};
 pub use dora::DoraAdapter;
+pub(crate) use dora::MAGNITUDE;
 pub use fly_lora::{FlyLoraAdapter, FlyLoraConfig, Routing};
 pub use kind::AdapterKind;
 pub(crate) use lora::B;

@@ -7,9 +7,10 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::SafeTensors;
 
 use super::{PREFIX, PeftConfig, StateSource, WEIGHTS_FILE};
-use crate::adapter::{self, AdaLoraAdapter, Adapter, AdapterKind, Change};
+use crate::adapter::{self, AdaLoraAdapter, Adapter, AdapterKind, Change, FlyLoraConfig, MaskedLoraConfig};
 use crate::embedding::LoraEmbedding;
-use crate::{Error, FrozenLinear, Place, Result, embedding};
+use crate::linear::at_least_f32;
+use crate::{Error, FrozenLinear, LoraConfig, Place, Result, embedding};
 
 /// A directory of adapters, read: its configuration, its modules and their tensors.
 ///
@@ -45,7 +46,7 @@ impl AdapterFile {
     ///
     /// Those of [`PeftConfig::read`], and [`Error::Io`] and [`Error::Format`] for the weights: missing, truncated or
     /// something else; [`Error::UnexpectedKey`] for a tensor that is no part of an adapter. The copy of an embedding
-    /// table that PEFT puts beside its adapter (`base_layer.weight`) is passed over.
+    /// table or an output layer that PEFT puts beside its adapter (`base_layer.weight`) is passed over.
     pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref().to_owned();
         let config = PeftConfig::read(&dir)?;
@@ -57,6 +58,9 @@ impl AdapterFile {
         let mut tensors = BTreeMap::new();
         for (key, view) in views.iter() {
             let tensor = view.load(&Device::Cpu).map_err(|e| format(format!("{key}: {e}")))?;
+            if !is_finite(&tensor)? {
+                return Err(format(format!("{key}: it has values that are not finite")));
+            }
             tensors.insert(key.to_owned(), tensor);
         }
         let file = Self { dir, config, tensors };
@@ -108,12 +112,13 @@ impl AdapterFile {
                     &place,
                 )?)
             }
-            kind => {
-                // Of FlyLoRA's rank nothing else is a bound.
-                if let AdapterKind::FlyLora(config) = kind {
-                    let shape = [base.out_features(), config.r];
-                    StateSource::new(self, module, &mut BTreeSet::new()).check(adapter::B, &shape)?;
-                }
+            AdapterKind::Lora(LoraConfig { r, .. })
+            | AdapterKind::Dora(LoraConfig { r, .. })
+            | AdapterKind::MaskedLora(MaskedLoraConfig { lora: LoraConfig { r, .. }, .. })
+            | AdapterKind::FlyLora(FlyLoraConfig { r, .. }) => {
+                // Before anything of that rank is made: nothing else is a bound.
+                let shape = [base.out_features(), *r];
+                StateSource::new(self, module, &mut BTreeSet::new()).check(adapter::B, &shape)?;
                 kind.build(base, &place)?
             }
         };
@@ -128,13 +133,23 @@ impl AdapterFile {
     ///
     /// # Errors
     ///
-    /// As [`adapter`](Self::adapter).
+    /// As [`adapter`](Self::adapter), and [`Error::Adapters`] for kinds other than LoRA and DoRA.
     pub fn embedding(&self, module: &str, table: Tensor, dtype: DType) -> Result<LoraEmbedding> {
         let place = Place::alone(module, dtype, table.device());
-        let embedding = LoraEmbedding::new(table, &self.config.lora(module), &place)?;
+        let kind = self.config.kind(module)?;
+        let (AdapterKind::Lora(config) | AdapterKind::Dora(config)) = &kind else {
+            return Err(Error::Adapters { message: format!("{module}: there is no {kind} of an embedding") });
+        };
         let mut used = BTreeSet::new();
-        let changes = super::Stored::load_state(&embedding, &mut StateSource::new(self, module, &mut used))?;
+        let mut source = StateSource::new(self, module, &mut used);
+        source.check(embedding::A, &[config.r, table.dims().first().copied().unwrap_or(0)])?;
+        let embedding = match &kind {
+            AdapterKind::Dora(_) => LoraEmbedding::dora(table, config, &place)?,
+            _ => LoraEmbedding::new(table, config, &place)?,
+        };
+        let changes = super::Stored::load_state(&embedding, &mut source)?;
         make(changes)?;
+        self.check_used(&used, |key| module_of(key).is_some_and(|(m, _)| m == module))?;
         Ok(embedding)
     }
 
@@ -153,7 +168,7 @@ impl AdapterFile {
         used: &BTreeSet<String>,
         in_question: impl Fn(&str) -> bool,
     ) -> Result<()> {
-        let copy = |key: &str| key.ends_with(".base_layer.weight");
+        let copy = |key: &str| key.ends_with(".base_layer.weight") || key.ends_with(".base_layer.bias");
         let mut left =
             self.tensors.keys().filter(|key| in_question(key) && !used.contains(*key) && !copy(key));
         match left.next() {
@@ -169,6 +184,16 @@ impl AdapterFile {
 
 fn make(changes: Vec<Change<'_>>) -> Result<()> {
     changes.into_iter().try_for_each(|change| change())
+}
+
+/// Whether a tensor is without NaN and infinities.
+fn is_finite(tensor: &Tensor) -> Result<bool> {
+    if !tensor.dtype().is_float() || tensor.elem_count() == 0 {
+        return Ok(true);
+    }
+    let wide = tensor.to_dtype(at_least_f32(tensor.dtype()))?;
+    // 0 times anything else is NaN, and so is a sum with it.
+    Ok((wide * 0.0)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()? == 0.0)
 }
 
 /// The module and the name below it of a key that belongs to an adapter.

@@ -11,7 +11,7 @@
 use candle_core::Tensor;
 
 use crate::adapter::{Adapter, AdapterKind, Change};
-use crate::embedding::{self, LoraEmbedding};
+use crate::embedding::LoraEmbedding;
 use crate::linear::AdapterLinear;
 
 mod adapter_file;
@@ -95,7 +95,7 @@ impl<A: Adapter> Stored for AdapterLinear<A> {
 
 impl Stored for LoraEmbedding {
     fn kind(&self) -> AdapterKind {
-        AdapterKind::Lora(self.config().clone())
+        LoraEmbedding::kind(self)
     }
 
     fn state(&self) -> crate::Result<Vec<(String, Tensor)>> {
@@ -103,8 +103,13 @@ impl Stored for LoraEmbedding {
     }
 
     fn load_state<'a>(&'a self, source: &mut StateSource<'_>) -> crate::Result<Vec<Change<'a>>> {
-        let (a, b) = (source.like(embedding::A, self.a())?, source.like(embedding::B, self.b())?);
-        Ok(vec![Box::new(move || Ok(self.a().set(&a).and_then(|()| self.b().set(&b))?))])
+        self.parameters()
+            .into_iter()
+            .map(|(name, var)| {
+                let value = source.like(&name, &var)?;
+                Ok(Box::new(move || Ok(var.set(&value)?)) as Change<'a>)
+            })
+            .collect()
     }
 
     fn is_merged(&self) -> bool {

@@ -96,7 +96,8 @@ impl PeftConfig {
             | AdapterKind::MaskedLora(MaskedLoraConfig { lora: c, .. }) => {
                 (c.r, c.alpha) = (r.unwrap_or(c.r), alpha.unwrap_or(c.alpha));
             }
-            AdapterKind::AdaLora(c) => c.alpha = alpha.unwrap_or(c.alpha),
+            // PEFT gives all AdaLoRA layers one alpha.
+            AdapterKind::AdaLora(_) => {}
             AdapterKind::FlyLora(c) => (c.r, c.alpha) = (r.unwrap_or(c.r), alpha.unwrap_or(c.alpha)),
         }
         kind.validate()?;
@@ -171,12 +172,16 @@ impl PeftConfig {
             if shared(other) != common {
                 return Err(differ(path, other, first));
             }
-            let pattern = pattern_key(path, adapters);
-            if rank_and_alpha(other).0 != rank_and_alpha(first).0 {
-                ranks.insert(pattern.clone(), json!(rank_and_alpha(other).0));
+            let ((r, alpha), (first_r, first_alpha)) = (rank_and_alpha(other), rank_and_alpha(first));
+            if (r, alpha) == (first_r, first_alpha) {
+                continue;
             }
-            if rank_and_alpha(other).1 != rank_and_alpha(first).1 {
-                alphas.insert(pattern, number(rank_and_alpha(other).1));
+            let pattern = pattern_key(path, adapters);
+            if r != first_r {
+                ranks.insert(pattern.clone(), json!(r));
+            }
+            if alpha != first_alpha {
+                alphas.insert(pattern, number(alpha));
             }
         }
         if matches!(first, AdapterKind::AdaLora(_)) {
@@ -215,10 +220,12 @@ fn differ(path: &str, other: &AdapterKind, first: &AdapterKind) -> Error {
     Error::Adapters { message }
 }
 
-/// A pattern that matches this path and no other: an expression matches endings, which another adapter's path may be.
+/// A pattern that matches this path and no other: the path itself, where that is one. (An expression matches endings too,
+/// and its dots match anything.)
 fn pattern_key(path: &str, adapters: &[(&str, AdapterKind)]) -> String {
-    let ending = |other: &str| other.strip_suffix(path).is_some_and(|front| front.ends_with('.'));
-    if adapters.iter().any(|(other, _)| ending(other)) { format!("^{path}") } else { path.to_owned() }
+    let pattern = Pattern::new("rank_pattern", path, PATTERN_FRAME);
+    let only = pattern.is_ok_and(|p| adapters.iter().all(|(other, _)| p.is_match(other) == (*other == path)));
+    if only { path.to_owned() } else { format!("^{}", fancy_regex::escape(path)) }
 }
 
 fn peft_type(kind: &AdapterKind) -> &'static str {

@@ -4,7 +4,7 @@
     python peft_golden.py flylora    reads flylora/*: adapters that flylora saved; writes the outputs that PEFT gives
 
 The adapters in flylora/ are written by `cargo test -p flylora --test peft -- --ignored`.
-Made with peft 0.21.2, transformers 4.57.6, torch 2.15.0.
+Made with peft 0.21.2, transformers 5.24.0, torch 2.15.0.
 """
 
 import json
@@ -105,6 +105,13 @@ CASES = {
         init_r=4, target_r=2, lora_alpha=6, total_step=8, tinit=1, tfinal=2, target_modules=["q_proj", "up_proj"]
     ),
     "adalora_full": AdaLoraConfig(init_r=4, lora_alpha=6, total_step=8, target_modules=["q_proj", "up_proj"]),
+    "dora_embedding": LoraConfig(r=3, lora_alpha=4, target_modules=["embed_tokens", "q_proj"], use_dora=True),
+    # More ranks than the layers have rows or columns.
+    "wide": LoraConfig(r=12, lora_alpha=9, target_modules=["embed_tokens", "q_proj", "c_attn"], fan_in_fan_out=True),
+    # PEFT gives every layer of AdaLoRA the same alpha, whatever the pattern says.
+    "adalora_alpha": AdaLoraConfig(
+        init_r=9, lora_alpha=6, total_step=8, target_modules=["q_proj"], alpha_pattern={"q_proj": 2}
+    ),
 }
 
 
@@ -125,6 +132,49 @@ def from_peft():
     (HERE / "peft" / "outputs.json").write_text(json.dumps(outputs) + "\n")
 
 
+# Combinations of adapters with scales of their own; dropping values at random is left out by a density of 1.
+COMBINATIONS = [
+    ("linear", {}),
+    ("cat", {}),
+    ("svd", {"svd_rank": 2}),
+    *(
+        (f"{name}{over}", {"density": density, **sign, **rank})
+        for name, densities, signs in [
+            ("magnitude_prune", [0.3, 0.7], [{}]),
+            ("ties", [0.3, 0.7, 1.0], [{"majority_sign_method": s} for s in ("total", "frequency")]),
+            ("dare_linear", [1.0], [{}]),
+            ("dare_ties", [1.0], [{"majority_sign_method": s} for s in ("total", "frequency")]),
+        ]
+        for over, rank in [("", {}), ("_svd", {"svd_rank": 3})]
+        for density in densities
+        for sign in signs
+    ),
+]
+
+
+def combined():
+    torch.manual_seed(0)
+    configs = [LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"]) for alpha in (2, 9, 3)]
+    configs[2].use_rslora = True
+    names, weights = ["a", "b", "c"], [0.8, -0.5, 1.3]
+    model = get_peft_model(nn.ModuleDict({"q_proj": nn.Linear(5, 4, bias=False)}), configs[0], adapter_name="a")
+    for name, config in zip(names[1:], configs[1:]):
+        model.add_adapter(name, config)
+    layer = model.base_model.model["q_proj"]
+    adapters = []
+    for name, weight in zip(names, weights):
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        with torch.no_grad():
+            a.normal_(), b.normal_()
+        adapters.append({"a": a.tolist(), "b": b.tolist(), "scale": layer.scaling[name], "weight": weight})
+    cases = []
+    for how, options in COMBINATIONS:
+        model.add_weighted_adapter(names, weights, "combined", combination_type=how, **options)
+        cases.append({"how": how, **options, "delta": layer.get_delta_weight("combined").tolist()})
+        model.delete_adapter("combined")
+    (HERE / "peft" / "combine.json").write_text(json.dumps({"adapters": adapters, "cases": cases}) + "\n")
+
+
 def from_flylora():
     outputs = {}
     for folder in sorted(p for p in (HERE / "flylora").iterdir() if p.is_dir()):
@@ -141,3 +191,4 @@ if __name__ == "__main__":
         from_flylora()
     else:
         from_peft()
+        combined()
