@@ -248,8 +248,16 @@ fn whatever_is_wrong_is_named_and_nothing_changes() {
         ),
         (
             "saved modules",
-            |d| edit(d, "modules_to_save", Some(json!(["lm_head"]))),
-            &["modules_to_save = [\"lm_head\"] is not supported"],
+            |d| {
+                edit(d, "modules_to_save", Some(json!(["lm_head"])));
+                rewrite(d, |t| drop(t.insert("base_model.model.lm_head.weight".into(), t[QB].clone())));
+            },
+            &[WEIGHTS_FILE, "base_model.model.lm_head.weight belongs to none"],
+        ),
+        (
+            "saved modules of no list",
+            |d| edit(d, "modules_to_save", Some(json!("lm_head"))),
+            &["modules_to_save: expected a list of names, got \"lm_head\""],
         ),
         (
             "alpha of no number",
@@ -257,7 +265,7 @@ fn whatever_is_wrong_is_named_and_nothing_changes() {
             &["alpha_pattern.q_proj: expected a number other than 0"],
         ),
         ("targets", |d| edit(d, "target_modules", Some(json!(3))), &["target_modules: expected a name"]),
-        ("bias", |d| edit(d, "bias", Some(json!("all"))), &["bias = \"all\" is not supported"]),
+        ("bias", |d| edit(d, "bias", Some(json!("some"))), &["bias = \"some\" is not supported"]),
         ("PiSSA", |d| edit(d, "init_lora_weights", Some(json!("pissa"))), &["init_lora_weights = \"pissa\""]),
         (
             "new field",
@@ -371,6 +379,7 @@ fn the_options_of_a_file_are_written_and_targets_must_select_what_is_saved() {
         task_type: Some("CAUSAL_LM".into()),
         fan_in_fan_out: true,
         targets: Some(Targets::names(["q_proj"]).in_layers([0])),
+        ..SaveOptions::default()
     };
     save_adapters_with(dir.path(), &[(Q, &q)], &options).unwrap();
     let text = std::fs::read_to_string(dir.path().join(CONFIG_FILE)).unwrap();

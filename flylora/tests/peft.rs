@@ -47,6 +47,9 @@ const SAVED: [&str; 9] = [
     "adalora_alpha",
 ];
 
+/// Those with parameters of the model itself.
+const WITH_PARAMETERS: [&str; 2] = ["saved", "bias"];
+
 const MODULES: [&str; 3] = ["q_proj", "c_attn", "up_proj"];
 
 /// The layers of the small model, each with an adapter or without.
@@ -149,33 +152,95 @@ fn adapters_that_peft_saved_give_the_outputs_of_peft_in_every_kind() {
     }
 }
 
+/// The small model as one that knows nothing of adapters, from merged weights.
+fn merged_forward(dir: &Path) -> Tensor {
+    let vb = VarBuilder::from_tensors(base(), DType::F64, &Device::Cpu);
+    let merged = MergedWeights::new(vb, AdapterFile::read(dir).unwrap()).unwrap();
+    let vb = merged.var_builder();
+    let unused = merged.check_all_used().unwrap_err().to_string();
+    assert!(unused.contains("was not used: nothing read"), "{unused}");
+    let mut x = vb
+        .get((11, 8), "embed_tokens.weight")
+        .unwrap()
+        .index_select(&ids().flatten_all().unwrap(), 0)
+        .unwrap();
+    for i in 0..2 {
+        let vb = vb.pp(format!("layers.{i}"));
+        let q = candle_nn::linear(8, 6, vb.pp("q_proj")).unwrap();
+        let (c, bias) = (vb.get((6, 8), "c_attn.weight").unwrap(), vb.get(8, "c_attn.bias").unwrap());
+        let up = vb.get_unchecked("up_proj.weight").unwrap();
+        let q = candle_nn::Module::forward(&q, &x).unwrap().tanh().unwrap();
+        let c = q.matmul(&c).unwrap().broadcast_add(&bias).unwrap().tanh().unwrap();
+        x = (x + c.matmul(&up.t().unwrap()).unwrap()).unwrap();
+    }
+    assert_eq!(x.dtype(), DType::F64);
+    merged.check_all_used().unwrap();
+    assert!(vb.contains_tensor("layers.0.q_proj.bias") && !vb.contains_tensor("lm_head.weight"));
+    x.reshape((2, 4, 8)).unwrap()
+}
+
 #[test]
 fn merged_weights_give_the_outputs_of_peft_to_a_model_that_knows_nothing_of_adapters() {
     let want = outputs("peft");
-    for name in SAVED {
-        let vb = VarBuilder::from_tensors(base(), DType::F64, &Device::Cpu);
-        let merged = MergedWeights::new(vb, AdapterFile::read(golden("peft").join(name)).unwrap()).unwrap();
-        let vb = merged.var_builder();
-        let unused = merged.check_all_used().unwrap_err().to_string();
-        assert!(unused.contains("was not used: nothing read"), "{unused}");
-        let mut x = vb
-            .get((11, 8), "embed_tokens.weight")
-            .unwrap()
-            .index_select(&ids().flatten_all().unwrap(), 0)
-            .unwrap();
-        for i in 0..2 {
-            let vb = vb.pp(format!("layers.{i}"));
-            let q = candle_nn::linear(8, 6, vb.pp("q_proj")).unwrap();
-            let (c, bias) = (vb.get((6, 8), "c_attn.weight").unwrap(), vb.get(8, "c_attn.bias").unwrap());
-            let up = vb.get_unchecked("up_proj.weight").unwrap();
-            let q = candle_nn::Module::forward(&q, &x).unwrap().tanh().unwrap();
-            let c = q.matmul(&c).unwrap().broadcast_add(&bias).unwrap().tanh().unwrap();
-            x = (x + c.matmul(&up.t().unwrap()).unwrap()).unwrap();
-        }
-        assert_eq!(x.dtype(), DType::F64);
-        merged.check_all_used().unwrap();
-        assert!(largest_difference(&x, &want[name].flatten_to(1).unwrap()) < 1e-6, "{name}");
-        assert!(vb.contains_tensor("layers.0.q_proj.bias") && !vb.contains_tensor("lm_head.weight"));
+    for name in SAVED.into_iter().chain(WITH_PARAMETERS) {
+        let got = merged_forward(&golden("peft").join(name));
+        assert!(largest_difference(&got, &want[name]) < 1e-6, "{name}");
+    }
+}
+
+#[test]
+fn parameters_of_the_model_beside_the_adapters_are_served_or_named_where_nothing_reads_them() {
+    let file = AdapterFile::read(golden("peft/saved")).unwrap();
+    assert_eq!(file.config().modules_to_save(), ["layers.1.up_proj", "score"]);
+    let names: Vec<String> = file.saved_parameters().into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["layers.1.up_proj.weight"]);
+    let file = AdapterFile::read(golden("peft/bias")).unwrap();
+    let names: Vec<String> = file.saved_parameters().into_iter().map(|(name, _)| name).collect();
+    let want =
+        ["layers.0.c_attn.bias", "layers.0.q_proj.bias", "layers.1.c_attn.bias", "layers.1.q_proj.bias"];
+    assert_eq!(names, want);
+    let vb = VarBuilder::from_tensors(base(), DType::F32, &Device::Cpu);
+    let merged = MergedWeights::new(vb, file).unwrap();
+    let vb = merged.var_builder();
+    for i in 0..2 {
+        vb.get((6, 8), &format!("layers.{i}.q_proj.weight")).unwrap();
+    }
+    let error = merged.check_all_used().unwrap_err().to_string();
+    assert!(error.contains("layers.0.c_attn.bias of the adapter's file was not used"), "{error}");
+    let error = vb.get(9, "layers.0.c_attn.bias").unwrap_err().to_string();
+    assert!(error.contains("layers.0.c_attn.bias of the adapter's file"), "{error}");
+}
+
+/// Adapters beside a layer that is trained itself.
+fn with_a_parameter(dir: &Path) {
+    let config = LoraConfig::default().with_r(2).with_alpha(3.0);
+    let adapters: Vec<(String, LoraAdapter)> = (0..2)
+        .map(|i| {
+            let name = format!("layers.{i}.q_proj");
+            let adapter = LoraAdapter::seeded(8, 6, &config, &name, DType::F32, &Device::Cpu).unwrap();
+            common::wake(&adapter, 70 + i);
+            (name, adapter)
+        })
+        .collect();
+    let named: Vec<(&str, &LoraAdapter)> = adapters.iter().map(|(name, a)| (name.as_str(), a)).collect();
+    let own = common::noise(&[8, 8], 0.5, DType::F32, 72);
+    let options = SaveOptions {
+        saved_parameters: [("layers.1.up_proj.weight".to_owned(), own)].into(),
+        ..SaveOptions::default()
+    };
+    save_adapters_with(dir, &named, &options).unwrap();
+    let nameless = SaveOptions { saved_parameters: [("scale".into(), ids())].into(), ..options };
+    let error = save_adapters_with(dir, &named, &nameless).unwrap_err().to_string();
+    assert!(error.contains("a saved parameter must be named with its module"), "{error}");
+}
+
+#[test]
+fn parameters_that_flylora_saved_are_those_that_peft_loads() {
+    let dir = tempfile::tempdir().unwrap();
+    with_a_parameter(dir.path());
+    let want = outputs("flylora");
+    for dir in [dir.path(), &golden("flylora/saved")] {
+        assert!(largest_difference(&merged_forward(dir), &want["saved"]) < 1e-6);
     }
 }
 
@@ -268,12 +333,13 @@ fn write_the_adapters_for_peft() {
         let options = SaveOptions { fan_in_fan_out: true, ..SaveOptions::default() };
         save_adapters_with(golden("flylora").join(name), &model.adapted(), &options).unwrap();
     }
+    with_a_parameter(&golden("flylora/saved"));
 }
 
 #[test]
 fn adapters_that_flylora_trained_give_in_peft_what_they_give_here() {
     let want = outputs("flylora");
-    assert_eq!(want.len(), 6);
+    assert_eq!(want.len(), 7);
     let plain = Tiny::new(|_, _| None).forward();
     for (name, model) in trained() {
         let dir = golden("flylora").join(name);

@@ -64,7 +64,8 @@ impl AdapterFile {
             tensors.insert(key.to_owned(), tensor);
         }
         let file = Self { dir, config, tensors };
-        file.check_used(&BTreeSet::new(), |key| module_of(key).is_none())?;
+        let known = |key: &str| module_of(key).is_some() || file.config.saved().parameter(key).is_some();
+        file.check_used(&BTreeSet::new(), |key| !known(key))?;
         Ok(file)
     }
 
@@ -85,6 +86,13 @@ impl AdapterFile {
     /// Whether the adapter of a module is one of an embedding table.
     pub fn is_embedding(&self, module: &str) -> bool {
         self.tensors.contains_key(&super::key(module, embedding::A))
+    }
+
+    /// The parameters of the model itself that the file holds, in full, by their names in the model (`score.weight`), sorted:
+    /// those of the `modules_to_save`, and the biases where the configuration says so. They stand for the model's own.
+    pub fn saved_parameters(&self) -> Vec<(String, &Tensor)> {
+        let others = self.tensors.iter().filter(|(key, _)| module_of(key).is_none());
+        others.filter_map(|(key, tensor)| Some((self.config.saved().parameter(key)?, tensor))).collect()
     }
 
     /// Makes the adapter of a module, over its layer, with variables of its own in `dtype` on the layer's device.

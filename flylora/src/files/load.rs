@@ -7,6 +7,9 @@ use crate::{Error, Result};
 /// Reads adapters that [`save_adapters`](super::save_adapters) or PEFT wrote into adapters of the same kind, size and
 /// scale. ([`AdapterFile`] makes them from the file instead.)
 ///
+/// A file that holds parameters of the model itself too ([`AdapterFile::saved_parameters`]) is refused by their names: they
+/// would be lost.
+///
 /// Every tensor is checked before the first variable is changed: after an error all adapters are as they were. Weights
 /// of another float dtype are converted.
 ///

@@ -1,4 +1,4 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Result, Shape, Tensor};
@@ -51,6 +51,9 @@ struct Inner {
     weights: VarBuilder<'static>,
     file: AdapterFile,
     modules: BTreeSet<String>,
+    /// Parameters that stand for the model's own.
+    saved: BTreeMap<String, Tensor>,
+    /// Of the modules and the parameters.
     used: Mutex<BTreeSet<String>>,
 }
 
@@ -63,12 +66,14 @@ impl MergedWeights {
     /// [`Error::Adapters`] where a module of the file cannot be merged, or the file holds no adapter.
     pub fn new(weights: VarBuilder<'static>, file: AdapterFile) -> crate::Result<Self> {
         let modules: BTreeSet<String> = file.modules().into_iter().map(str::to_owned).collect();
-        if modules.is_empty() {
+        let saved: BTreeMap<String, Tensor> =
+            file.saved_parameters().into_iter().map(|(name, tensor)| (name, tensor.clone())).collect();
+        if modules.is_empty() && saved.is_empty() {
             let message = format!("{}: there is no adapter in it", file.weights_path().display());
             return Err(Error::Adapters { message });
         }
         let (dtype, device) = (weights.dtype(), weights.device().clone());
-        let inner = Inner { weights, file, modules, used: Mutex::default() };
+        let inner = Inner { weights, file, modules, saved, used: Mutex::default() };
         Ok(Self { inner: Arc::new(inner), dtype, device })
     }
 
@@ -77,7 +82,8 @@ impl MergedWeights {
         VarBuilder::from_backend(Box::new(self.clone()), self.dtype, self.device.clone())
     }
 
-    /// That every adapter has been merged into a weight; to be called when the model is loaded.
+    /// That every adapter has been merged into a weight, and every parameter of the file read; to be called when the model is
+    /// loaded.
     ///
     /// # Errors
     ///
@@ -86,7 +92,14 @@ impl MergedWeights {
     pub fn check_all_used(&self) -> crate::Result<()> {
         let used = self.inner.used.lock().unwrap_or_else(PoisonError::into_inner);
         let mut unused = self.inner.modules.iter().filter(|module| !used.contains(*module));
-        let Some(first) = unused.next() else { return Ok(()) };
+        let Some(first) = unused.next() else {
+            return match self.inner.saved.keys().find(|name| !used.contains(*name)) {
+                None => Ok(()),
+                Some(name) => Err(Error::Adapters {
+                    message: format!("{name} of the adapter's file was not used: nothing read it"),
+                }),
+            };
+        };
         let more = match unused.count() {
             0 => String::new(),
             n => format!(" (and those of {n} more)"),
@@ -100,6 +113,13 @@ impl Inner {
     /// The module whose weight this is, if it has an adapter.
     fn module<'a>(&self, name: &'a str) -> Option<&'a str> {
         name.strip_suffix(".weight").filter(|module| self.modules.contains(*module))
+    }
+
+    /// The parameter of the file that stands for the model's own, if there is one of that name.
+    fn saved(&self, name: &str, dtype: DType, device: &Device) -> Option<Result<Tensor>> {
+        let tensor = self.saved.get(name)?;
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
+        Some(tensor.to_device(device).and_then(|t| t.to_dtype(dtype)))
     }
 
     /// Whether the weight is (in, out), as Conv1D keeps it: by the sizes of the adapter's factors, since PEFT goes by the
@@ -148,6 +168,15 @@ impl Inner {
 
 impl SimpleBackend for MergedWeights {
     fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
+        if let Some(saved) = self.inner.saved(name, dtype, device) {
+            let saved = saved?;
+            if *saved.shape() != shape {
+                let msg = format!("{name} of the adapter's file");
+                let got = saved.shape().clone();
+                return Err(candle_core::Error::UnexpectedShape { msg, expected: shape, got }.bt());
+            }
+            return Ok(saved);
+        }
         let weights = self.inner.weights.clone().set_device(device.clone());
         match self.inner.module(name) {
             None => weights.get_with_hints_dtype(shape, name, init, dtype),
@@ -159,6 +188,9 @@ impl SimpleBackend for MergedWeights {
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        if let Some(saved) = self.inner.saved(name, dtype, device) {
+            return saved;
+        }
         let weights = self.inner.weights.clone().set_device(device.clone());
         match self.inner.module(name) {
             None => weights.get_unchecked_dtype(name, dtype),
@@ -170,6 +202,6 @@ impl SimpleBackend for MergedWeights {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.inner.weights.contains_tensor(name)
+        self.inner.saved.contains_key(name) || self.inner.weights.contains_tensor(name)
     }
 }

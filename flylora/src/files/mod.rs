@@ -7,6 +7,9 @@
 //!
 //! LoRA, rank-stabilised LoRA, DoRA and AdaLoRA are PEFT's own, both ways. FlyLoRA and masked FlyLoRA have the same
 //! layout with a `peft_type` of their own (`FLYLORA`, `MASKED_FLYLORA`), which PEFT refuses by that name.
+//!
+//! Parameters of the model that were trained themselves (`modules_to_save`, `bias`) lie beside the adapters, under the names
+//! that they have in the model: [`AdapterFile::saved_parameters`], [`SaveOptions::saved_parameters`].
 
 use candle_core::Tensor;
 
@@ -19,6 +22,7 @@ mod load;
 mod merged_weights;
 mod peft_config;
 mod save;
+mod saved;
 mod state;
 
 pub use adapter_file::AdapterFile;

@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use tempfile::NamedTempFile;
 
-use super::{CONFIG_FILE, PeftConfig, Stored, WEIGHTS_FILE, check_paths, key};
+use super::{CONFIG_FILE, PREFIX, Stored, WEIGHTS_FILE, check_paths, key, peft_config};
 use crate::{Error, Result, Targets};
 
 /// What else a configuration file says.
@@ -19,6 +19,9 @@ pub struct SaveOptions {
     pub fan_in_fan_out: bool,
     /// Which modules have an adapter; by default the full paths of those that are saved.
     pub targets: Option<Targets>,
+    /// Parameters of the model itself that were trained too, in full, by their names in the model (`score.weight`): PEFT's
+    /// `modules_to_save`. Give all those of a module. None by default.
+    pub saved_parameters: BTreeMap<String, Tensor>,
 }
 
 /// Writes adapters, each with the path of its module, as a directory that PEFT reads; the directory is made if needed.
@@ -57,7 +60,8 @@ pub fn save_adapters<S: Stored + ?Sized>(dir: impl AsRef<Path>, adapters: &[(&st
 ///
 /// # Errors
 ///
-/// As [`save_adapters`], and [`Error::Adapters`] for a path that the targets of the options do not select.
+/// As [`save_adapters`], and [`Error::Adapters`] for a path that the targets of the options do not select, or a saved
+/// parameter without a module.
 pub fn save_adapters_with<S: Stored + ?Sized>(
     dir: impl AsRef<Path>,
     adapters: &[(&str, &S)],
@@ -71,13 +75,16 @@ pub fn save_adapters_with<S: Stored + ?Sized>(
         return Err(Error::Adapters { message: format!("the targets given do not select {path}") });
     }
     let kinds: Vec<_> = adapters.iter().map(|(path, s)| (*path, s.kind().as_stored())).collect();
-    let config = PeftConfig::write(&kinds, options)?;
+    let config = peft_config::write(&kinds, options)?;
     // Sorted by key, so that equal adapters give equal files.
     let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
     for (path, adapter) in adapters {
         for (name, value) in adapter.state()? {
             tensors.insert(key(path, &name), value.to_device(&Device::Cpu)?.contiguous()?);
         }
+    }
+    for (name, value) in &options.saved_parameters {
+        tensors.insert(format!("{PREFIX}{name}"), value.to_device(&Device::Cpu)?.contiguous()?);
     }
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let format = |e: safetensors::SafeTensorError| Error::Format {

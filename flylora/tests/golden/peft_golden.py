@@ -108,6 +108,8 @@ CASES = {
     "dora_embedding": LoraConfig(r=3, lora_alpha=4, target_modules=["embed_tokens", "q_proj"], use_dora=True),
     # More ranks than the layers have rows or columns.
     "wide": LoraConfig(r=12, lora_alpha=9, target_modules=["embed_tokens", "q_proj", "c_attn"], fan_in_fan_out=True),
+    "saved": LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], modules_to_save=["layers.1.up_proj", "score"]),
+    "bias": LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], bias="all"),
     # PEFT gives every layer of AdaLoRA the same alpha, whatever the pattern says.
     "adalora_alpha": AdaLoraConfig(
         init_r=9, lora_alpha=6, total_step=8, target_modules=["q_proj"], alpha_pattern={"q_proj": 2}
@@ -179,7 +181,7 @@ def from_flylora():
     outputs = {}
     for folder in sorted(p for p in (HERE / "flylora").iterdir() if p.is_dir()):
         model = PeftModel.from_pretrained(base(), folder)
-        loaded = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+        loaded = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n or "modules_to_save" in n)
         stored = sum(t.numel() for t in load_file(folder / "adapter_model.safetensors").values())
         assert loaded == stored, (folder, loaded, stored)
         outputs[folder.name] = output(model)
