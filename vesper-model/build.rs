@@ -14,7 +14,8 @@ fn kernels() {
     let built = cudaforge::KernelBuilder::new()
         .source_dir(directory)
         .watch(
-            ["common", "mma", "norms", "attention", "decode"].map(|stem| format!("{directory}/{stem}.cuh")),
+            ["attention", "attention_forward", "attention_plain", "common", "decode", "mma", "norms"]
+                .map(|stem| format!("{directory}/{stem}.cuh")),
         )
         .arg("-std=c++17")
         .arg("-O3")

@@ -9,10 +9,6 @@ use crate::ops::CudaStep;
 use crate::ops::{CpuStep, Place};
 use crate::{ModelError, Result};
 
-/// Tokens of a row that go through the model at once where the row is not empty: their scores are (chunk x length) a
-/// head.
-const CHUNK: usize = 256;
-
 /// How a session takes single tokens through the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DecodeStep {
@@ -202,14 +198,8 @@ impl Decoding {
 
     /// Several tokens of one row.
     fn read(&self, row: usize, ids: &[u32]) -> Result<Last> {
-        let mut position = self.lens[row];
-        let chunk = if position == 0 { ids.len() } else { CHUNK };
-        let mut last = Vec::new();
-        for ids in ids.chunks(chunk) {
-            let tokens = Tensor::new(ids, self.model.device())?.unsqueeze(0)?;
-            last = self.through(&tokens, &[Place { row, position }])?;
-            position += ids.len();
-        }
+        let tokens = Tensor::new(ids, self.model.device())?.unsqueeze(0)?;
+        let mut last = self.through(&tokens, &[Place { row, position: self.lens[row] }])?;
         last.pop().ok_or(ModelError::EmptyPrompt)
     }
 

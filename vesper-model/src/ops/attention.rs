@@ -9,7 +9,7 @@ use super::real::{self, Real};
 use super::{Backend, Path, Rope, attention_composed, check_sizes, notice};
 
 /// Query rows handled at once: the scores in memory are `BLOCK x t` a thread, never `t x t`.
-const BLOCK: usize = 64;
+pub(super) const BLOCK: usize = 64;
 
 /// How a packed projection is split into heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,12 +109,12 @@ impl Shapes {
     }
 }
 
-/// Rotates rows of (t, dim) in place, forwards or backwards.
+/// Rotates rows of (t, dim), the first at position `first`, in place, forwards or backwards.
 #[inline(always)]
-fn rotate<T: Real>(rows: &mut [T], dim: usize, rope: &Rope, sign: T) {
+fn rotate<T: Real>(rows: &mut [T], dim: usize, rope: &Rope, first: usize, sign: T) {
     let half = dim / 2;
     let (cos, sin) = &*rope.table;
-    for (position, row) in rows.chunks_exact_mut(dim).enumerate() {
+    for (position, row) in (first..).zip(rows.chunks_exact_mut(dim)) {
         let (a, b) = row.split_at_mut(half);
         let cos = &cos[position * half..][..half];
         let sin = &sin[position * half..][..half];
@@ -128,27 +128,33 @@ fn rotate<T: Real>(rows: &mut [T], dim: usize, rope: &Rope, sign: T) {
 }
 
 /// A product of one head, in the type of the computation: its sizes are too small for bf16 to pay.
-fn multiply<T: Real>(dst: Target<'_, T>, a: Matrix<'_, T>, b: Matrix<'_, T>) -> Result<()> {
+pub(super) fn multiply<T: Real>(dst: Target<'_, T>, a: Matrix<'_, T>, b: Matrix<'_, T>) -> Result<()> {
     product(dst, a, b, Precision::Full, Threads::One)
 }
 
-/// Copies one head out of the packed rows, rotated.
-fn head<T: Real>(packed: &[T], width: usize, start: usize, dim: usize, rope: Option<&Rope>) -> Vec<T> {
+/// Copies one head out of the packed rows, rotated, where there is a rotation, from the given position on.
+pub(super) fn head<T: Real>(
+    packed: &[T],
+    width: usize,
+    start: usize,
+    dim: usize,
+    rope: Option<(&Rope, usize)>,
+) -> Vec<T> {
     let mut rows = Vec::with_capacity(packed.len() / width.max(1) * dim);
     for row in packed.chunks_exact(width) {
         rows.extend_from_slice(&row[start..start + dim]);
     }
-    if let Some(rope) = rope {
+    if let Some((rope, first)) = rope {
         real::simd(
             #[inline(always)]
-            || rotate(&mut rows, dim, rope, T::ONE),
+            || rotate(&mut rows, dim, rope, first, T::ONE),
         );
     }
     rows
 }
 
 /// Scores of the query rows `first ..` turned into softmax weights: row r sees keys 0 ..= first + r.
-fn softmax_rows<T: Real>(scores: &mut [T], keys: usize, first: usize, scale: T) {
+pub(super) fn softmax_rows<T: Real>(scores: &mut [T], keys: usize, first: usize, scale: T) {
     real::simd(
         #[inline(always)]
         || {
@@ -187,6 +193,10 @@ impl CausalAttention {
         Ok(Self { heads, rope: positions.cloned() })
     }
 
+    fn rotation(&self) -> Option<(&Rope, usize)> {
+        self.rope.as_ref().map(|rope| (rope, 0))
+    }
+
     fn scale<T: Real>(&self) -> T {
         T::of(1.0 / (self.heads.dim as f64).sqrt())
     }
@@ -195,13 +205,13 @@ impl CausalAttention {
     fn forward_group<T: Real>(&self, packed: &[T], kv: usize, shapes: Shapes) -> Result<Vec<T>> {
         let Shapes { t, heads: Heads { query, kv: kv_heads, dim } } = shapes;
         let (group, width) = (shapes.group(), shapes.heads.packed());
-        let k = head(packed, width, (query + kv) * dim, dim, self.rope.as_ref());
+        let k = head(packed, width, (query + kv) * dim, dim, self.rotation());
         let k = Matrix::new(&k, t, dim, dim)?;
         let v = &packed[(query + kv_heads + kv) * dim..];
         let mut out = vec![T::ZERO; group * t * dim];
         let mut scores = vec![T::ZERO; BLOCK.min(t) * t];
         for (g, out) in out.chunks_exact_mut(t * dim).enumerate() {
-            let q = head(packed, width, (kv * group + g) * dim, dim, self.rope.as_ref());
+            let q = head(packed, width, (kv * group + g) * dim, dim, self.rotation());
             for first in (0..t).step_by(BLOCK) {
                 let rows = BLOCK.min(t - first);
                 let keys = first + rows;
@@ -227,7 +237,7 @@ impl CausalAttention {
     ) -> Result<(Vec<T>, Vec<T>, Vec<T>)> {
         let Shapes { t, heads: Heads { query, kv: kv_heads, dim } } = shapes;
         let (group, width) = (shapes.group(), shapes.heads.packed());
-        let k = head(packed, width, (query + kv) * dim, dim, self.rope.as_ref());
+        let k = head(packed, width, (query + kv) * dim, dim, self.rotation());
         let k = Matrix::new(&k, t, dim, dim)?;
         let v = &packed[(query + kv_heads + kv) * dim..];
         let mut dq = vec![T::ZERO; group * t * dim];
@@ -236,7 +246,7 @@ impl CausalAttention {
         let mut dscores = vec![T::ZERO; BLOCK.min(t) * t];
         for (g, dq) in dq.chunks_exact_mut(t * dim).enumerate() {
             let h = kv * group + g;
-            let q = head(packed, width, h * dim, dim, self.rope.as_ref());
+            let q = head(packed, width, h * dim, dim, self.rotation());
             for first in (0..t).step_by(BLOCK) {
                 let rows = BLOCK.min(t - first);
                 let keys = first + rows;
@@ -267,11 +277,11 @@ impl CausalAttention {
                 multiply(Target::add(&mut dv, dim), p.t(), dout)?;
             }
             if let Some(rope) = &self.rope {
-                rotate(dq, dim, rope, -T::ONE);
+                rotate(dq, dim, rope, 0, -T::ONE);
             }
         }
         if let Some(rope) = &self.rope {
-            rotate(&mut dk, dim, rope, -T::ONE);
+            rotate(&mut dk, dim, rope, 0, -T::ONE);
         }
         Ok((dq, dk, dv))
     }

@@ -44,6 +44,7 @@
 
 mod attention;
 mod attention_composed;
+mod cached_attention;
 mod captured;
 mod checkpoint;
 mod cross_entropy;
@@ -71,6 +72,7 @@ mod rope_scaling;
 mod self_attention;
 
 pub use attention::{Heads, causal_attention};
+pub(crate) use cached_attention::cached_attention;
 pub use captured::CapturedStep;
 pub use checkpoint::checkpoint;
 pub use cross_entropy::{CrossEntropy, LossAndEntropy, linear_cross_entropy};

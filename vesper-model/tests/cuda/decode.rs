@@ -5,7 +5,7 @@ use candle_nn::{VarBuilder, VarMap};
 use era_act::{Activation, Era};
 use std::collections::HashMap;
 use vesper_model::generate::{BatchLogits, NextLogits};
-use vesper_model::ops::cuda_device;
+use vesper_model::ops::{Path, cuda_device};
 use vesper_model::{DecodeStep, Session, VesperConfig, VesperLM};
 
 use crate::common::{brief, gpu};
@@ -153,6 +153,51 @@ fn caches_of_any_length_are_attended_to() {
                         "{shape:?} {dtype:?} after {length}: off by {off:e}, composed {composed:e}"
                     ));
                 }
+            }
+        }
+    }
+    assert!(brief() || wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn prompts_in_pieces_give_the_logits_of_the_exact_model() {
+    let Some((_lock, device)) = gpu("prompts_in_pieces_give_the_logits_of_the_exact_model") else { return };
+    // Before a piece there is nothing, less than a tile, and several tiles; a piece fills some tiles and parts of others.
+    let pieces: &[usize] = if brief() { &[3, 2, 6] } else { &[2, 61, 3, 64, 1, 130, 200, 17, 2] };
+    let mut wrong = Vec::new();
+    for shape in SHAPES {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let (model, exact) = models(&config(shape), dtype, &device);
+            let tokens = tokens(pieces.iter().sum(), 7);
+            let exact = whole(&exact, &tokens, 0);
+            let mut off = [0f64; 2];
+            for (off, path) in off.iter_mut().zip([Path::Fused, Path::Reference]) {
+                // The row between two others, which stay as they are.
+                let mut batch = model.clone().with_path(path).batch_session(3, 500).unwrap();
+                batch.append(&[&[5, 6], &[], &[7, 8]]).unwrap();
+                let mut read = 0;
+                for &n in pieces {
+                    let logits = batch.append(&[&[], &tokens[read..read + n], &[]]).unwrap();
+                    read += n;
+                    *off = off.max(apart(&logits[1], &exact[read - 1]));
+                }
+                let mut alone = model.clone().with_path(path).session(500).unwrap();
+                for (row, first) in [(0, [5, 6]), (2, [7, 8])] {
+                    alone.truncate(0);
+                    alone.append(&first).unwrap();
+                    let expected = alone.append(&[9]).unwrap();
+                    let ids: [&[u32]; 3] = std::array::from_fn(|i| if i == row { &[9][..] } else { &[] });
+                    assert_eq!(
+                        bits(&batch.append(&ids).unwrap()[row]),
+                        bits(&expected),
+                        "{shape:?} {dtype:?}"
+                    );
+                }
+            }
+            let [off, composed] = off;
+            println!("{shape:?} {dtype:?}: off by {off:.2e}, composed {composed:.2e}");
+            if off > limit(dtype, composed) {
+                wrong.push(format!("{shape:?} {dtype:?}: off by {off:e}, composed {composed:e}"));
             }
         }
     }

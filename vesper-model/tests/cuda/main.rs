@@ -13,3 +13,4 @@ mod decoder;
 mod layers;
 mod model;
 mod norms_and_terms;
+mod quantized;

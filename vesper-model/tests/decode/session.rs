@@ -85,6 +85,31 @@ fn a_long_prompt_after_others_is_read_in_chunks() {
 }
 
 #[test]
+fn half_precision_reads_prompts_after_others_as_well_as_the_composition() {
+    for (kv, dim) in [(6, 16), (2, 10), (1, 40)] {
+        let config = config(kv, dim);
+        let tokens = tokens(150, 6);
+        for dtype in [DType::BF16, DType::F16] {
+            let rounded = model(&config, dtype);
+            let exact = model(&config, DType::F64);
+            let mut off = [0f64; 2];
+            for (off, path) in off.iter_mut().zip([Path::Fused, Path::Reference]) {
+                let mut session = rounded.clone().with_path(path).session(150).unwrap();
+                let mut read = 0;
+                for n in [70, 1, 2, 64, 13] {
+                    let logits = session.append(&tokens[read..read + n]).unwrap();
+                    read += n;
+                    *off = off.max(apart(&logits, &whole(&exact, &tokens[..read])));
+                }
+            }
+            let [off, composed] = off;
+            println!("{kv} {dim} {dtype:?}: off by {off:.2e}, without fusion {composed:.2e}");
+            assert!(composed > 0.0 && off <= 1.5 * composed, "{dtype:?}: {off:e} against {composed:e}");
+        }
+    }
+}
+
+#[test]
 fn a_truncated_session_goes_on_as_a_new_one() {
     let model = model(&config(2, 16), DType::F32);
     let (first, second) = (tokens(20, 4), tokens(12, 5));

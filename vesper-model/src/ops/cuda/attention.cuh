@@ -94,3 +94,52 @@ struct Place {
 __device__ __forceinline__ Place place_of(uint32_t block, uint32_t heads) {
     return {block / heads, block % heads};
 }
+
+// The rows of one query head and of the key head that it shares.
+template <typename T> struct HeadRows {
+    const T *q, *k, *v;
+    size_t q_stride, stride;  // of queries; of keys and values
+    int t;                    // queries
+    int first;                // the position of query 0, which is how many keys are before its own
+};
+
+// Those of a packed projection.
+template <typename T>
+__device__ __forceinline__ HeadRows<T> packed_head(const T *qkv, const Place &at, const AttentionParams &p) {
+    const size_t width = (size_t)(p.query + 2 * p.kv) * p.dim;
+    const uint32_t kv = at.head / (p.query / p.kv);
+    const T *const base = qkv + at.batch * p.t * width;
+    return {base + at.head * p.dim,
+            base + (p.query + kv) * p.dim,
+            base + (p.query + p.kv + kv) * p.dim,
+            width,
+            width,
+            (int)p.t,
+            0};
+}
+
+struct CachedParams {
+    AttentionParams attention;      // t: new tokens
+    uint32_t first;                 // the position of the first of them
+    uint32_t row, rows, capacity;   // of the cache
+};
+static_assert(sizeof(CachedParams) == 36, "the Rust side has the same layout");
+
+// Where a head's positions begin in a cache (2, rows, kv, capacity, dim).
+__device__ __forceinline__ size_t cached_at(const CachedParams &p, uint32_t values, uint32_t kv) {
+    return (((size_t)values * p.rows + p.row) * p.attention.kv + kv) * p.capacity * p.attention.dim;
+}
+
+// The rows of a head whose queries are (t, query dim), and whose keys and values are in a cache.
+template <typename T>
+__device__ __forceinline__ HeadRows<T> cached_head(const T *q, const T *cache, uint32_t head, const CachedParams &p) {
+    const AttentionParams &a = p.attention;
+    const uint32_t kv = head / (a.query / a.kv);
+    return {q + head * a.dim,
+            cache + cached_at(p, 0, kv),
+            cache + cached_at(p, 1, kv),
+            (size_t)a.query * a.dim,
+            a.dim,
+            (int)a.t,
+            (int)p.first};
+}

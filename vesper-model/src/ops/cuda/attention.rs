@@ -59,7 +59,7 @@ pub(super) struct Kernels {
     /// Without tensor cores.
     pub(super) plain: bool,
     pub(super) dim: usize,
-    forward: Blocks,
+    pub(super) forward: Blocks,
     pub(super) backward_kv: Blocks,
     pub(super) backward_q: Blocks,
 }

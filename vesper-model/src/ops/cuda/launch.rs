@@ -68,7 +68,10 @@ pub(super) use by_dtype;
 pub(super) enum Module {
     Attention,
     AttentionBackward,
+    AttentionCached,
+    AttentionCachedPlain,
     AttentionPlain,
+    Cache,
     CrossEntropy,
     DecodeBf16,
     DecodeF16,
@@ -88,7 +91,10 @@ impl Module {
         match self {
             Self::Attention => "vesper-attention",
             Self::AttentionBackward => "vesper-attention-backward",
+            Self::AttentionCached => "vesper-attention-cached",
+            Self::AttentionCachedPlain => "vesper-attention-cached-plain",
             Self::AttentionPlain => "vesper-attention-plain",
+            Self::Cache => "vesper-cache",
             Self::CrossEntropy => "vesper-cross-entropy",
             Self::DecodeBf16 => "vesper-decode-bf16",
             Self::DecodeF16 => "vesper-decode-f16",
@@ -107,7 +113,10 @@ impl Module {
         match self {
             Self::Attention => ptx::ATTENTION,
             Self::AttentionBackward => ptx::ATTENTION_BACKWARD,
+            Self::AttentionCached => ptx::ATTENTION_CACHED,
+            Self::AttentionCachedPlain => ptx::ATTENTION_CACHED_PLAIN,
             Self::AttentionPlain => ptx::ATTENTION_PLAIN,
+            Self::Cache => ptx::CACHE,
             Self::CrossEntropy => ptx::CROSS_ENTROPY,
             Self::DecodeBf16 => ptx::DECODE_BF16,
             Self::DecodeF16 => ptx::DECODE_F16,
