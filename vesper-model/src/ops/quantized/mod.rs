@@ -6,7 +6,7 @@ mod q8_0;
 
 use std::sync::Arc;
 
-use candle_core::quantized::{QMatMul, QTensor};
+use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor, bail};
 use flylora::FrozenLinear;
 
@@ -32,7 +32,7 @@ const TILE: usize = 1 << 18;
 /// rounded to 8 bits a value for it. More rows (a prompt, a training batch) are exact in f32: rows of the weight are
 /// converted a megabyte at a time, forward and backward, so that there is never a whole weight in f32.
 ///
-/// On other devices than the CPU it is candle's product.
+/// On other devices than the CPU it is candle's product, which rounds x to 8 bits for any number of rows.
 ///
 /// # Errors
 /// Shapes that do not fit, devices that are not the same.
@@ -59,11 +59,21 @@ pub fn quantized_linear(x: &Tensor, weight: &Arc<QTensor>) -> Result<Tensor> {
     let rows: &[usize] = &x.dims()[..x.rank() - 1];
     check_sizes("quantized_linear", &[x.dims(), weight.shape().dims(), &[rows, &[out]].concat()])?;
     if !(x.device().is_cpu() && weight.device().is_cpu()) {
-        let layer = FrozenLinear::quantized(QMatMul::QTensor(Arc::clone(weight)), None)?;
-        return layer.forward(x);
+        return elsewhere(x, weight);
     }
     let wide = x.to_dtype(DType::F32)?.contiguous()?;
     wide.apply_op1(QuantizedLinear(Arc::clone(weight)))?.to_dtype(x.dtype())
+}
+
+/// The product on another device than the CPU. candle has none for weights that are plain numbers there: they become
+/// f32 for the product, and for as long as a graph holds it.
+fn elsewhere(x: &Tensor, weight: &Arc<QTensor>) -> Result<Tensor> {
+    if !matches!(weight.dtype(), GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16) {
+        return FrozenLinear::quantized(QMatMul::QTensor(Arc::clone(weight)), None)?.forward(x);
+    }
+    let (out, _) = weight.shape().dims2()?;
+    let numbers = weight.embedding(&Tensor::arange(0, out as u32, &weight.device())?)?;
+    FrozenLinear::new(numbers, None)?.forward(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype())
 }
 
 /// Rows of a table in GGUF blocks, in f32; without a gradient.
