@@ -1,8 +1,5 @@
-use std::fmt;
-use std::str::FromStr;
-
 use candle_core::{Result, Tensor};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::pointwise::gelu_erf::GeluErf;
 use crate::pointwise::gelu_tanh::GeluTanh;
@@ -14,7 +11,7 @@ use crate::{Era, Error, op};
 /// An elementwise activation, ERA or one that it is compared with; all run through the same fused kernels.
 ///
 /// It goes where a `candle_nn::Activation` stood: a `Module`, a field of a serde configuration that reads the names of
-/// Hugging Face (`silu`, `gelu_pytorch_tanh`, ...), and `TryFrom` for the values of candle's own.
+/// Hugging Face (`silu`, `gelu_pytorch_tanh`, ...) and `era`, and `TryFrom` for the values of candle's own.
 ///
 /// # Examples
 ///
@@ -31,24 +28,21 @@ use crate::{Era, Error, op};
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Activation {
     /// See [`Era`].
     Era(Era),
     /// `x sigmoid(x)`, also called swish.
-    #[serde(alias = "swish")]
     Silu,
     /// `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`, PyTorch's `gelu(approximate="tanh")`.
-    #[serde(alias = "gelu_new", alias = "gelu_pytorch_tanh")]
     GeluTanh,
     /// `x Phi(x)`, `Phi` the normal distribution function.
     Gelu,
     /// `max(x, 0)`, with slope 0 at 0.
     Relu,
     /// `max(x, 0)^2`.
-    #[serde(alias = "relu2")]
     ReluSquared,
 }
 
@@ -250,53 +244,5 @@ impl TryFrom<candle_nn::Activation> for Activation {
             Candle::Relu2 => Self::ReluSquared,
             other => return Err(Error::Candle { got: format!("{other:?}") }),
         })
-    }
-}
-
-/// The names that [`FromStr`] reads; the variants of [`Era`] come with their default parameters.
-const NAMES: [(&str, Activation); 7] = [
-    ("era", Activation::Era(Era::GateEntropy { temperature: 1.0, strength: 0.1 })),
-    ("era_gelu_softplus", Activation::Era(Era::GeluSoftplus { gamma: 0.1 })),
-    ("silu", Activation::Silu),
-    ("gelu_tanh", Activation::GeluTanh),
-    ("gelu", Activation::Gelu),
-    ("relu", Activation::Relu),
-    ("relu_squared", Activation::ReluSquared),
-];
-
-impl FromStr for Activation {
-    type Err = Error;
-
-    /// Reads `era`, `era_gelu_softplus`, `silu`, `gelu_tanh`, `gelu`, `relu` or `relu_squared`, and the other names
-    /// that Hugging Face configurations use for them: `swish`, `gelu_new`, `gelu_pytorch_tanh`, `relu2`.
-    fn from_str(name: &str) -> std::result::Result<Self, Error> {
-        let canonical = match name {
-            "swish" => "silu",
-            "gelu_new" | "gelu_pytorch_tanh" => "gelu_tanh",
-            "relu2" => "relu_squared",
-            other => other,
-        };
-        NAMES.iter().find(|(n, _)| *n == canonical).map(|(_, activation)| *activation).ok_or_else(|| {
-            Error::Name {
-                got: name.to_owned(),
-                expected: "era, era_gelu_softplus, silu, gelu_tanh, gelu, relu, relu_squared",
-            }
-        })
-    }
-}
-
-impl fmt::Display for Activation {
-    /// The name without parameters, or with them where an [`Era`] has other than the default ones.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some((name, _)) = NAMES.iter().find(|(_, activation)| activation == self) {
-            return f.write_str(name);
-        }
-        match self {
-            Self::Era(Era::GateEntropy { temperature, strength }) => {
-                write!(f, "era(temperature={temperature}, strength={strength})")
-            }
-            Self::Era(Era::GeluSoftplus { gamma }) => write!(f, "era_gelu_softplus(gamma={gamma})"),
-            other => write!(f, "{other:?}"),
-        }
     }
 }

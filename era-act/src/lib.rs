@@ -11,6 +11,7 @@ mod error;
 pub mod floor;
 mod layout;
 mod learned;
+mod names;
 mod op;
 mod pointwise;
 mod real;

@@ -56,6 +56,20 @@ fn configurations_read_the_names_of_hugging_face_and_era_with_its_parameters() {
     }
     let era = read(r#"{"era": {"gate_entropy": {"strength": 0.3}}}"#);
     assert_eq!(era, Activation::Era(Era::GateEntropy { temperature: 1.0, strength: 0.3 }));
+    assert_eq!(read("\"era\""), Activation::default());
+    assert_eq!(read("\"era_gelu_softplus\""), Activation::Era(Era::gelu_softplus()));
+    for activation in all() {
+        let text = serde_json::to_string(&activation).unwrap();
+        assert_eq!(read(&text), activation, "{text}");
+    }
+    let error = |act: &str| serde_json::from_str::<Activation>(act).unwrap_err().to_string();
+    assert!(
+        error("\"elu\"").contains("unknown activation \"elu\", expected one of era, "),
+        "{}",
+        error("\"elu\"")
+    );
+    assert!(error("3").contains("the name of an activation"), "{}", error("3"));
+    assert!(error(r#"{"era": {"gate_entropy": {"strong": 1}}}"#).contains("strong"));
 }
 
 #[test]

@@ -168,3 +168,13 @@ fn zero_strength_is_silu_and_zero_gamma_is_gelu_bit_for_bit() {
         }
     }
 }
+
+#[test]
+fn the_compositions_without_their_terms_are_candles_own_formula_bit_for_bit() {
+    let x = tensor(&points(), DType::F32);
+    let composed = |era: Era| values(&reference::forward(&Activation::Era(era), &x).unwrap());
+    let silu = (&x * candle_nn::ops::sigmoid(&x).unwrap()).unwrap();
+    assert_eq!(composed(Era::GateEntropy { temperature: 1.0, strength: 0.0 }), values(&silu));
+    let gelu = values(&reference::forward(&Activation::GeluTanh, &x).unwrap());
+    assert_eq!(composed(Era::GeluSoftplus { gamma: 0.0 }), gelu);
+}

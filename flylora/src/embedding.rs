@@ -2,7 +2,7 @@ use candle_core::{Result, Tensor, Var};
 
 use crate::adapter::MAGNITUDE;
 use crate::init::{generator, normal};
-use crate::linear::{added, at_least_f32};
+use crate::linear::{added, at_least_f32, check_merged};
 use crate::{AdapterKind, Error, LoraConfig, LoraInit, Place};
 
 /// The name of `A` below the name of the table.
@@ -203,10 +203,12 @@ impl LoraEmbedding {
     ///
     /// # Errors
     ///
-    /// candle's own.
+    /// [`Error::Adapters`] for a sum that is not finite in the dtype of the table, and candle's own.
     pub fn merge(&mut self) -> crate::Result<()> {
         if self.merged.is_none() {
-            self.merged = Some(added(&self.table, &self.delta_table()?)?.to_dtype(self.table.dtype())?);
+            let merged = added(&self.table, &self.delta_table()?)?.to_dtype(self.table.dtype())?;
+            check_merged(&merged)?;
+            self.merged = Some(merged);
         }
         Ok(())
     }

@@ -123,6 +123,25 @@ pub(crate) fn added(weight: &Tensor, delta: &Tensor) -> Result<Tensor> {
     weight.to_dtype(dtype)? + delta.to_dtype(dtype)?
 }
 
+/// Whether a tensor is without NaN and infinities.
+pub(crate) fn is_finite(tensor: &Tensor) -> Result<bool> {
+    if !tensor.dtype().is_float() || tensor.elem_count() == 0 {
+        return Ok(true);
+    }
+    let wide = tensor.to_dtype(at_least_f32(tensor.dtype()))?;
+    // 0 times anything else is NaN, and so is a sum with it.
+    Ok((wide * 0.0)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()? == 0.0)
+}
+
+/// That nothing has become infinite where a sum was rounded to the dtype of a weight.
+pub(crate) fn check_merged(weight: &Tensor) -> crate::Result<()> {
+    if is_finite(weight)? {
+        return Ok(());
+    }
+    let message = format!("the merged weight has values that are not finite in {:?}", weight.dtype());
+    Err(Error::Adapters { message })
+}
+
 /// That an adapter is of the size of its layer.
 pub(crate) fn check_size(base: &FrozenLinear, adapter: &dyn Adapter) -> crate::Result<()> {
     let expected = vec![base.out_features(), base.in_features()];
@@ -211,14 +230,17 @@ impl<A: Adapter> AdapterLinear<A> {
     ///
     /// # Errors
     ///
-    /// candle's own; the layer is then not merged.
+    /// [`Error::Adapters`] for a sum that is not finite in the dtype of the base, and candle's own; the layer is then not
+    /// merged.
     pub fn merge(&mut self) -> crate::Result<Merge> {
         if self.adapter.merge_quality() != Merge::Exact || self.base.quantized_weight().is_some() {
             return Ok(Merge::Unsupported);
         }
         if self.merged.is_none() {
             let merged = added(&self.base.weight()?, &self.adapter.delta_weight()?)?;
-            self.merged = Some(self.base.with_weight(&merged)?);
+            let merged = self.base.with_weight(&merged)?;
+            check_merged(&merged.weight()?)?;
+            self.merged = Some(merged);
         }
         Ok(Merge::Exact)
     }
@@ -228,7 +250,7 @@ impl<A: Adapter> AdapterLinear<A> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] for a sample that does not fit, and candle's own; the layer is then not merged.
+    /// Those of [`merge`](Self::merge), and [`Error::Shape`] for a sample that does not fit; the layer is then not merged.
     pub fn merge_for(&mut self, sample: &Tensor) -> crate::Result<Merge> {
         if let Merge::Exact = self.merge()? {
             return Ok(Merge::Exact);
@@ -238,6 +260,7 @@ impl<A: Adapter> AdapterLinear<A> {
         let sample = sample.detach().reshape((rows(sample.shape()), self.base.in_features()))?;
         let merged = added(&self.base.weight()?, &self.adapter.delta_weight_for(&sample)?)?;
         let merged = self.base.with_weight(&merged)?;
+        check_merged(&merged.weight()?)?;
         let base = self.base.forward(&sample)?;
         let delta = self.adapter.delta_beside(&sample, &base, self.base.bias())?.detach();
         let error = ((merged.forward(&sample)? - &base)? - &delta)?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor, Var};
 
 use crate::frozen::check_input;
-use crate::linear::{added, check_size};
+use crate::linear::{added, check_merged, check_size};
 use crate::{Adapter, Error, FrozenLinear, Merge};
 
 /// A frozen linear layer with any number of named adapters, of which those that are active add to its output.
@@ -218,7 +218,8 @@ impl MultiLinear {
     ///
     /// # Errors
     ///
-    /// candle's own; the layer is then not merged.
+    /// [`Error::Adapters`] for a sum that is not finite in the dtype of the base, and candle's own; the layer is then not
+    /// merged.
     pub fn merge(&mut self) -> crate::Result<Merge> {
         if self.base.quantized_weight().is_some() {
             return Ok(Merge::Unsupported);
@@ -232,7 +233,9 @@ impl MultiLinear {
             merged = added(&merged, &(adapter.delta_weight()? * *weight)?)?;
         }
         if self.merged.is_none() {
-            self.merged = Some(self.base.with_weight(&merged)?);
+            let merged = self.base.with_weight(&merged)?;
+            check_merged(&merged.weight()?)?;
+            self.merged = Some(merged);
         }
         Ok(Merge::Exact)
     }

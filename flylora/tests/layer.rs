@@ -201,6 +201,16 @@ fn one_seed_gives_one_adapter_whatever_the_order_of_the_layers() {
 }
 
 #[test]
+fn a_sum_that_the_dtype_of_the_base_cannot_hold_is_not_merged() {
+    let mut layer = awake(10, 6, DType::F16, false);
+    let b = layer.adapter().b();
+    b.set(&(b.as_detached_tensor() * 1e6).unwrap()).unwrap();
+    let error = layer.merge().unwrap_err().to_string();
+    assert_eq!(error, "the merged weight has values that are not finite in F16");
+    assert!(!layer.is_merged());
+}
+
+#[test]
 fn what_does_not_fit_is_refused_with_the_reason() {
     let config = LoraConfig::default();
     let make = |config: &LoraConfig| LoraLinear::seeded(base(10, 6, DType::F32, false), config, "layer");

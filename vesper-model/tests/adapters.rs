@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Optimizer, SGD, VarMap};
+use flylora::files::{SaveOptions, save_adapters_with};
 use flylora::{
     AdaLoraConfig, Adapter, AdapterKind, FlyLoraConfig, LoraConfig, LoraInit, MaskedLoraConfig, Merge,
     Targets,
@@ -112,7 +113,8 @@ fn what_does_not_fit_is_refused_and_the_model_stays_as_it_was() {
     let kind = AdapterKind::Lora(LoraConfig::default().with_r(4));
     let error = model.attach(&kind, &Targets::names(["lm_head"])).unwrap_err().to_string();
     assert!(error.contains("select none of the model's projections"), "{error}");
-    let huge = AdapterKind::Lora(LoraConfig::default().with_r(4000));
+    let huge = LoraConfig::default().with_r(4000).with_init(LoraInit::Pissa { iterations: None });
+    let huge = AdapterKind::Lora(huge);
     assert!(
         model.attach(&huge, &Targets::all_linear()).unwrap_err().to_string().contains("r must be at most")
     );
@@ -127,6 +129,18 @@ fn what_does_not_fit_is_refused_and_the_model_stays_as_it_was() {
     other.save_adapters(dir.path()).unwrap();
     let error = model.attach_from(dir.path()).unwrap_err().to_string();
     assert!(error.contains("no projection named model.layers.2.self_attn.q_proj"), "{error}");
+    // Adapters that come with a parameter of the model itself, which would be lost.
+    let with_head = tempfile::tempdir().unwrap();
+    let adapters = other.adapters();
+    let named: Vec<_> = adapters.iter().take(1).map(|(path, adapter)| (path.as_str(), adapter)).collect();
+    let head = Tensor::zeros((4, 4), DType::F32, &Device::Cpu).unwrap();
+    let options = SaveOptions {
+        saved_parameters: [("score.weight".to_owned(), head)].into(),
+        ..SaveOptions::default()
+    };
+    save_adapters_with(with_head.path(), &named, &options).unwrap();
+    let error = model.attach_from(with_head.path()).unwrap_err().to_string();
+    assert!(error.contains("a parameter of the model itself, score.weight"), "{error}");
     // And of one whose layers are wider.
     let wider = VesperConfig { num_attention_heads: 2 * config().num_attention_heads, ..config() }
         .with_kv_heads(config().num_key_value_heads);

@@ -9,7 +9,7 @@ use safetensors::SafeTensors;
 use super::{PREFIX, PeftConfig, StateSource, WEIGHTS_FILE};
 use crate::adapter::{self, AdaLoraAdapter, Adapter, AdapterKind, Change, FlyLoraConfig, MaskedLoraConfig};
 use crate::embedding::LoraEmbedding;
-use crate::linear::at_least_f32;
+use crate::linear::is_finite;
 use crate::{Error, FrozenLinear, LoraConfig, Place, Result, embedding};
 
 /// A directory of adapters, read: its configuration, its modules and their tensors.
@@ -192,16 +192,6 @@ impl AdapterFile {
 
 fn make(changes: Vec<Change<'_>>) -> Result<()> {
     changes.into_iter().try_for_each(|change| change())
-}
-
-/// Whether a tensor is without NaN and infinities.
-fn is_finite(tensor: &Tensor) -> Result<bool> {
-    if !tensor.dtype().is_float() || tensor.elem_count() == 0 {
-        return Ok(true);
-    }
-    let wide = tensor.to_dtype(at_least_f32(tensor.dtype()))?;
-    // 0 times anything else is NaN, and so is a sum with it.
-    Ok((wide * 0.0)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()? == 0.0)
 }
 
 /// The module and the name below it of a key that belongs to an adapter.

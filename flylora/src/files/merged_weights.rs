@@ -7,7 +7,7 @@ use candle_nn::{Init, VarBuilder};
 
 use super::AdapterFile;
 use crate::adapter::{Adapter, Merge};
-use crate::linear::{added, at_least_f32};
+use crate::linear::{added, at_least_f32, check_merged};
 use crate::{Error, FrozenLinear};
 
 /// The weights of a model with adapters merged into them as they are read, for models whose code one cannot change.
@@ -162,7 +162,9 @@ impl Inner {
             added(&weight, &if turned { delta.t()? } else { delta })?
         };
         self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(module.to_owned());
-        Ok(merged.to_dtype(dtype)?.contiguous()?)
+        let merged = merged.to_dtype(dtype)?.contiguous()?;
+        check_merged(&merged).map_err(|e| Error::Adapters { message: format!("{module}: {e}") })?;
+        Ok(merged)
     }
 }
 

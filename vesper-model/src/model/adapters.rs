@@ -54,10 +54,15 @@ impl VesperLM {
     /// [`VesperLM::save_adapters`] wrote, or that PEFT trained on the same model.
     ///
     /// # Errors
-    /// What is wrong with which file, and an adapter of a module that is no projection here. The model is then as it
-    /// was.
+    /// What is wrong with which file, an adapter of a module that is no projection here, and a parameter of the model
+    /// itself beside them (PEFT's `modules_to_save`). The model is then as it was.
     pub fn attach_from(&mut self, dir: impl AsRef<Path>) -> Result<()> {
         let file = AdapterFile::read(dir)?;
+        if let Some((name, _)) = file.saved_parameters().first() {
+            let message =
+                format!("the adapters come with a parameter of the model itself, {name}, which is not taken");
+            return Err(Error::Adapters { message }.into());
+        }
         let modules = file.modules();
         let mut found = Vec::new();
         let mut model = self.clone();
