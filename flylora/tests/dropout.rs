@@ -5,7 +5,7 @@
 mod common;
 
 use candle_core::{D, DType, Device, Tensor, Var};
-use common::{noise, values};
+use common::{assert_slopes, move_all, noise, values};
 use flylora::files::PeftConfig;
 use flylora::{
     AdaLoraConfig, Adapter, AdapterKind, AnyLinear, FrozenLinear, LoraAdapter, LoraConfig, MaskedLoraConfig,
@@ -34,10 +34,7 @@ fn layer(kind: &AdapterKind) -> AnyLinear {
     let base = common::base(7, 5, DType::F64, true);
     let base = FrozenLinear::try_from(&base).unwrap();
     let layer = AnyLinear::build(base, kind, &Place::alone(NAME, DType::F64, &Device::Cpu)).unwrap();
-    for (i, (_, var)) in layer.parameters().into_iter().enumerate() {
-        let moved = var.as_tensor() + noise(var.dims(), 0.4, DType::F64, 30 + i as u64);
-        var.set(&moved.unwrap()).unwrap();
-    }
+    move_all(layer.vars(), 0.4, 30);
     layer
 }
 
@@ -109,26 +106,12 @@ fn gradients_equal_central_differences_of_the_same_pass() {
         let mut of = vec![("x".to_owned(), x.clone())];
         of.extend(layer.parameters());
         for (name, var) in of {
-            let got = values(grads.get(&var).unwrap_or_else(|| panic!("{kind}: {name} has no gradient")));
+            let got = grads.get(&var);
+            assert!(got.is_some(), "{kind}: {name} has no gradient");
             if name != "x" && !all {
                 continue;
             }
-            let original = values(&var);
-            for i in 0..original.len() {
-                let at = |step: f64| {
-                    let mut moved = original.clone();
-                    moved[i] += step;
-                    var.set(&Tensor::from_vec(moved, var.shape(), var.device()).unwrap()).unwrap();
-                    values(&loss())[0]
-                };
-                let want = (at(1e-5) - at(-1e-5)) / 2e-5;
-                assert!(
-                    (got[i] - want).abs() < 1e-7 * (1.0 + want.abs()),
-                    "{kind} {name}[{i}]: {} {want}",
-                    got[i]
-                );
-            }
-            var.set(&Tensor::from_vec(original, var.shape(), var.device()).unwrap()).unwrap();
+            assert_slopes(&format!("{kind} {name}"), got, &var, loss, 1e-7);
         }
     }
 }

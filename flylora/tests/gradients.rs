@@ -5,7 +5,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Linear, Optimizer, SGD};
-use common::{awake, base, largest_difference, noise, values};
+use common::{assert_slopes, awake, base, largest_difference, noise, values};
 use flylora::{
     Adapter, AdapterLinear, DoraAdapter, FrozenLinear, LoraConfig, LoraEmbedding, LoraLinear, Place,
 };
@@ -20,23 +20,7 @@ fn gradients_of_the_input_and_the_adapter_equal_central_differences() {
         let loss = || (layer.forward(&x).unwrap().sqr().unwrap() * &weights).unwrap().sum_all().unwrap();
         let grads = loss().backward().unwrap();
         for (name, var) in [("x", &x), ("A", layer.adapter().a()), ("B", layer.adapter().b())] {
-            let got = values(grads.get(var).unwrap());
-            let original = values(var);
-            for i in 0..original.len() {
-                let at = |step: f64| {
-                    let mut moved = original.clone();
-                    moved[i] += step;
-                    var.set(&Tensor::from_vec(moved, var.shape(), var.device()).unwrap()).unwrap();
-                    values(&loss())[0]
-                };
-                let want = (at(1e-5) - at(-1e-5)) / 2e-5;
-                assert!(
-                    (got[i] - want).abs() < 1e-8 * (1.0 + want.abs()),
-                    "{name}[{i}]: {} and {want}",
-                    got[i]
-                );
-            }
-            var.set(&Tensor::from_vec(original, var.shape(), var.device()).unwrap()).unwrap();
+            assert_slopes(name, grads.get(var), var, loss, 1e-8);
         }
     }
 }
@@ -132,18 +116,8 @@ fn gradients_go_through_a_stack_of_layers_and_strided_inputs() {
     let x = Var::from_tensor(&noise(&[6, 5], 1.0, DType::F64, 33)).unwrap();
     let run = |x: &Tensor| second.forward(&first.forward(&x.t().unwrap()).unwrap().tanh().unwrap()).unwrap();
     let grads = run(&x).sqr().unwrap().sum_all().unwrap().backward().unwrap();
-    let got = values(grads.get(&x).unwrap());
-    let original = values(&x);
-    for i in 0..original.len() {
-        let at = |step: f64| {
-            let mut moved = original.clone();
-            moved[i] += step;
-            let x = Tensor::from_vec(moved, (6, 5), x.device()).unwrap();
-            values(&run(&x).sqr().unwrap().sum_all().unwrap())[0]
-        };
-        let want = (at(1e-5) - at(-1e-5)) / 2e-5;
-        assert!((got[i] - want).abs() < 1e-8 * (1.0 + want.abs()));
-    }
+    let loss = || run(&x).sqr().unwrap().sum_all().unwrap();
+    assert_slopes("x", grads.get(&x), &x, loss, 1e-8);
     assert!(grads.get(first.adapter().a()).is_some());
 }
 
@@ -172,22 +146,7 @@ fn doras_gradients_are_right_where_rows_are_many_and_where_a_magnitude_is_zero()
         let loss = || (layer.forward(&x).unwrap().sqr().unwrap() * &weights).unwrap().sum_all().unwrap();
         let grads = loss().backward().unwrap();
         for (name, var) in [("x", &x), ("m", layer.adapter().magnitude())] {
-            let (got, original) = (values(grads.get(var).unwrap()), values(var));
-            for i in 0..original.len() {
-                let at = |step: f64| {
-                    let mut moved = original.clone();
-                    moved[i] += step;
-                    var.set(&Tensor::from_vec(moved, var.shape(), var.device()).unwrap()).unwrap();
-                    values(&loss())[0]
-                };
-                let want = (at(1e-5) - at(-1e-5)) / 2e-5;
-                assert!(
-                    (got[i] - want).abs() < 1e-7 * (1.0 + want.abs()),
-                    "{name}[{i}], {rows} rows: {} {want}",
-                    got[i]
-                );
-            }
-            var.set(&Tensor::from_vec(original, var.shape(), var.device()).unwrap()).unwrap();
+            assert_slopes(&format!("{name}, {rows} rows"), grads.get(var), var, loss, 1e-7);
         }
         // The norm counts as a constant: then the factors' gradients are those of the two ways to the same layer.
         let y = (layer.base().forward(&x).unwrap() + layer.adapter().delta(&x).unwrap()).unwrap();
@@ -218,18 +177,7 @@ fn an_embedding_of_dora_has_the_gradients_of_its_loss_where_the_norm_is_constant
     assert_eq!(parameters.len(), 3);
     flylora::audit(parameters.clone(), &grads).unwrap();
     let (_, magnitude) = parameters.last().unwrap();
-    let (got, original) = (values(grads.get(magnitude).unwrap()), values(magnitude));
-    for i in 0..original.len() {
-        let at = |step: f64| {
-            let mut moved = original.clone();
-            moved[i] += step;
-            magnitude.set(&Tensor::new(moved, &Device::Cpu).unwrap()).unwrap();
-            values(&loss(&embedding))[0]
-        };
-        let want = (at(1e-5) - at(-1e-5)) / 2e-5;
-        assert!((got[i] - want).abs() < 1e-8 * (1.0 + want.abs()), "{i}: {} and {want}", got[i]);
-    }
-    magnitude.set(&Tensor::new(original, &Device::Cpu).unwrap()).unwrap();
+    assert_slopes("m", grads.get(magnitude), magnitude, || loss(&embedding), 1e-8);
     // The factors' gradients are those of the change times the ratio, which does not move with them.
     let (a, b) = (Var::from_tensor(embedding.a()).unwrap(), Var::from_tensor(embedding.b()).unwrap());
     let changed = |a: &Tensor, b: &Tensor| {

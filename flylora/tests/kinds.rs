@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Optimizer, SGD, VarBuilder, VarMap};
-use common::{largest_difference, noise, values};
+use common::{assert_slopes, largest_difference, move_all, noise, values};
 use flylora::{
     AdaLoraConfig, Adapter, AdapterKind, AnyLinear, FlyLoraConfig, FrozenLinear, LoraConfig, LoraInit,
     MaskSelection, MaskedLoraConfig, Merge, Place, Routing, Scaling, Step, load_adapters, save_adapters,
@@ -51,13 +51,8 @@ fn build(kind: &AdapterKind, name: &str, base: DType, dtype: DType) -> AnyLinear
     AnyLinear::build(frozen(base), kind, &Place::alone(name, dtype, &Device::Cpu)).unwrap()
 }
 
-/// Moves every trained value, so that an adapter that does nothing is noticed.
 fn wake(layer: &AnyLinear, seed: u64) {
-    for (i, var) in layer.vars().into_iter().enumerate() {
-        let moved =
-            (var.as_detached_tensor() + noise(var.dims(), 0.3, var.dtype(), seed + i as u64)).unwrap();
-        var.set(&moved).unwrap();
-    }
+    move_all(layer.vars(), 0.3, seed);
 }
 
 fn x(dtype: DType) -> Tensor {
@@ -126,23 +121,7 @@ fn gradients_equal_central_differences() {
             if matches!(kind, AdapterKind::Dora(_)) && name.contains("lora_A") | name.contains("lora_B") {
                 continue;
             }
-            let got = values(grads.get(&var).unwrap_or_else(|| panic!("{kind:?}: {name} has no gradient")));
-            let original = values(&var);
-            for i in 0..original.len() {
-                let at = |step: f64| {
-                    let mut moved = original.clone();
-                    moved[i] += step;
-                    var.set(&Tensor::from_vec(moved, var.shape(), var.device()).unwrap()).unwrap();
-                    values(&loss())[0]
-                };
-                let want = (at(1e-6) - at(-1e-6)) / 2e-6;
-                assert!(
-                    (got[i] - want).abs() < 1e-6 * (1.0 + want.abs()),
-                    "{kind:?}: {name}[{i}]: {} and {want}",
-                    got[i]
-                );
-            }
-            var.set(&Tensor::from_vec(original, var.shape(), var.device()).unwrap()).unwrap();
+            assert_slopes(&format!("{kind:?}: {name}"), grads.get(&var), &var, loss, 1e-6);
         }
     }
 }

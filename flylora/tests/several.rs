@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
-use common::{largest_difference, noise, values};
+use common::{largest_difference, move_all, noise, values};
 use flylora::{
     AdaLoraAdapter, AdaLoraConfig, Adapter, AdapterKind, Baseline, Combination, Error, FlyLoraConfig,
     FrozenLinear, LoraAdapter, LoraConfig, MajoritySign, Merge, MultiLinear, Over, ParameterReport, Place,
@@ -20,10 +20,7 @@ fn frozen() -> FrozenLinear {
 
 fn adapter(kind: &AdapterKind, name: &str, seed: u64) -> Arc<dyn Adapter> {
     let adapter = kind.build(&frozen(), &Place::alone(name, DType::F32, &Device::Cpu)).unwrap();
-    for (i, (_, var)) in adapter.parameters().into_iter().enumerate() {
-        let moved = noise(var.dims(), 0.4, DType::F32, seed + i as u64);
-        var.set(&(var.as_detached_tensor() + moved).unwrap()).unwrap();
-    }
+    move_all(adapter.parameters().into_iter().map(|(_, var)| var), 0.4, seed);
     adapter
 }
 

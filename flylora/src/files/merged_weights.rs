@@ -13,7 +13,8 @@ use crate::{Error, FrozenLinear};
 /// The weights of a model with adapters merged into them as they are read, for models whose code one cannot change.
 ///
 /// A model of candle-transformers that loads from a `VarBuilder` runs with the adapters and knows nothing of them. Each
-/// weight is computed in f32 and rounded once. Afterwards [`check_all_used`](Self::check_all_used) tells whether every
+/// weight is computed in f32 and rounded once. Where a model uses its embedding table as its output layer too, an adapter of
+/// the table changes both, as merging in PEFT does. Afterwards [`check_all_used`](Self::check_all_used) tells whether every
 /// adapter found its weight.
 ///
 /// # Examples

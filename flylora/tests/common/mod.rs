@@ -1,6 +1,6 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Linear;
 use flylora::{LoraAdapter, LoraConfig, LoraLinear};
 
@@ -44,4 +44,34 @@ pub fn awake(inputs: usize, outputs: usize, dtype: DType, bias: bool) -> LoraLin
 pub fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.dims(), b.dims());
     values(a).iter().zip(values(b)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}
+
+/// Moves every variable, so that an adapter that does nothing is noticed.
+pub fn move_all(vars: impl IntoIterator<Item = Var>, scale: f64, seed: u64) {
+    for (i, var) in vars.into_iter().enumerate() {
+        let moved = var.as_detached_tensor() + noise(var.dims(), scale, var.dtype(), seed + i as u64);
+        var.set(&moved.unwrap()).unwrap();
+    }
+}
+
+/// That a gradient is the slope of the loss in each value of a variable, by central differences; `allowed` is relative, and
+/// absolute for small ones.
+#[track_caller]
+pub fn assert_slopes(what: &str, got: Option<&Tensor>, var: &Var, loss: impl Fn() -> Tensor, allowed: f64) {
+    let step = 1e-5;
+    let got = values(got.unwrap_or_else(|| panic!("{what} has no gradient")));
+    let original = values(var);
+    let set =
+        |values: Vec<f64>| var.set(&Tensor::from_vec(values, var.shape(), var.device()).unwrap()).unwrap();
+    for (i, got) in got.iter().enumerate() {
+        let at = |step: f64| {
+            let mut moved = original.clone();
+            moved[i] += step;
+            set(moved);
+            values(&loss())[0]
+        };
+        let want = (at(step) - at(-step)) / (2.0 * step);
+        assert!((got - want).abs() < allowed * (1.0 + want.abs()), "{what}[{i}]: {got} and {want}");
+    }
+    set(original);
 }
