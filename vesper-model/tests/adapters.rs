@@ -8,6 +8,7 @@ use flylora::{
     AdaLoraConfig, Adapter, AdapterKind, FlyLoraConfig, LoraConfig, LoraInit, MaskedLoraConfig, Merge,
     Targets,
 };
+use vesper_model::ops::Path;
 use vesper_model::{VesperConfig, VesperLM, flylora};
 
 fn config() -> VesperConfig {
@@ -103,6 +104,40 @@ fn every_kind_starts_as_the_model_trains_saves_loads_and_merges() {
                 assert!(merged.adapters().is_empty());
                 assert!(difference(&merged.forward(&ids(3)).unwrap(), &y) < 1e-4, "{kind}");
             }
+        }
+    }
+}
+
+#[test]
+fn many_rows_give_with_each_kind_what_the_reference_gives() {
+    let targets = Targets::names(["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]);
+    // More rows than any projection has inputs.
+    let tokens: Vec<u32> = (0..8 * 100).map(|i| (i * 7 + i / 9) % 64).collect();
+    let batch = Tensor::from_vec(tokens, (8, 100), &Device::Cpu).unwrap();
+    for kind in kinds() {
+        let mut model = model();
+        model.attach(&kind, &targets).unwrap();
+        for (i, (_, var)) in vars(&model).iter().enumerate() {
+            let values: Vec<f32> =
+                (0..var.elem_count()).map(|j| 0.02 * (((j * 37 + i * 11) % 19) as f32 / 9.0 - 1.0)).collect();
+            let moved = Tensor::from_vec(values, var.shape(), var.device()).unwrap();
+            var.set(&(var.as_detached_tensor() + moved).unwrap()).unwrap();
+        }
+        let reference = model.clone().with_path(Path::Reference);
+        let run = |model: &VesperLM| {
+            let loss = model.loss(&batch, &batch).unwrap().loss;
+            (model.forward(&batch).unwrap(), loss.backward().unwrap())
+        };
+        let ((y, grads), (want, want_grads)) = (run(&model), run(&reference));
+        assert!(difference(&y, &want) < 2e-4, "{kind}: {}", difference(&y, &want));
+        for (name, var) in vars(&model) {
+            let (got, want) = (grads.get(&var).unwrap(), want_grads.get(&var).unwrap());
+            let size = want.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(
+                difference(got, want) < 1e-3 * (0.01 + size),
+                "{kind}: {name}, {}",
+                difference(got, want)
+            );
         }
     }
 }

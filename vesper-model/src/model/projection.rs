@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{D, Result, Tensor};
 use candle_nn::VarBuilder;
-use flylora::{Adapter, FrozenLinear, LoraAdapter, Merge};
+use flylora::{Adapter, AdapterLinear, FrozenLinear, LoraAdapter, Merge};
 
 use crate::ops::{Path, linear};
 use crate::quantized::{Weight, frozen};
@@ -88,6 +88,11 @@ impl Packed {
 
     /// x: (.., in) to (.., out)
     pub(super) fn forward(&self, x: &Tensor, path: Path) -> Result<Tensor> {
+        // Of many rows the kinds of adapters have cheaper ways to their own layer than beside the packed one.
+        let many = x.elem_count() >= x.dim(D::Minus1)?.pow(2);
+        if self.is_adapted() && self.tracked && many && path == Path::Fused && self.weight.plain().is_some() {
+            return self.part_by_part(x);
+        }
         let y = match &self.weight {
             Weight::Plain(weight) => linear(x, weight, path)?,
             Weight::Blocks(blocks) => blocks.linear(x)?,
@@ -114,6 +119,24 @@ impl Packed {
             .collect::<Result<Vec<_>>>()?;
         let delta = Tensor::cat(&deltas, D::Minus1)?;
         y + if self.tracked { delta } else { delta.detach() }
+    }
+
+    /// Each part as a layer of its own, with its adapter in the cheapest way that its kind has.
+    fn part_by_part(&self, x: &Tensor) -> Result<Tensor> {
+        let mut start = 0;
+        let mut outputs = Vec::with_capacity(self.parts.len());
+        for part in &self.parts {
+            let own = frozen(&self.weight, start, part.width)?;
+            start += part.width;
+            outputs.push(match &part.adapter {
+                None => own.forward(x)?,
+                Some(adapter) => AdapterLinear::from_parts(own, Arc::clone(adapter))?.forward(x)?,
+            });
+        }
+        match outputs.as_slice() {
+            [one] => Ok(one.clone()),
+            several => Tensor::cat(several, D::Minus1),
+        }
     }
 
     /// The same layer without gradients.
