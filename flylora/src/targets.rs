@@ -29,6 +29,8 @@ use crate::{Error, Result};
 pub struct Targets {
     modules: Modules,
     exclude: Option<Modules>,
+    /// Modules that are trained themselves, with all that is in them: they get no adapters.
+    trained: Vec<Pattern>,
     /// Numbers of layers; none is all.
     layers: Vec<usize>,
     /// What comes before a layer's number; none is anything.
@@ -86,8 +88,15 @@ impl Pattern {
     }
 }
 
-/// Output layers, which `all-linear` leaves out as PEFT does.
-const OUTPUTS: [&str; 2] = ["lm_head", "embed_out"];
+/// Output layers, by the names that models of `transformers` give them, which `all-linear` leaves out as PEFT does.
+const OUTPUTS: [&str; 6] = [
+    "lm_head",
+    "embed_out",
+    "lm_head.decoder",
+    "predictions.decoder",
+    "vocab_projector",
+    "generator_lm_head",
+];
 
 /// The name, or an ending of the path from a dot on.
 fn named(path: &str, name: &str) -> bool {
@@ -152,7 +161,7 @@ impl Targets {
         Ok(Self { modules: Modules::Regex(pattern), ..Self::default() })
     }
 
-    /// Every linear layer but the output layer (`lm_head`, `embed_out`). Paths of other modules must not be asked for:
+    /// Every linear layer but the output layer of a language model (`lm_head`, `embed_out`, ...). Paths of other modules must not be asked for:
     /// a path does not tell what it leads to.
     pub fn all_linear() -> Self {
         Self { modules: Modules::AllLinear, ..Self::default() }
@@ -196,7 +205,8 @@ impl Targets {
 
     /// Whether the module with that path gets an adapter.
     pub fn selects(&self, path: &str) -> bool {
-        let excluded = self.exclude.as_ref().is_some_and(|exclude| exclude.selects(path));
+        let excluded = self.exclude.as_ref().is_some_and(|exclude| exclude.selects(path))
+            || self.trained.iter().any(|module| module.is_match(path));
         !excluded && self.modules.selects(path) && self.in_its_layers(path)
     }
 
@@ -222,6 +232,13 @@ impl Targets {
             self.layers_pattern.iter().find_map(|p| p.number(path))
         };
         number.is_some_and(|number| self.layers.contains(&number))
+    }
+
+    /// Leaves out modules of these names, anywhere in a path, and all that is in them: PEFT's `modules_to_save`.
+    pub(crate) fn leave_out_trained(&mut self, names: &[String]) -> Result<()> {
+        let pattern = |name: &String| Pattern::new("modules_to_save", name, TRAINED);
+        self.trained = names.iter().map(pattern).collect::<Result<_>>()?;
+        Ok(())
     }
 
     /// The fields of a PEFT configuration.
@@ -266,6 +283,7 @@ impl Targets {
     }
 }
 
+const TRAINED: &str = r"^(?:|.*\.){}(?:$|\.)";
 const LAYER_AFTER: &str = r"^(?:|.*?\.){}\.(?<idx>\d+)\.";
 const LAYER_ANYWHERE: &str = r"^.*?\.[^.]*\.(?<idx>\d+)\.";
 
@@ -283,6 +301,32 @@ mod tests {
             ("layers.0.q_proj.inner", false),
             ("layers.0.mlp.up_proj", true),
             ("layers.0.up_proj", false),
+        ] {
+            assert_eq!(targets.selects(path), selected, "{path}");
+        }
+    }
+
+    #[test]
+    fn all_linear_leaves_out_the_output_layer_and_modules_that_are_trained_themselves_get_nothing() {
+        let mut targets = Targets::all_linear();
+        for (path, selected) in [
+            ("bert.encoder.layer.0.output.dense", true),
+            ("lm_head", false),
+            ("model.lm_head", false),
+            ("lm_head.dense", true),
+            ("lm_head.decoder", false),
+            ("cls.predictions.decoder", false),
+            ("score", true),
+        ] {
+            assert_eq!(targets.selects(path), selected, "{path}");
+        }
+        targets.leave_out_trained(&["score".to_owned(), "classifier".to_owned()]).unwrap();
+        for (path, selected) in [
+            ("score", false),
+            ("model.classifier.dense", false),
+            ("classifier.out_proj", false),
+            ("underscore", true),
+            ("classifiers.0", true),
         ] {
             assert_eq!(targets.selects(path), selected, "{path}");
         }

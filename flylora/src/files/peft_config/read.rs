@@ -73,6 +73,9 @@ impl Reader<'_> {
                 return Err(self.unsupported(field, value, reason));
             }
         }
+        targets
+            .leave_out_trained(&saved.modules)
+            .map_err(|_| self.unsupported("modules_to_save", &json!(saved.modules), "no name of a module"))?;
         let mut config = PeftConfig {
             path: self.path.to_owned(),
             kind,
