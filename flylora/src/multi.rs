@@ -203,6 +203,11 @@ impl MultiLinear {
         Ok(sum)
     }
 
+    /// Says what the forward passes from now on are, for the dropout of all adapters: see [`Adapter::set_training`].
+    pub fn set_training(&self, pass: Option<u64>) {
+        self.adapters.values().for_each(|adapter| adapter.set_training(pass));
+    }
+
     /// The trained variables of all adapters by name (`french.lora_A.weight` and so on), sorted.
     pub fn parameters(&self) -> Vec<(String, Var)> {
         let of = |(name, adapter): (&String, &Arc<dyn Adapter>)| {

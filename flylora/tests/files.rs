@@ -9,7 +9,9 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use common::{base, noise, values, wake};
 use flylora::files::{CONFIG_FILE, PeftConfig, SaveOptions, WEIGHTS_FILE, save_adapters_with};
-use flylora::{Adapter, LoraAdapter, LoraConfig, LoraLinear, Scaling, Targets, load_adapters, save_adapters};
+use flylora::{
+    Adapter, AdapterKind, LoraAdapter, LoraConfig, LoraLinear, Scaling, Targets, load_adapters, save_adapters,
+};
 use serde_json::{Value, json};
 
 const Q: &str = "model.layers.0.self_attn.q_proj";
@@ -137,6 +139,42 @@ fn a_pattern_of_a_path_matches_no_other_path() {
         save_adapters(dir.path(), &named).unwrap();
         load_adapters(dir.path(), &named).unwrap_or_else(|e| panic!("{paths:?}: {e}"));
     }
+}
+
+#[test]
+fn a_configuration_made_here_gives_the_ranks_and_alphas_of_one_that_is_read() {
+    let lora = LoraConfig::default().with_r(8).with_alpha(16.0);
+    let made = PeftConfig::new(AdapterKind::Lora(lora), Targets::names(["q_proj", "v_proj"]))
+        .with_rank_pattern([(r"layers\.1\..*", 2), ("v_proj", 4)])
+        .unwrap()
+        .with_alpha_pattern([("^model.layers.0.self_attn.q_proj", 3.0)])
+        .unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let text = r#"{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {"layers\\.1\\..*": 2, "v_proj": 4},
+        "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 3}}"#;
+    std::fs::write(dir.path().join(CONFIG_FILE), text).unwrap();
+    let read = PeftConfig::read(dir.path()).unwrap();
+    for path in [Q, V, "model.layers.1.self_attn.v_proj", "q_proj", "x.model.layers.0.self_attn.q_proj"] {
+        assert_eq!(made.kind(path).unwrap(), read.kind(path).unwrap(), "{path}");
+        assert_eq!(made.targets().selects(path), read.targets().selects(path), "{path}");
+    }
+    let error = made.clone().with_rank_pattern([("(", 2)]).unwrap_err().to_string();
+    assert!(error.contains("rank_pattern = \"(\""), "{error}");
+    assert!(made.with_rank_pattern([("q_proj", 0)]).unwrap().kind(Q).is_err());
+}
+
+#[test]
+fn what_could_not_be_loaded_is_not_saved_and_the_old_files_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let q = layer(1, DType::F32);
+    save_adapters(dir.path(), &[(Q, &q)]).unwrap();
+    let bytes = std::fs::read(dir.path().join(WEIGHTS_FILE)).unwrap();
+    let b = q.adapter().b();
+    b.set(&(b.as_detached_tensor() * f64::NAN).unwrap()).unwrap();
+    let error = save_adapters(dir.path(), &[(Q, &q)]).unwrap_err().to_string();
+    assert!(error.contains(QB) && error.contains("not finite"), "{error}");
+    assert_eq!(std::fs::read(dir.path().join(WEIGHTS_FILE)).unwrap(), bytes);
 }
 
 #[test]

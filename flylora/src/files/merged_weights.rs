@@ -14,7 +14,7 @@ use crate::{Error, FrozenLinear};
 ///
 /// A model of candle-transformers that loads from a `VarBuilder` runs with the adapters and knows nothing of them. Each
 /// weight is computed in f32 and rounded once. Where a model uses its embedding table as its output layer too, an adapter of
-/// the table changes both, as merging in PEFT does. Afterwards [`check_all_used`](Self::check_all_used) tells whether every
+/// the table, or a table that the file holds in full, changes both, as PEFT does with `ensure_weight_tying`. Afterwards [`check_all_used`](Self::check_all_used) tells whether every
 /// adapter found its weight.
 ///
 /// # Examples

@@ -6,6 +6,7 @@ use candle_core::{Device, Tensor};
 use tempfile::NamedTempFile;
 
 use super::{CONFIG_FILE, PREFIX, Stored, WEIGHTS_FILE, check_paths, key, peft_config};
+use crate::linear::is_finite;
 use crate::{Error, Result, Targets};
 
 /// What else a configuration file says.
@@ -31,7 +32,8 @@ pub struct SaveOptions {
 ///
 /// # Errors
 ///
-/// [`Error::Adapters`] where there is none, two have one path, or they are of different kinds; [`Error::Io`].
+/// [`Error::Adapters`] where there is none, two have one path, they are of different kinds, or a value is not finite, which
+/// loading would refuse; [`Error::Io`].
 ///
 /// # Examples
 ///
@@ -85,6 +87,11 @@ pub fn save_adapters_with<S: Stored + ?Sized>(
     }
     for (name, value) in &options.saved_parameters {
         tensors.insert(format!("{PREFIX}{name}"), value.to_device(&Device::Cpu)?.contiguous()?);
+    }
+    for (key, tensor) in &tensors {
+        if !is_finite(tensor)? {
+            return Err(Error::Adapters { message: format!("{key}: it has values that are not finite") });
+        }
     }
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let format = |e: safetensors::SafeTensorError| Error::Format {

@@ -19,7 +19,7 @@ use kinds::{numbers, peft_type};
 use order::Orders;
 pub(in crate::files) use write::write;
 
-/// What a PEFT `adapter_config.json` says about the adapters beside it.
+/// Which adapters the modules of a model have: what a PEFT `adapter_config.json` says, or made by [`new`](Self::new).
 ///
 /// # Examples
 ///
@@ -52,6 +52,66 @@ pub struct PeftConfig {
 const PATTERN_FRAME: &str = r"^(.*\.)?({})$";
 
 impl PeftConfig {
+    /// A configuration that is made here: adapters of a kind for the modules that the targets select.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use flylora::files::PeftConfig;
+    /// use flylora::{AdapterKind, LoraConfig, Targets};
+    ///
+    /// # fn main() -> Result<(), flylora::Error> {
+    /// let lora = LoraConfig::default().with_r(8).with_alpha(16.0);
+    /// let config = PeftConfig::new(AdapterKind::Lora(lora), Targets::all_linear())
+    ///     .with_rank_pattern([("down_proj", 32), (r"layers\.0\..*", 4)])?
+    ///     .with_alpha_pattern([("down_proj", 64.0)])?;
+    /// let down = config.lora("model.layers.0.mlp.down_proj"); // the first that matches counts
+    /// assert_eq!((down.r, down.alpha), (32, 64.0));
+    /// let up = config.lora("model.layers.0.mlp.up_proj");
+    /// assert_eq!((up.r, up.alpha), (4, 16.0));
+    /// // For each layer of a model: config.targets().selects(path), and then config.kind(path)?.build(...).
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn new(kind: AdapterKind, targets: Targets) -> Self {
+        Self {
+            path: PathBuf::new(),
+            kind,
+            targets,
+            fan_in_fan_out: false,
+            saved: Saved::default(),
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+        }
+    }
+
+    /// Gives modules ranks of their own: PEFT's `rank_pattern`, expressions for endings of paths from a dot on, of which the
+    /// first that matches counts. AdaLoRA's ranks are its budget's matter.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Pattern`].
+    pub fn with_rank_pattern<S: AsRef<str>>(
+        mut self,
+        patterns: impl IntoIterator<Item = (S, usize)>,
+    ) -> Result<Self> {
+        self.rank_pattern = compiled("rank_pattern", patterns)?;
+        Ok(self)
+    }
+
+    /// Gives modules an alpha of their own: PEFT's `alpha_pattern`, as [`with_rank_pattern`](Self::with_rank_pattern).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Pattern`].
+    pub fn with_alpha_pattern<S: AsRef<str>>(
+        mut self,
+        patterns: impl IntoIterator<Item = (S, f64)>,
+    ) -> Result<Self> {
+        self.alpha_pattern = compiled("alpha_pattern", patterns)?;
+        Ok(self)
+    }
+
     /// Reads `adapter_config.json` in `dir`.
     ///
     /// # Errors
@@ -157,6 +217,14 @@ impl PeftConfig {
             _ => Ok(()),
         }
     }
+}
+
+fn compiled<S: AsRef<str>, T>(
+    field: &str,
+    patterns: impl IntoIterator<Item = (S, T)>,
+) -> Result<Vec<(Pattern, T)>> {
+    let compile = |(text, value): (S, T)| Ok((Pattern::new(field, text.as_ref(), PATTERN_FRAME)?, value));
+    patterns.into_iter().map(compile).collect()
 }
 
 fn first<T: Copy>(patterns: &[(Pattern, T)], module: &str) -> Option<T> {
