@@ -12,8 +12,9 @@ use candle_nn::{Optimizer, SGD, VarBuilder};
 use common::{largest_difference, values};
 use flylora::files::{AdapterFile, MergedWeights, SaveOptions, WEIGHTS_FILE, save_adapters_with};
 use flylora::{
-    AdaLoraConfig, Adapter, AdapterKind, AnyLinear, Combination, FrozenLinear, LoraAdapter, LoraConfig,
-    LoraEmbedding, LoraInit, MajoritySign, Over, Place, Scaling, combine, load_adapters,
+    AdaLoraAdapter, AdaLoraConfig, Adapter, AdapterKind, AdapterLinear, AnyLinear, Combination, FrozenLinear,
+    LoraAdapter, LoraConfig, LoraEmbedding, LoraInit, MajoritySign, Over, Place, RankBudget,
+    RankBudgetConfig, Scaling, Step, combine, load_adapters,
 };
 
 fn golden(which: &str) -> PathBuf {
@@ -150,6 +151,47 @@ fn adapters_that_peft_saved_give_the_outputs_of_peft_in_every_kind() {
         model.embed.merge().unwrap();
         assert!(largest_difference(&model.forward(), &want[name]) < 1e-6, "{name}, merged");
     }
+}
+
+#[test]
+fn a_run_of_adalora_gives_up_the_ranks_that_it_gives_up_in_peft() {
+    let text = std::fs::read_to_string(golden("peft/adalora_run.json")).unwrap();
+    let run: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let matrix = |v: &serde_json::Value| {
+        Tensor::new(serde_json::from_value::<Vec<Vec<f64>>>(v.clone()).unwrap(), &Device::Cpu).unwrap()
+    };
+    let bias: Vec<f64> = serde_json::from_value(run["weights"]["0.bias"].clone()).unwrap();
+    let layer = |name: &str, bias: Option<Tensor>| {
+        let base = FrozenLinear::new(matrix(&run["weights"][format!("{name}.weight")]), bias).unwrap();
+        let config = AdaLoraConfig::default().with_init_r(4).with_alpha(6.0);
+        let place = Place::alone(name, DType::F64, &Device::Cpu);
+        let adapter = AdaLoraAdapter::new(base.in_features(), base.out_features(), &config, &place).unwrap();
+        for (factor, var) in adapter.parameters() {
+            var.set(&matrix(&run["start"][format!("{name}.{factor}")])).unwrap();
+        }
+        AdapterLinear::from_parts(base, adapter).unwrap()
+    };
+    let layers = [layer("0", Some(Tensor::new(bias, &Device::Cpu).unwrap())), layer("2", None)];
+    let config = RankBudgetConfig { target_r: 2, beta1: 0.8, beta2: 0.7, ..RankBudgetConfig::default() };
+    let mut budget = RankBudget::new(config.with_phases(3, 2).with_every(3)).unwrap();
+    let mut sgd = SGD::new(layers.iter().flat_map(AdapterLinear::vars).collect(), 0.1).unwrap();
+    let (x, target) = (matrix(&run["x"]), matrix(&run["target"]));
+    for (index, want) in (1..=20).zip(run["steps"].as_array().unwrap()) {
+        let y = layers[1].forward(&layers[0].forward(&x).unwrap().tanh().unwrap()).unwrap();
+        let grads = (y - &target).unwrap().sqr().unwrap().mean_all().unwrap().backward().unwrap();
+        sgd.step(&grads).unwrap();
+        let adapters = [("0", layers[0].adapter()), ("2", layers[1].adapter())];
+        budget.update(Step { index, total: 20 }, &grads, &adapters).unwrap();
+        for ((_, adapter), want) in adapters.iter().zip(matrix(want).to_vec2::<f64>().unwrap()) {
+            for (got, want) in values(adapter.e()).into_iter().zip(want) {
+                assert!(
+                    (got - want).abs() < 1e-9 && (got == 0.0) == (want == 0.0),
+                    "step {index}: {got}, {want}"
+                );
+            }
+        }
+    }
+    assert_eq!(layers.iter().map(|l| l.adapter().rank()).sum::<usize>(), 4);
 }
 
 /// The small model as one that knows nothing of adapters, from merged weights.

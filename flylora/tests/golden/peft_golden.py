@@ -177,6 +177,33 @@ def combined():
     (HERE / "peft" / "combine.json").write_text(json.dumps({"adapters": adapters, "cases": cases}) + "\n")
 
 
+def adalora_run():
+    """A run of AdaLoRA over two layers: which singular values each step leaves."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4, bias=False)).double()
+    run = {"weights": {n: p.tolist() for n, p in layers.named_parameters()}}
+    config = AdaLoraConfig(
+        init_r=4, target_r=2, total_step=20, tinit=3, tfinal=2, deltaT=3, lora_alpha=6, beta1=0.8, beta2=0.7,
+        target_modules=["0", "2"],
+    )
+    model = get_peft_model(layers, config).double()
+    trained = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    with torch.no_grad():
+        for p in trained.values():
+            p.copy_(0.5 * torch.randn_like(p))
+    run["start"] = {n.split("model.")[-1].replace(".default", ""): p.tolist() for n, p in trained.items()}
+    x, target = torch.randn(16, 6).double(), torch.randn(16, 4).double()
+    run |= {"x": x.tolist(), "target": target.tolist(), "steps": []}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    for step in range(1, config.total_step + 1):
+        optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        run["steps"].append([model.base_model.model[i].lora_E["default"].flatten().tolist() for i in (0, 2)])
+    (HERE / "peft" / "adalora_run.json").write_text(json.dumps(run) + "\n")
+
+
 def from_flylora():
     outputs = {}
     for folder in sorted(p for p in (HERE / "flylora").iterdir() if p.is_dir()):
@@ -194,3 +221,4 @@ if __name__ == "__main__":
     else:
         from_peft()
         combined()
+        adalora_run()
