@@ -112,6 +112,9 @@ impl DiscreteFloor {
         if logits.dims().last() != Some(&self.classes) {
             return Err(Error::Classes { expected: self.classes, got: logits.dims().to_vec() }.into());
         }
+        if logits.elem_count() == 0 {
+            return Ok(logits.clone());
+        }
         let d = self.classes as f64;
         let c = (self.least - 1.0).exp();
         let slope = (TAU.ln() / TAU - c / d) / (1.0 - 1.0 / d);
@@ -154,6 +157,9 @@ impl candle_nn::Module for DiscreteFloor {
 ///
 /// candle's own.
 pub fn entropy(logits: &Tensor) -> Result<Tensor> {
+    if logits.elem_count() == 0 {
+        return wide(logits)?.sum(D::Minus1);
+    }
     let log_p = candle_nn::ops::log_softmax(&wide(logits)?, D::Minus1)?;
     (log_p.exp()? * &log_p)?.sum(D::Minus1)?.neg()
 }
@@ -272,6 +278,9 @@ impl GaussianFloor {
         self.validate()?;
         if raw.dims().last() != Some(&self.dims) {
             return Err(Error::Classes { expected: self.dims, got: raw.dims().to_vec() }.into());
+        }
+        if raw.elem_count() == 0 {
+            return Ok(raw.clone());
         }
         let room = self.least - self.dims as f64 * self.max_log_sigma; // 0 or less
         let share = candle_nn::ops::softmax(&wide(raw)?, D::Minus1)?;

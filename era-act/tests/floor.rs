@@ -124,6 +124,18 @@ fn the_sum_of_log_deviations_is_never_below_the_floor_and_each_is_in_its_range()
 }
 
 #[test]
+fn an_empty_batch_gives_an_empty_result() {
+    for shape in [vec![0, 4], vec![2, 0, 4]] {
+        let x = Tensor::zeros(shape.as_slice(), DType::F32, &Device::Cpu).unwrap();
+        let held = DiscreteFloor::new(4, 0.5).unwrap().forward(&x).unwrap();
+        let log_sigma = GaussianFloor::new(4, -1.0).unwrap().forward(&x).unwrap();
+        assert_eq!((held.dims(), log_sigma.dims()), (x.dims(), x.dims()));
+        let entropies = [entropy(&held).unwrap(), GaussianFloor::entropy(&log_sigma).unwrap()];
+        assert!(entropies.iter().all(|h| h.dims() == &shape[..shape.len() - 1]));
+    }
+}
+
+#[test]
 fn the_likelihood_is_that_of_a_gaussian() {
     let floor = GaussianFloor::new(2, 1.0).unwrap();
     let raw = tensor(&[0.4, -0.4], DType::F64).reshape((1, 2)).unwrap();
