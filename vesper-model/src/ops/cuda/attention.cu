@@ -19,6 +19,6 @@ __device__ __forceinline__ void packed(const T *qkv, T *out, float *lse, Attenti
     }
 
 KERNELS(bf16, 64, 2, 64)
-KERNELS(bf16, 128, 1, 64)
+KERNELS(bf16, 128, 2, 64)
 KERNELS(f16, 64, 2, 64)
-KERNELS(f16, 128, 1, 64)
+KERNELS(f16, 128, 2, 64)

@@ -118,7 +118,7 @@ impl Kernels {
 
 const KERNELS: [Kernels; 4] = [
     Kernels::tensor(64, [128, 64], [64, 64], [128, 64]),
-    Kernels::tensor(128, [64, 64], [64, 32], [64, 32]),
+    Kernels::tensor(128, [128, 64], [64, 64], [128, 32]),
     Kernels::plain(64),
     Kernels::plain(128),
 ];

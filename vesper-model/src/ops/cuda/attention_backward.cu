@@ -229,7 +229,9 @@ __device__ void backward_q(const T *qkv, const T *dout, const float *lse, const 
     load_tile<T, D, BN, THREADS>(sv, v, 0, t, width, dim);
     copy_commit();
 
-    uint32_t qa[MT][D / 16][4], da[MT][D / 16][4];
+    // Queries and gradients stay in registers where there are enough of them.
+    constexpr bool KEPT = MT * D + BN <= 192;
+    uint32_t qa[MT][KEPT ? D / 16 : 1][4], da[MT][KEPT ? D / 16 : 1][4];
     float dq[MT][D / 8][4], l[MT][2], e[MT][2];
 #pragma unroll
     for (int m = 0; m < MT; m++) {
@@ -256,7 +258,7 @@ __device__ void backward_q(const T *qkv, const T *dout, const float *lse, const 
             copy_wait<0>();
         }
         __syncthreads();
-        if (j == 0) {
+        if (KEPT && j == 0) {
 #pragma unroll
             for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -276,23 +278,32 @@ __device__ void backward_q(const T *qkv, const T *dout, const float *lse, const 
 #pragma unroll
                     for (int c = 0; c < 4; c++) s[m][n][c] = ds[m][n][c] = 0;
 #pragma unroll
-            for (int kk = 0; kk < D / 16; kk++)
+            for (int kk = 0; kk < D / 16; kk++) {
+                const int own = KEPT ? kk : 0;
+                if (!KEPT) {
+#pragma unroll
+                    for (int m = 0; m < MT; m++) {
+                        load_a<T, D>(qa[m][0], sq, mine + 16 * m, kk);
+                        load_a<T, D>(da[m][0], sd, mine + 16 * m, kk);
+                    }
+                }
 #pragma unroll
                 for (int n = 0; n < BN / 16; n++) {
                     uint32_t b[4];
                     load_bt<T, D>(b, kt, n, kk);
 #pragma unroll
                     for (int m = 0; m < MT; m++) {
-                        multiply_add<T>(s[m][2 * n], qa[m][kk], b);
-                        multiply_add<T>(s[m][2 * n + 1], qa[m][kk], b + 2);
+                        multiply_add<T>(s[m][2 * n], qa[m][own], b);
+                        multiply_add<T>(s[m][2 * n + 1], qa[m][own], b + 2);
                     }
                     load_bt<T, D>(b, vt, n, kk);
 #pragma unroll
                     for (int m = 0; m < MT; m++) {
-                        multiply_add<T>(ds[m][2 * n], da[m][kk], b);
-                        multiply_add<T>(ds[m][2 * n + 1], da[m][kk], b + 2);
+                        multiply_add<T>(ds[m][2 * n], da[m][own], b);
+                        multiply_add<T>(ds[m][2 * n + 1], da[m][own], b + 2);
                     }
                 }
+            }
 #pragma unroll
             for (int m = 0; m < MT; m++) {
                 const int row = q0 + mine + 16 * m + g;
@@ -355,6 +366,6 @@ __device__ void backward_q(const T *qkv, const T *dout, const float *lse, const 
     }
 
 KERNELS(bf16, 64, 1, 64, 3, 2, 64)
-KERNELS(bf16, 128, 1, 32, 1, 1, 32)
+KERNELS(bf16, 128, 1, 64, 1, 2, 32)
 KERNELS(f16, 64, 1, 64, 3, 2, 64)
-KERNELS(f16, 128, 1, 32, 1, 1, 32)
+KERNELS(f16, 128, 1, 64, 1, 2, 32)

@@ -27,7 +27,9 @@ __device__ __forceinline__ void forward(const HeadRows<T> &in, T *to, size_t to_
     load_tile<T, D, BN, THREADS>(sv, v, 0, keys, in.stride, dim);
     copy_commit();
 
-    uint32_t qa[MT][D / 16][4];
+    // Queries stay in registers where there are enough of them.
+    constexpr bool KEPT = MT * D <= 128;
+    uint32_t qa[MT][KEPT ? D / 16 : 1][4];
     float o[MT][D / 8][4], top[MT][2], sum[MT][2];
 #pragma unroll
     for (int m = 0; m < MT; m++) {
@@ -49,7 +51,7 @@ __device__ __forceinline__ void forward(const HeadRows<T> &in, T *to, size_t to_
             copy_wait<0>();
         }
         __syncthreads();
-        if (j == 0) {
+        if (KEPT && j == 0) {
 #pragma unroll
             for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -64,17 +66,22 @@ __device__ __forceinline__ void forward(const HeadRows<T> &in, T *to, size_t to_
 #pragma unroll
                 for (int n = 0; n < BN / 8; n++) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
 #pragma unroll
-            for (int kk = 0; kk < D / 16; kk++)
+            for (int kk = 0; kk < D / 16; kk++) {
+                if (!KEPT) {
+#pragma unroll
+                    for (int m = 0; m < MT; m++) load_a<T, D>(qa[m][0], sq, mine + 16 * m, kk);
+                }
 #pragma unroll
                 for (int n = 0; n < BN / 16; n++) {
                     uint32_t b[4];
                     load_bt<T, D>(b, kt, n, kk);
 #pragma unroll
                     for (int m = 0; m < MT; m++) {
-                        multiply_add<T>(s[m][2 * n], qa[m][kk], b);
-                        multiply_add<T>(s[m][2 * n + 1], qa[m][kk], b + 2);
+                        multiply_add<T>(s[m][2 * n], qa[m][KEPT ? kk : 0], b);
+                        multiply_add<T>(s[m][2 * n + 1], qa[m][KEPT ? kk : 0], b + 2);
                     }
                 }
+            }
 #pragma unroll
             for (int m = 0; m < MT; m++) {
                 const int row = first + q0 + mine + 16 * m + g;  // and row + 8: their positions
