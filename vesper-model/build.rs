@@ -3,6 +3,7 @@
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rustc-check-cfg=cfg(tensor_cores)");
+    println!("cargo::rustc-check-cfg=cfg(dependent_launch)");
     #[cfg(feature = "cuda")]
     kernels();
 }
@@ -26,8 +27,12 @@ fn kernels() {
         return;
     }
     // The attention kernels need 16-bit products, which came with compute capability 8.0.
-    match cudaforge::detect_compute_cap() {
-        Ok(arch) if arch.base() < 80 => {}
-        _ => println!("cargo::rustc-cfg=tensor_cores"),
+    let arch = cudaforge::detect_compute_cap().map(|arch| arch.base());
+    if arch.as_ref().map_or(true, |&arch| arch >= 80) {
+        println!("cargo::rustc-cfg=tensor_cores");
+    }
+    // Kernels that wait for the one before by themselves came with 9.0.
+    if arch.is_ok_and(|arch| arch >= 90) {
+        println!("cargo::rustc-cfg=dependent_launch");
     }
 }

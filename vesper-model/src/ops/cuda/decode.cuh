@@ -34,6 +34,30 @@ struct DecodeParams {
 };
 static_assert(sizeof(DecodeParams) == 56, "the Rust side has the same layout");
 
+// From compute capability 9.0 on the kernels of a step overlap: each lets the next one begin as soon as it runs itself, which
+// asks for its weights and then waits until what it reads of the kernels before has been written. (Elsewhere the next
+// kernel begins when this one has ended.)
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Asks for n elements to come into the L2 cache, by a whole warp.
+template <typename T> __device__ __forceinline__ void ask_for(const T *from, uint32_t n) {
+#if __CUDA_ARCH__ >= 900
+    const char *bytes = reinterpret_cast<const char *>(from);
+    for (size_t i = threadIdx.x % 32 * 128; i < n * sizeof(T); i += 32 * 128)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(bytes + i));
+#endif
+}
+
 constexpr uint32_t WARPS = 8;      // of a thread block of a product
 constexpr uint32_t POSITIONS = 128;  // threads of the attention, and positions that it takes at once
 constexpr uint32_t QUERIES = 4;    // query heads that it takes at once
@@ -165,6 +189,8 @@ __device__ __forceinline__ void stage_normed(float *xs, const float *h, const T 
 // h[row] = table[token[row]]: one thread block a row.
 template <typename T> __device__ __forceinline__ void embed(const T *table, const uint32_t *token, float *h, DecodeParams p) {
     const uint32_t row = blockIdx.x;
+    let_next_begin();
+    wait_for_previous();
     const T *from = table + (size_t)min(token[row], p.vocab - 1) * p.d;
     for (uint32_t i = threadIdx.x; i < p.d; i += blockDim.x) h[(size_t)row * p.d + i] = to_float(from[i]);
 }
@@ -178,10 +204,18 @@ __device__ __forceinline__ void qkv(const float *h, const T *norm, const T *weig
     __shared__ float scratch[32];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t half = p.dim / 2, pairs = (p.query + 2 * p.kv) * half, stride = padded<V>(p.d);
+    const uint32_t own_pair = blockIdx.x * WARPS + warp;
+    let_next_begin();
+    if (own_pair < pairs) {
+        const T *low = weight + (size_t)(own_pair / half * p.dim + own_pair % half) * p.d;
+        ask_for(low, p.d);
+        ask_for(low + (size_t)half * p.d, p.d);
+    }
+    wait_for_previous();
     for (uint32_t first = 0; first < p.rows; first += B) {
         if (first > 0) __syncthreads();  // the vectors before are still read
         stage_normed<T, V, B>(xs, h, norm, first, p, scratch);
-        for (uint32_t pair = blockIdx.x * WARPS + warp; pair < pairs; pair += gridDim.x * WARPS) {
+        for (uint32_t pair = own_pair; pair < pairs; pair += gridDim.x * WARPS) {
             const uint32_t head = pair / half, i = pair % half;
             const T *low = weight + (size_t)(head * p.dim + i) * p.d;
             const T *const rows[2] = {low, low + (size_t)half * p.d};
@@ -223,6 +257,8 @@ __device__ __forceinline__ void attention(const float *q, const T *cache, const 
     __shared__ float sums[POSITIONS * V];
     __shared__ float scratch[32];
     const uint32_t split = blockIdx.x, head = blockIdx.y, row = blockIdx.z, thread = threadIdx.x;
+    let_next_begin();
+    wait_for_previous();
     // A row that rests stands behind the end: one position, for nobody to read.
     const uint32_t at = position[row], length = at < p.capacity ? at + 1 : 1, each = (length + p.splits - 1) / p.splits;
     const uint32_t start = min(split * each, length), end = min(start + each, length);
@@ -313,28 +349,42 @@ __device__ __forceinline__ void attention(const float *q, const T *cache, const 
 template <typename T, int V, int B>
 __device__ __forceinline__ void output(const float *part, const float2 *weight, const T *w, float *h, DecodeParams p) {
     extern __shared__ __align__(16) float xs[];
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const uint32_t width = p.query * p.dim, stride = padded<V>(width);
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const uint32_t width = p.query * p.dim, stride = padded<V>(width), own_row = blockIdx.x * warps + warp;
+    float *const factors = xs + B * stride;  // (query, splits)
+    let_next_begin();
+    if (own_row < p.d) ask_for(w + (size_t)own_row * width, width);
+    wait_for_previous();
     for (uint32_t first = 0; first < p.rows; first += B) {
-        if (first > 0) __syncthreads();
         for (int b = 0; b < B; b++) {
             const uint32_t row = min(first + b, p.rows - 1);
+            const size_t parts = (size_t)row * p.query * p.splits;
+            __syncthreads();  // the vectors and factors before are still read
+            // A lane a part (at most 32): its share of the head's sum of exponentials, 0 where it has no positions.
+            for (uint32_t head = warp; head < p.query; head += warps) {
+                const bool is = lane < p.splits;
+                const float2 own = is ? weight[parts + head * p.splits + lane] : make_float2(-INFINITY, 0.0f);
+                float top = own.y > 0.0f ? own.x : -INFINITY;
+                for (int offset = 16; offset > 0; offset /= 2)
+                    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+                const float factor = own.y > 0.0f ? expf(own.x - top) : 0.0f;
+                const float sum = warp_sum(factor * own.y);
+                if (is) factors[head * p.splits + lane] = own.y == 0.0f ? 0.0f : factor / sum;
+            }
+            __syncthreads();
             for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) {
-                const size_t parts = ((size_t)row * p.query + i / p.dim) * p.splits;
-                float top = -INFINITY, sum = 0.0f, all = 0.0f;
-                for (uint32_t s = 0; s < p.splits; s++) top = fmaxf(top, weight[parts + s].x);
-                for (uint32_t s = 0; s < p.splits; s++) {
-                    const float2 own = weight[parts + s];
-                    if (own.y == 0.0f) continue;  // nothing was written there
-                    const float factor = expf(own.x - top);
-                    sum = __fmaf_rn(factor, own.y, sum);
-                    all = __fmaf_rn(factor, part[(parts + s) * p.dim + i % p.dim], all);
-                }
-                xs[b * stride + slot<V>(i)] = all / sum;
+                const uint32_t head = i / p.dim;
+                const float *const own = factors + head * p.splits;
+                const float *const from = part + (parts + head * p.splits) * p.dim + i % p.dim;
+                float all = 0.0f;
+#pragma unroll 4
+                for (uint32_t s = 0; s < p.splits; s++)
+                    if (own[s] != 0.0f) all = __fmaf_rn(own[s], from[s * p.dim], all);  // else nothing was written there
+                xs[b * stride + slot<V>(i)] = all;
             }
         }
         __syncthreads();
-        for (uint32_t i = blockIdx.x * (blockDim.x / 32) + warp; i < p.d; i += gridDim.x * (blockDim.x / 32)) {
+        for (uint32_t i = own_row; i < p.d; i += gridDim.x * warps) {
             const T *const rows[1] = {w + (size_t)i * width};
             float sums[1][B], own[1];
             dots<T, V, 1, B>(rows, xs, stride, width, sums);
@@ -381,10 +431,17 @@ __device__ __forceinline__ void gate_up(const float *h, const T *norm, const T *
     extern __shared__ __align__(16) float xs[];
     __shared__ float scratch[32];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, stride = padded<V>(p.d);
+    const uint32_t own_row = blockIdx.x * WARPS + warp;
+    let_next_begin();
+    if (own_row < p.ffn) {
+        ask_for(weight + (size_t)own_row * p.d, p.d);
+        ask_for(weight + (size_t)(p.ffn + own_row) * p.d, p.d);
+    }
+    wait_for_previous();
     for (uint32_t first = 0; first < p.rows; first += B) {
         if (first > 0) __syncthreads();
         stage_normed<T, V, B>(xs, h, norm, first, p, scratch);
-        for (uint32_t i = blockIdx.x * WARPS + warp; i < p.ffn; i += gridDim.x * WARPS) {
+        for (uint32_t i = own_row; i < p.ffn; i += gridDim.x * WARPS) {
             const T *gate = weight + (size_t)i * p.d;
             const T *const rows[2] = {gate, gate + (size_t)p.ffn * p.d};
             float sums[2][B], own[2];
@@ -401,6 +458,10 @@ template <typename T, int V, int B>
 __device__ __forceinline__ void down(const float *inner, const T *weight, float *h, DecodeParams p) {
     extern __shared__ __align__(16) float xs[];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, stride = padded<V>(p.ffn);
+    const uint32_t warps = blockDim.x / 32, own_row = blockIdx.x * warps + warp;
+    let_next_begin();
+    if (own_row < p.d) ask_for(weight + (size_t)own_row * p.ffn, p.ffn);
+    wait_for_previous();
     for (uint32_t first = 0; first < p.rows; first += B) {
         if (first > 0) __syncthreads();
         for (int b = 0; b < B; b++) {
@@ -408,7 +469,7 @@ __device__ __forceinline__ void down(const float *inner, const T *weight, float 
             for (uint32_t i = threadIdx.x; i < p.ffn; i += blockDim.x) xs[b * stride + slot<V>(i)] = x[i];
         }
         __syncthreads();
-        for (uint32_t i = blockIdx.x * (blockDim.x / 32) + warp; i < p.d; i += gridDim.x * (blockDim.x / 32)) {
+        for (uint32_t i = own_row; i < p.d; i += gridDim.x * warps) {
             const T *const rows[1] = {weight + (size_t)i * p.ffn};
             float sums[1][B], own[1];
             dots<T, V, 1, B>(rows, xs, stride, p.ffn, sums);
@@ -437,6 +498,12 @@ __device__ __forceinline__ void head(const float *h, const T *norm, const T *wei
     __shared__ Best found[WARPS][B];
     constexpr uint32_t R = 4;  // rows of the weight that a warp takes at once
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, stride = padded<V>(p.d);
+    let_next_begin();
+    for (uint32_t r = 0; r < R; r++) {
+        const uint32_t id = (blockIdx.x * WARPS + warp) * R + r;
+        if (id < p.vocab) ask_for(weight + (size_t)id * p.d, p.d);
+    }
+    wait_for_previous();
     for (uint32_t first = 0; first < p.rows; first += B) {
         if (first > 0) __syncthreads();
         stage_normed<T, V, B>(xs, h, norm, first, p, scratch);
@@ -477,6 +544,8 @@ __device__ __forceinline__ void next(const Best *best, const uint32_t *active, u
                                      uint32_t *log, DecodeParams p) {
     __shared__ Best found[256];
     const uint32_t row = blockIdx.x, thread = threadIdx.x;
+    let_next_begin();
+    wait_for_previous();
     Best largest = {-INFINITY, UINT32_MAX};
     for (uint32_t i = thread; i < p.blocks; i += 256) {
         const Best other = best[(size_t)row * p.blocks + i];

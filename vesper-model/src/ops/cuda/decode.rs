@@ -2,14 +2,16 @@
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaGraph, CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, sys,
+    CudaFunction, CudaGraph, CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, sys,
 };
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 use era_act::{Activation, Era};
 
+use super::chain::{Chain, follow};
 use super::graph::record;
 use super::launch::{
-    Element, Held, Module, allocate, blocks, by_dtype, has_kernels, launch, multiprocessors, size, tensor,
+    Element, Held, Module, allocate, allow_shared, blocks, by_dtype, has_kernels, multiprocessors, size,
+    tensor,
 };
 use crate::ops::decode::{Place, StepWeights};
 
@@ -21,6 +23,8 @@ const HEAD_ROWS: usize = 4;
 /// Threads of the attention, and the query heads that it takes at once.
 const POSITIONS: usize = 128;
 const QUERIES: usize = 4;
+/// Thread blocks that share the positions of a head, at most: the lanes of a warp put their parts together.
+const MAX_SPLITS: usize = 32;
 /// Sequences that read the weights together, where there is more than one.
 const TOGETHER: usize = 4;
 
@@ -80,16 +84,15 @@ struct Addresses {
     best: u64,
 }
 
-/// Names of the kernels.
-struct Names {
-    embed: String,
-    qkv: String,
-    attention: String,
-    output: String,
-    gate_up: String,
-    down: String,
-    head: String,
-    next: String,
+struct Kernels {
+    embed: CudaFunction,
+    qkv: CudaFunction,
+    attention: CudaFunction,
+    output: CudaFunction,
+    gate_up: CudaFunction,
+    down: CudaFunction,
+    head: CudaFunction,
+    next: CudaFunction,
 }
 
 /// Bytes of shared memory of the products over the residual stream, the attention's output and the feed-forward.
@@ -105,11 +108,11 @@ pub(crate) struct CudaStep {
     /// What the addresses lead to.
     _weights: StepWeights,
     _caches: Vec<Tensor>,
-    dtype: DType,
     params: Params,
     layers: Vec<Layer>,
     at: Addresses,
-    names: Names,
+    kernels: Kernels,
+    chain: Chain,
     shared: Shared,
     /// Of each row: position, whether it takes part, token; then the tokens at 0 ..= capacity of each row.
     state: CudaSlice<u32>,
@@ -167,7 +170,8 @@ impl CudaStep {
         let longest = bytes(d.max(ffn).max(width));
         let limit = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let limit = device.cuda_stream().context().attribute(limit).w()? as usize;
-        let spare = 2048; // what the kernels declare for themselves
+        // What the kernels declare for themselves, and the shares of an attention's parts.
+        let spare = 2048 + 4 * heads.query * MAX_SPLITS;
         let together = if rows > 1 && TOGETHER * longest + spare <= limit { TOGETHER } else { 1 };
         if longest + spare > limit
             || dim / vector > POSITIONS
@@ -177,7 +181,7 @@ impl CudaStep {
             return Ok(None);
         }
         // Enough blocks for the device, and none for less than 64 positions.
-        let splits = capacity.div_ceil(64).min(2 * processors / (kv * rows)).clamp(1, 32);
+        let splits = capacity.div_ceil(64).min(2 * processors / (kv * rows)).clamp(1, MAX_SPLITS);
         let head_blocks = vocab.div_ceil(HEAD_ROWS * WARPS).min(4 * processors);
         let params = Params {
             rows: size(rows)?,
@@ -243,28 +247,40 @@ impl CudaStep {
         });
         let layers = layers.collect::<Result<_>>()?;
         let kind = format!("{}_{}", T::NAME, if wide { "wide" } else { "single" });
-        let product = |name: &str| format!("decode_{name}_{kind}_{together}");
-        let names = Names {
-            embed: format!("decode_embed_{}", T::NAME),
-            qkv: product("qkv"),
-            attention: format!("decode_attention_{kind}"),
-            output: product("output"),
-            gate_up: product("gate_up"),
-            down: product("down"),
-            head: product("head"),
-            next: format!("decode_next_{}", T::NAME),
-        };
         let shared = |n: usize| size(together * bytes(n));
-        let shared = Shared { stream: shared(d)?, attended: shared(width)?, inner: shared(ffn)? };
+        // The output layer's kernel also keeps what each part of the attention counts.
+        let factors = size(4 * heads.query * splits)?;
+        let shared = Shared { stream: shared(d)?, attended: shared(width)? + factors, inner: shared(ffn)? };
+        let load = |name: &str, bytes: u32| -> Result<CudaFunction> {
+            let module = match T::DTYPE {
+                DType::BF16 => Module::DecodeBf16,
+                DType::F16 => Module::DecodeF16,
+                _ => Module::DecodeF32,
+            };
+            let function = device.get_or_load_custom_func(name, module.name(), module.ptx())?;
+            allow_shared(&function, bytes)?;
+            Ok(function.into_cuda_function())
+        };
+        let product = |name: &str, bytes: u32| load(&format!("decode_{name}_{kind}_{together}"), bytes);
+        let kernels = Kernels {
+            embed: load(&format!("decode_embed_{}", T::NAME), 0)?,
+            qkv: product("qkv", shared.stream)?,
+            attention: load(&format!("decode_attention_{kind}"), 0)?,
+            output: product("output", shared.attended)?,
+            gate_up: product("gate_up", shared.stream)?,
+            down: product("down", shared.inner)?,
+            head: product("head", shared.stream)?,
+            next: load(&format!("decode_next_{}", T::NAME), 0)?,
+        };
         Ok(Some(Self {
             device: device.clone(),
             _weights: weights.clone(),
             _caches: caches.to_vec(),
-            dtype: T::DTYPE,
             params,
             layers,
             at,
-            names,
+            kernels,
+            chain: Chain::new(device)?,
             shared,
             state,
             logits,
@@ -331,7 +347,7 @@ impl CudaStep {
         Ok(tensor(hidden, &self.device, (places.len(), 1, d)))
     }
 
-    /// One step: the first launches (and loads) the kernels, the second records what it launches, all later ones replay.
+    /// One step: the first launches the kernels, the second records what it launches, all later ones replay.
     fn advance(&mut self) -> Result<()> {
         self.steps += 1;
         if !self.captured || self.steps == 1 {
@@ -347,12 +363,7 @@ impl CudaStep {
     }
 
     fn launch_all(&self) -> Result<()> {
-        let (device, at, names, p) = (&self.device, &self.at, &self.names, &self.params);
-        let module = match self.dtype {
-            DType::BF16 => Module::DecodeBf16,
-            DType::F16 => Module::DecodeF16,
-            _ => Module::DecodeF32,
-        };
+        let (chain, at, kernels, p) = (&self.chain, &self.at, &self.kernels, &self.params);
         let (rows, d) = (p.rows as usize, p.d as usize);
         let product = |count: usize, warps: usize, bytes: u32| -> Result<LaunchConfig> {
             let config = blocks(count.div_ceil(warps), 32 * warps as u32)?;
@@ -373,12 +384,11 @@ impl CudaStep {
             block_dim: (32 * WARPS as u32, 1, 1),
             shared_mem_bytes: self.shared.stream,
         };
-        launch!(device, module, &names.embed, blocks(rows, 256)?, &at.embed, &at.token, &at.h, p);
+        follow!(chain, &kernels.embed, blocks(rows, 256)?, &at.embed, &at.token, &at.h, p);
         for layer in &self.layers {
-            launch!(
-                device,
-                module,
-                &names.qkv,
+            follow!(
+                chain,
+                &kernels.qkv,
                 qkv,
                 &at.h,
                 &layer.norm_attention,
@@ -390,10 +400,9 @@ impl CudaStep {
                 &layer.cache,
                 p
             );
-            launch!(
-                device,
-                module,
-                &names.attention,
+            follow!(
+                chain,
+                &kernels.attention,
                 attention,
                 &at.q,
                 &layer.cache,
@@ -402,11 +411,10 @@ impl CudaStep {
                 &at.share,
                 p
             );
-            launch!(device, module, &names.output, output, &at.part, &at.share, &layer.out, &at.h, p);
-            launch!(
-                device,
-                module,
-                &names.gate_up,
+            follow!(chain, &kernels.output, output, &at.part, &at.share, &layer.out, &at.h, p);
+            follow!(
+                chain,
+                &kernels.gate_up,
                 gate_up,
                 &at.h,
                 &layer.norm_feed_forward,
@@ -414,25 +422,12 @@ impl CudaStep {
                 &at.inner,
                 p
             );
-            launch!(device, module, &names.down, down, &at.inner, &layer.down, &at.h, p);
+            follow!(chain, &kernels.down, down, &at.inner, &layer.down, &at.h, p);
         }
-        launch!(
-            device,
-            module,
-            &names.head,
-            head,
-            &at.h,
-            &at.norm,
-            &at.head,
-            &at.logits,
-            &at.hidden,
-            &at.best,
-            p
-        );
-        launch!(
-            device,
-            module,
-            &names.next,
+        follow!(chain, &kernels.head, head, &at.h, &at.norm, &at.head, &at.logits, &at.hidden, &at.best, p);
+        follow!(
+            chain,
+            &kernels.next,
             blocks(rows, 256)?,
             &at.best,
             &at.active,
