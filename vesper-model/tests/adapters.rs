@@ -143,6 +143,31 @@ fn many_rows_give_with_each_kind_what_the_reference_gives() {
 }
 
 #[test]
+fn adapters_train_in_mixed_precision_over_few_and_many_rows() {
+    let plain = model();
+    let many: Vec<u32> = (0..320u32).map(|i| (i * 7 + i * i) % 64).collect();
+    let many = Tensor::from_vec(many, (2, 160), &Device::Cpu).unwrap();
+    for kind in kinds() {
+        let mut wide = plain.clone();
+        wide.attach(&kind, &Targets::all_linear()).unwrap();
+        for (i, (_, var)) in vars(&wide).iter().enumerate() {
+            let moved = (Tensor::ones(var.shape(), DType::F32, &Device::Cpu).unwrap()
+                * (0.01 * (i % 5 + 1) as f64))
+                .unwrap();
+            var.set(&(var.as_detached_tensor() + moved).unwrap()).unwrap();
+        }
+        let mixed = wide.clone().with_compute_dtype(DType::BF16);
+        for ids in [&ids(1), &many] {
+            let [exact, loss] = [&wide, &mixed].map(|model| model.loss(ids, ids).unwrap().loss);
+            let grads = loss.backward().unwrap();
+            flylora::audit(vars(&mixed), &grads).unwrap();
+            let [exact, loss] = [exact, loss].map(|loss| loss.to_scalar::<f32>().unwrap());
+            assert!((exact - loss).abs() < 0.02 * exact, "{kind}: {exact} and {loss}");
+        }
+    }
+}
+
+#[test]
 fn what_does_not_fit_is_refused_and_the_model_stays_as_it_was() {
     let mut model = model();
     let kind = AdapterKind::Lora(LoraConfig::default().with_r(4));

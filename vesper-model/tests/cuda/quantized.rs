@@ -75,8 +75,8 @@ fn a_model_in_blocks_writes_what_its_values_would() {
         let exact = to_f64(&small.dequantized().unwrap().forward(&input).unwrap()).squeeze(0).unwrap();
         let off = error(&to_f64(&small.forward(&input).unwrap()).squeeze(0).unwrap(), &exact);
         println!("{block}: logits off by {off:.1e}");
-        // Every product of two layers rounds its input to 8 bits.
-        assert!(off < 4e-2, "{block}: logits off by {off:e}");
+        // Every product of two layers rounds its input to 8 bits, and those of 4 bits their blocks' sums to f16.
+        assert!(off < 1e-1, "{block}: logits off by {off:e}");
         let mut session = small.session(64).unwrap();
         let mut read = 0;
         for n in [30, 1, 1, 5, 1] {
@@ -85,7 +85,7 @@ fn a_model_in_blocks_writes_what_its_values_would() {
             let logits = to_f64(&Tensor::new(logits, &Device::Cpu).unwrap());
             let off = error(&logits, &exact.get(read - 1).unwrap());
             println!("{block}: after {read} tokens off by {off:.1e}");
-            assert!(off < 4e-2, "{block}: after {read} tokens off by {off:e}");
+            assert!(off < 1e-1, "{block}: after {read} tokens off by {off:e}");
         }
     }
 }
