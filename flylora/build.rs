@@ -2,7 +2,7 @@
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rustc-check-cfg=cfg(tensor_cores)");
+    println!("cargo::rustc-check-cfg=cfg(tensor_cores, hopper)");
     #[cfg(feature = "cuda")]
     kernels();
 }
@@ -13,7 +13,7 @@ fn kernels() {
     println!("cargo::rerun-if-changed={directory}");
     let built = cudaforge::KernelBuilder::new()
         .source_dir(directory)
-        .watch(["common", "mma", "params"].map(|stem| format!("{directory}/{stem}.cuh")))
+        .watch(["common", "hopper", "mma", "params"].map(|stem| format!("{directory}/{stem}.cuh")))
         .arg("-std=c++17")
         .arg("-O3")
         .build_ptx();
@@ -23,9 +23,12 @@ fn kernels() {
         println!("cargo::error=the CUDA kernels of flylora do not build: {error}");
         return;
     }
-    // Products of bf16 came with compute capability 8.0.
-    match cudaforge::detect_compute_cap() {
-        Ok(arch) if arch.base() < 80 => {}
-        _ => println!("cargo::rustc-cfg=tensor_cores"),
+    // Products of bf16 came with compute capability 8.0; Hopper, 9.0, has some of its own.
+    let arch = cudaforge::detect_compute_cap().map(|arch| arch.base());
+    if arch.as_ref().map_or(true, |arch| *arch >= 80) {
+        println!("cargo::rustc-cfg=tensor_cores");
+    }
+    if arch.is_ok_and(|arch| arch == 90) {
+        println!("cargo::rustc-cfg=hopper");
     }
 }

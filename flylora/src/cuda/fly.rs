@@ -207,7 +207,7 @@ impl CustomOp2 for Layer {
         let (y, shape) = match &self.base {
             Some(base) => with_change(base, (x, lx), &low.values, factor, self.how.scale)?,
             None => {
-                let y = expanded(x, &Base::Nothing, &low.values, factor, self.how.scale)?;
+                let y = expanded(x, Base::Nothing, &low.values, factor, self.how.scale)?;
                 (y, with_last(lx.shape(), lb.shape().dims2()?.0).into())
             }
         };
@@ -237,7 +237,7 @@ impl CustomOp2 for Layer {
         let a = Factor { parts: dense.parts()?, side: Side::Ranks };
         let dx = match &self.base {
             Some(base) => through(base, &ds, m, &back, a, 1.0)?,
-            None => expanded(ds.storage()?, &Base::Nothing, &back, a, 1.0)?,
+            None => expanded(ds.storage()?, Base::Nothing, &back, a, 1.0)?,
         };
         Ok((Some(tensor(dx, x.shape())), Some(db)))
     }

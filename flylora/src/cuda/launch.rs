@@ -60,11 +60,14 @@ macro_rules! by_dtype {
 pub(super) use by_dtype;
 
 /// A `.cu` file.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Module {
     Skinny,
     Tensor,
     Sweep,
+    SweepTensor,
+    Pair,
+    Layer,
     Fly,
     Select,
     Dropout,
@@ -77,6 +80,9 @@ impl Module {
             Self::Skinny => "flylora-skinny",
             Self::Tensor => "flylora-tensor",
             Self::Sweep => "flylora-sweep",
+            Self::SweepTensor => "flylora-sweep-tensor",
+            Self::Pair => "flylora-pair",
+            Self::Layer => "flylora-layer",
             Self::Fly => "flylora-fly",
             Self::Select => "flylora-select",
             Self::Dropout => "flylora-dropout",
@@ -88,6 +94,9 @@ impl Module {
             Self::Skinny => ptx::SKINNY,
             Self::Tensor => ptx::TENSOR,
             Self::Sweep => ptx::SWEEP,
+            Self::SweepTensor => ptx::SWEEP_TENSOR,
+            Self::Pair => ptx::PAIR,
+            Self::Layer => ptx::LAYER,
             Self::Fly => ptx::FLY,
             Self::Select => ptx::SELECT,
             Self::Dropout => ptx::DROPOUT,

@@ -1,7 +1,8 @@
 //! LoRA on CUDA: what of it is done by the kernels for few ranks.
 //!
-//! With `h = x A^T` and `g = dy B`, both (rows, r), the gradients are `dA = scale g^T x` and `dB = scale dy^T h`: x and dy
-//! are read twice each, or once by a kernel that has both at hand, and nothing of the size of the weight is made.
+//! With `h = x A^T` and `g = dy B`, both (rows, r), the gradients are `dA = scale g^T x` and `dB = scale dy^T h`: nothing of
+//! the size of the weight is made. x and dy are read once for both gradients in f32, which makes h and g too (`sweep`), and in
+//! bf16 (`pair`); h and g come with the frozen products in bf16 on Hopper (`layer`).
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,12 +11,11 @@ use candle_core::op::Add;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::launch::{Held, aligned, not_here, tensor};
+use super::layer::{Columns, Low, layer};
 use super::onto::{Way, add_product, takes};
-use super::skinny;
-use super::skinny::{
-    Base, Factor, MOST_RANKS, Side, back, dot, expand, expand_times, expanded, outer, project,
-};
+use super::skinny::{Base, Factor, MOST_RANKS, Side, dot, expand, expand_times, expanded, outer, project};
 use super::sweep::sweep;
+use super::{pair, skinny};
 use crate::FrozenLinear;
 use crate::frozen::{Frozen, rows, with_last};
 
@@ -29,12 +29,7 @@ pub(crate) fn has_kernels(x: &Tensor, r: usize) -> bool {
 
 /// `W + scale B A` for a weight (out, in), a (r, in) and b (out, r), all f32 and outside of any graph.
 pub(crate) fn effective(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
-    let (weight, a, b) = (aligned(weight)?, aligned(a)?, aligned(b)?);
-    let (from, held) = (Held::new(&weight), Held::new(&a));
-    let (storage, layout) = from.parts()?;
-    let factor = Factor { parts: held.parts()?, side: Side::Ranks };
-    let sum = expanded(storage, &Base::Other(storage, layout), &b, factor, scale)?;
-    Ok(tensor(sum, weight.shape()))
+    skinny::effective(&aligned(weight)?, &aligned(a)?, &aligned(b)?, scale)
 }
 
 /// `dA` (r, in) and `dB` (out, r) for x (m, in) and dy (m, out); a, b and both results f32.
@@ -53,25 +48,21 @@ pub(crate) fn gradients(
     let outputs = dy.dim(1)?;
     let (xs, ds, fa, fb) = (Held::new(&x), Held::new(&dy), Held::new(&a), Held::new(&b));
     let low = project(xs.parts()?, m, Factor { parts: fa.parts()?, side: Side::Ranks }, None, 1.0)?;
-    let factor = Factor { parts: fb.parts()?, side: Side::Columns };
-    let (back, db) = of_dy(&ds, (m, outputs), &low, factor, scale)?;
-    let da = outer(xs.parts()?, &back, inputs, Side::Ranks, scale)?;
-    Ok((da, db))
+    let back = project(ds.parts()?, m, Factor { parts: fb.parts()?, side: Side::Columns }, None, 1.0)?;
+    both_outer((&xs, inputs, &back), (&ds, outputs, &low), scale)
 }
 
-/// `g = dy B` (m, r) and `dB = scale dy^T h` (out, r) for dy (m, out), h (m, r) and a factor that lies as `B`.
-fn of_dy(
-    dy: &Held<'_>,
-    (m, outputs): (usize, usize),
-    low: &Tensor,
-    factor: Factor<'_>,
+/// `dA = scale g^T x` (r, in) and `dB = scale dy^T h` (out, r) for x (m, in), dy (m, out), g and h (m, r).
+fn both_outer(
+    (x, inputs, back): (&Held<'_>, usize, &Tensor),
+    (dy, outputs, low): (&Held<'_>, usize, &Tensor),
     scale: f64,
 ) -> Result<(Tensor, Tensor)> {
-    if let Some(both) = back(dy.parts()?, low, factor, scale)? {
-        return Ok(both);
+    if pair::takes(x.storage()?.dtype()) {
+        return pair::pair(x.parts()?, back, dy.parts()?, low, scale);
     }
-    let g = project(dy.parts()?, m, factor, None, 1.0)?;
-    Ok((g, outer(dy.parts()?, low, outputs, Side::Columns, scale)?))
+    let da = outer(x.parts()?, back, inputs, Side::Ranks, scale)?;
+    Ok((da, outer(dy.parts()?, low, outputs, Side::Columns, scale)?))
 }
 
 /// The norms of the rows of `W + scale B A`, from the squares of those of `W` (out), outside of any graph: (out); `None` where
@@ -218,23 +209,7 @@ impl CustomOp3 for Change {
         b: &CudaStorage,
         lb: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        let low =
-            project((x, lx), rows(lx.shape()), Factor { parts: (a, la), side: Side::Ranks }, None, 1.0)?;
-        let factor = Factor { parts: (b, lb), side: Side::Columns };
-        let (y, shape) = match (&self.base, &self.own) {
-            (Some(base), None) => with_change(base, (x, lx), &low, factor, self.scale)?,
-            (Some(base), Some(own)) => {
-                let (mut y, shape) = Frozen(base.clone()).cuda_fwd(x, lx)?;
-                let held = Held::new(&own.b);
-                let factor = Factor { parts: held.parts()?, side: Side::Columns };
-                expand_times(&mut y, &Base::Output, &low, factor, self.scale, Some(&own.ratio))?;
-                (y, shape)
-            }
-            (None, _) => {
-                let y = expanded(x, &Base::Nothing, &low, factor, self.scale)?;
-                (y, with_last(lx.shape(), lb.shape().dims2()?.0).into())
-            }
-        };
+        let (y, shape, low) = self.forward((x, lx), (a, la), (b, lb))?;
         if self.tracked {
             *self.low.lock().unwrap_or_else(PoisonError::into_inner) = Some(low);
         }
@@ -267,30 +242,77 @@ impl CustomOp3 for Change {
             Some(low) => low,
             None => project(xs.parts()?, m, fa, None, 1.0)?,
         };
-        let (back, db) = of_dy(&ds, (m, outputs), &low, fb, self.scale)?;
-        let da = outer(xs.parts()?, &back, inputs, Side::Ranks, self.scale)?;
-        let dx = if x.track_op() {
-            let dx = match &self.base {
-                Some(base) => {
-                    let base = match &self.own {
-                        None => base.clone(),
-                        Some(own) => {
-                            let weight = base.weight()?.to_dtype(DType::F32)?;
-                            base.with_weight(&weight.broadcast_mul(&own.ratio)?)?
-                        }
-                    };
-                    through(&base, &ds, m, &back, fa, self.scale)?
-                }
-                None => expanded(ds.storage()?, &Base::Nothing, &back, fa, self.scale)?,
-            };
-            Some(tensor(dx, x.shape()))
+        let (back, dx) = if x.track_op() {
+            let (back, dx) = self.back(&ds, m, fa, fb)?;
+            (back, Some(tensor(dx, x.shape())))
         } else {
-            None
+            (project(ds.parts()?, m, fb, None, 1.0)?, None)
         };
+        let (da, db) = both_outer((&xs, inputs, &back), (&ds, outputs, &low), self.scale)?;
         let Some(own) = &self.own else { return Ok((dx, Some(da), Some(db))) };
         let of_ratio = products_of_columns(&dy, &y.detach().reshape((m, outputs))?)?.div(&own.ratio)?;
         let db = Tensor::cat(&[&db.broadcast_mul(&own.ratio)?, &of_ratio], 1)?;
         Ok((dx, Some(da), Some(db)))
+    }
+}
+
+impl Change {
+    /// y, its shape, and `h = x A^T`.
+    fn forward(
+        &self,
+        (x, lx): (&CudaStorage, &Layout),
+        a: (&CudaStorage, &Layout),
+        (b, lb): (&CudaStorage, &Layout),
+    ) -> Result<(CudaStorage, Shape, Tensor)> {
+        let (m, a) = (rows(lx.shape()), Factor { parts: a, side: Side::Ranks });
+        let held = self.own.as_ref().map(|own| Held::new(&own.b));
+        let parts = held.as_ref().map_or(Ok((b, lb)), Held::parts)?;
+        let factor = Factor { parts, side: Side::Columns };
+        if let Some(base) = &self.base {
+            let columns = Columns { bias: base.bias(), ratio: self.own.as_ref().map(|own| &own.ratio) };
+            let weight = (&base.weight()?, Way::Forward);
+            if let Some((y, low)) = layer((x, lx), m, weight, Low::Of(a), factor, self.scale, columns)? {
+                return Ok((y, with_last(lx.shape(), base.out_features()).into(), low));
+            }
+        }
+        let low = project((x, lx), m, a, None, 1.0)?;
+        let (y, shape) = match (&self.base, &self.own) {
+            (Some(base), None) => with_change(base, (x, lx), &low, factor, self.scale)?,
+            (Some(base), Some(own)) => {
+                let (mut y, shape) = Frozen(base.clone()).cuda_fwd(x, lx)?;
+                expand_times(&mut y, Base::Output, &low, factor, self.scale, Some(&own.ratio))?;
+                (y, shape)
+            }
+            (None, _) => {
+                let y = expanded(x, Base::Nothing, &low, factor, self.scale)?;
+                (y, with_last(lx.shape(), lb.shape().dims2()?.0).into())
+            }
+        };
+        Ok((y, shape, low))
+    }
+
+    /// `g = dy B` (m, r) and the gradient of x, for dy (m, out), with a and b by ranks and by columns.
+    fn back(&self, dy: &Held<'_>, m: usize, a: Factor<'_>, b: Factor<'_>) -> Result<(Tensor, CudaStorage)> {
+        let Some(base) = &self.base else {
+            let back = project(dy.parts()?, m, b, None, 1.0)?;
+            let dx = expanded(dy.storage()?, Base::Nothing, &back, a, self.scale)?;
+            return Ok((back, dx));
+        };
+        let base = match &self.own {
+            None => base.clone(),
+            Some(own) => {
+                let weight = base.weight()?.to_dtype(DType::F32)?;
+                base.with_weight(&weight.broadcast_mul(&own.ratio)?)?
+            }
+        };
+        let weight = (&base.weight()?, Way::Backward);
+        let both = layer(dy.parts()?, m, weight, Low::Of(b), a, self.scale, Columns::default())?;
+        if let Some((dx, back)) = both {
+            return Ok((back, dx));
+        }
+        let back = project(dy.parts()?, m, b, None, 1.0)?;
+        let dx = through(&base, dy, m, &back, a, self.scale)?;
+        Ok((back, dx))
     }
 }
 
@@ -303,13 +325,18 @@ pub(super) fn with_change(
     scale: f64,
 ) -> Result<(CudaStorage, Shape)> {
     let weight = base.weight()?;
+    let columns = Columns { bias: base.bias(), ratio: None };
+    let way = (&weight, Way::Forward);
+    if let Some((y, _)) = layer((x, lx), rows(lx.shape()), way, Low::Given(low), factor, scale, columns)? {
+        return Ok((y, with_last(lx.shape(), base.out_features()).into()));
+    }
     if !takes(&weight) {
         let (mut y, shape) = Frozen(base.clone()).cuda_fwd(x, lx)?;
-        expand(&mut y, &Base::Output, low, factor, scale)?;
+        expand(&mut y, Base::Output, low, factor, scale)?;
         return Ok((y, shape));
     }
     let (m, n) = (rows(lx.shape()), base.out_features());
-    let mut y = expanded(x, &Base::Nothing, low, factor, scale)?;
+    let mut y = expanded(x, Base::Nothing, low, factor, scale)?;
     add_product(&mut y, (x, lx), m, &weight, Way::Forward)?;
     if let Some(bias) = base.bias() {
         let held = Held::new(bias);
@@ -329,8 +356,13 @@ pub(super) fn through(
     scale: f64,
 ) -> Result<CudaStorage> {
     let weight = base.weight()?;
+    let way = (&weight, Way::Backward);
+    let columns = Columns::default();
+    if let Some((dx, _)) = layer(dy.parts()?, m, way, Low::Given(back), factor, scale, columns)? {
+        return Ok(dx);
+    }
     if takes(&weight) {
-        let mut dx = expanded(dy.storage()?, &Base::Nothing, back, factor, scale)?;
+        let mut dx = expanded(dy.storage()?, Base::Nothing, back, factor, scale)?;
         add_product(&mut dx, dy.parts()?, m, &weight, Way::Backward)?;
         return Ok(dx);
     }
@@ -339,6 +371,6 @@ pub(super) fn through(
     let (outputs, inputs) = lw.shape().dims2()?;
     let flat = Layout::contiguous_with_offset((m, outputs), ldy.start_offset());
     let mut dx = dy.matmul(weight, (1, m, inputs, outputs), &flat, lw)?;
-    expand(&mut dx, &Base::Output, back, factor, scale)?;
+    expand(&mut dx, Base::Output, back, factor, scale)?;
     Ok(dx)
 }

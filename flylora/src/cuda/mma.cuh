@@ -77,3 +77,30 @@ __device__ __forceinline__ Split split(float first, float second) {
     const float left_a = first - __bfloat162float(a), left_b = second - __bfloat162float(b);
     return {pack(a, b), pack(__float2bfloat16_rn(left_a), __float2bfloat16_rn(left_b))};
 }
+
+// The two words of b for the first or second half of 8 neighbouring columns.
+__device__ __forceinline__ const uint32_t *words(const uint4 &v) { return reinterpret_cast<const uint32_t *>(&v); }
+
+// N times 8 numbers, of which `at` gives the row, where there is one, and `column` the first column, of rows of n columns.
+// What kind of loads stands before all of them: a branch at each would make it wait for the one before.
+template <int N, typename Row, typename Column>
+__device__ __forceinline__ void read8(uint4 (&to)[N], Row at, Column column, uint32_t n, bool wide) {
+    const uint4 none = make_uint4(0, 0, 0, 0);
+    if (wide) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const bf16 *row = at(i);
+            const uint32_t c = column(i);
+            to[i] = row && c < n ? *reinterpret_cast<const uint4 *>(row + c) : none;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const bf16 *row = at(i);
+            to[i] = none;
+            if (!row) continue;
+            const Vec<bf16, 8> v = read<bf16, 8>(row, column(i), n, false);
+            to[i] = *reinterpret_cast<const uint4 *>(&v);
+        }
+    }
+}

@@ -4,8 +4,10 @@
 mod dropout;
 mod fly;
 mod launch;
+mod layer;
 mod lora;
 mod onto;
+mod pair;
 mod select;
 mod skinny;
 mod sweep;

@@ -21,7 +21,7 @@ pub(super) enum Way {
 
 /// Whether the elements of a weight (out, in) lie by rows, or by columns; `None` where they do neither, or where
 /// [`add_product`] does not take them.
-fn by_rows(weight: &Tensor) -> Option<bool> {
+pub(super) fn by_rows(weight: &Tensor) -> Option<bool> {
     let [outputs, inputs] = *weight.dims() else { return None };
     if !matches!(weight.dtype(), DType::F32 | DType::BF16) {
         return None;

@@ -17,6 +17,16 @@ struct SkinnyParams {
 };
 static_assert(sizeof(SkinnyParams) == 56, "the Rust side has the same layout");
 
+// What a sweep over x and dy takes.
+struct SweepParams {
+    uint64_t rows;
+    uint32_t in, out;
+    uint32_t r;
+    uint32_t threads;  // of a block that have columns of x, a multiple of 32; the others have columns of dy
+    uint64_t band;     // rows of a block
+};
+static_assert(sizeof(SweepParams) == 32, "the Rust side has the same layout");
+
 // Lanes exchange halves of the values that they hold, so that in the end each holds the sums over all lanes of 1 / 32 of
 // the values: lane l from value l / 32 of them on.
 template <int HALF, int OFFSET> __device__ __forceinline__ void fold(float *sums, int lane) {

@@ -98,10 +98,10 @@ __device__ __forceinline__ void stage(float (*staged)[R], const float *h, uint64
 }
 
 template <typename T, int R>
-__device__ __forceinline__ void expand(const T *base, const float *h, const float *m, const float *ratio, T *y,
+__device__ __forceinline__ void expand(const float *h, const float *m, const float *ratio, T *y,
                                        const SkinnyParams &p) {
     constexpr int V = KEPT<T, R>, AHEAD = 4;
-    if (p.adds) base = y;
+    const T *base = p.adds ? y : nullptr;
     __shared__ alignas(16) float staged[STAGED][R];
     const uint32_t c = (blockIdx.x * blockDim.x + threadIdx.x) * V;
     float kept[R][V];
@@ -258,6 +258,43 @@ __device__ __forceinline__ void norms(const T *w, const float *a, const float *m
     }
 }
 
+// W + scale M^T A, for W (rows, columns), A (r, columns) and M (rows, r). A block takes 64 rows and columns, a thread four.
+extern "C" __global__ void __launch_bounds__(256)
+    effective(const float *w, const float *a, const float *m, float *out, SkinnyParams p) {
+    constexpr int MOST_RANKS = 64, SIDE = 64;
+    __shared__ alignas(16) float of_a[MOST_RANKS][SIDE], of_m[MOST_RANKS][SIDE + 4];
+    const uint32_t c0 = blockIdx.x * SIDE, c = c0 + threadIdx.x % 16 * 4;
+    const uint64_t row0 = (uint64_t)blockIdx.y * SIDE, row = row0 + threadIdx.x / 16 * 4;
+    Vec<float, 4> from[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        from[i] = row + i < p.rows ? read<float, 4>(w + (row + i) * p.columns, c, p.columns, p.wide)
+                                   : read<float, 4>(w, 0, 0, false);
+    for (uint32_t e = threadIdx.x; e < p.r * SIDE; e += blockDim.x) {
+        const uint32_t j = e / SIDE, i = e % SIDE;
+        of_a[j][i] = c0 + i < p.columns ? a[(uint64_t)j * p.columns + c0 + i] : 0.0f;
+        const uint32_t side = e / p.r, rank = e % p.r;
+        of_m[rank][side] = row0 + side < p.rows ? m[(row0 + side) * p.r + rank] * p.scale : 0.0f;
+    }
+    __syncthreads();
+    float sums[4][4] = {};
+    for (uint32_t j = 0; j < p.r; j++) {
+        const float4 f = *reinterpret_cast<const float4 *>(&of_a[j][threadIdx.x % 16 * 4]);
+        const float4 k = *reinterpret_cast<const float4 *>(&of_m[j][threadIdx.x / 16 * 4]);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int v = 0; v < 4; v++) sums[i][v] = fmaf((&k.x)[i], (&f.x)[v], sums[i][v]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (row + i >= p.rows) break;
+#pragma unroll
+        for (int v = 0; v < 4; v++) from[i].v[v] += sums[i][v];
+        write<float, 4>(out + (row + i) * p.columns, c, p.columns, p.wide, from[i]);
+    }
+}
+
 // Blocks of 32 values by 16 shares of the parts.
 extern "C" __global__ void __launch_bounds__(512) reduce(const float *partial, float *out, SkinnyParams p) {
     __shared__ float shares[16][33];
@@ -283,8 +320,8 @@ extern "C" __global__ void __launch_bounds__(512) reduce(const float *partial, f
         project<T, R>(x, m, mask, h, p);                                                                               \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
-        expand_##T##_##R(const T *base, const float *h, const float *m, const float *ratio, T *y, SkinnyParams p) {    \
-        expand<T, R>(base, h, m, ratio, y, p);                                                                         \
+        expand_##T##_##R(const float *h, const float *m, const float *ratio, T *y, SkinnyParams p) {                   \
+        expand<T, R>(h, m, ratio, y, p);                                                                               \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         outer_##T##_##R(const T *x, const float *h, float *partial, SkinnyParams p) {                                  \

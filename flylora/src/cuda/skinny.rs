@@ -1,13 +1,10 @@
-//! Products with a matrix of few ranks, by the kernels of `skinny.cu`, or for bf16 by those of `tensor.cu`.
+//! Products with a matrix of few ranks, by the kernels of `skinny.cu`, or for bf16 by those of `tensor.cu` and `pair.cu`.
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
-use half::bf16;
+use candle_core::{CudaDevice, CudaStorage, Layout, Result, Tensor, bail};
 
-use super::launch::{
-    Element, Held, Module, allocate, by_dtype, config, launch, multiprocessors, size, tensor, view, wrap,
-};
+use super::launch::{Element, Held, Module, allocate, by_dtype, config, launch, size, tensor, view, wrap};
 
 /// The largest rank that there are kernels for.
 pub(crate) const MOST_RANKS: usize = 64;
@@ -42,7 +39,7 @@ pub(super) enum Side {
 }
 
 impl Side {
-    fn strides(self, r: usize, columns: usize) -> (u64, u64) {
+    pub(super) fn strides(self, r: usize, columns: usize) -> (u64, u64) {
         match self {
             Self::Ranks => (columns as u64, 1),
             Self::Columns => (1, r as u64),
@@ -59,7 +56,7 @@ pub(super) struct Factor<'a> {
 
 impl Factor<'_> {
     /// Ranks and columns.
-    fn dims(&self) -> Result<(usize, usize)> {
+    pub(super) fn dims(&self) -> Result<(usize, usize)> {
         let (first, second) = self.parts.1.shape().dims2()?;
         Ok(match self.side {
             Side::Ranks => (first, second),
@@ -69,7 +66,7 @@ impl Factor<'_> {
 }
 
 /// The rank that the kernel for rank `r` is compiled for.
-fn compiled(r: usize) -> Result<usize> {
+pub(super) fn compiled(r: usize) -> Result<usize> {
     match [8, 16, 32, MOST_RANKS].into_iter().find(|compiled| r <= *compiled) {
         Some(compiled) => Ok(compiled),
         None => bail!("no CUDA kernel for rank {r}, only up to {MOST_RANKS}"),
@@ -165,10 +162,9 @@ pub(super) fn project(
 }
 
 /// What [`expand`] adds to.
-pub(super) enum Base<'a> {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Base {
     Nothing,
-    /// Another matrix of the same shape.
-    Other(&'a CudaStorage, &'a Layout),
     /// What is in the output, from its first element on.
     Output,
 }
@@ -176,7 +172,7 @@ pub(super) enum Base<'a> {
 /// `y = base + scale h M` in place; h: (rows, r), f32, y: (rows, columns).
 pub(super) fn expand(
     y: &mut CudaStorage,
-    base: &Base<'_>,
+    base: Base,
     h: &Tensor,
     factor: Factor<'_>,
     scale: f64,
@@ -187,7 +183,7 @@ pub(super) fn expand(
 /// As [`expand`], times `ratio`, where there is one: one number for each column, f32.
 pub(super) fn expand_times(
     y: &mut CudaStorage,
-    base: &Base<'_>,
+    base: Base,
     h: &Tensor,
     factor: Factor<'_>,
     scale: f64,
@@ -195,7 +191,7 @@ pub(super) fn expand_times(
 ) -> Result<()> {
     fn run<T: Element>(
         y: &mut CudaStorage,
-        base: &Base<'_>,
+        base: Base,
         h: &Tensor,
         factor: Factor<'_>,
         scale: f64,
@@ -214,7 +210,7 @@ pub(super) fn expand_times(
         let (band, down) = bands(rows, 512, across, if T::ON_TENSOR_CORES { 32 } else { 4 });
         let params = Params {
             band: size(band)?,
-            adds: matches!(base, Base::Output).into(),
+            adds: (base == Base::Output).into(),
             ..params::<T>(rows, dims, factor.side, scale)?
         };
         let y = y.as_cuda_slice_mut::<T>()?;
@@ -226,10 +222,6 @@ pub(super) fn expand_times(
         let h = Held::new(h);
         let (h, layout) = h.parts()?;
         let (h, m) = (view::<f32>(h, layout)?, view::<f32>(factor.parts.0, factor.parts.1)?);
-        let other = match base {
-            Base::Other(base, layout) => Some(view::<T>(base, layout)?),
-            _ => None,
-        };
         let ratio = ratio.map(Held::new);
         let ratio = match &ratio {
             None => None,
@@ -238,13 +230,9 @@ pub(super) fn expand_times(
                 Some(view::<f32>(ratio, layout)?)
             }
         };
-        match (&other, &ratio) {
-            (None, None) => launch!(device, module, &name, config, &0u64, &h, &m, &0u64, y, &params),
-            (None, Some(ratio)) => launch!(device, module, &name, config, &0u64, &h, &m, ratio, y, &params),
-            (Some(base), None) => launch!(device, module, &name, config, base, &h, &m, &0u64, y, &params),
-            (Some(base), Some(ratio)) => {
-                launch!(device, module, &name, config, base, &h, &m, ratio, y, &params);
-            }
+        match &ratio {
+            None => launch!(device, module, &name, config, &h, &m, &0u64, y, &params),
+            Some(ratio) => launch!(device, module, &name, config, &h, &m, ratio, y, &params),
         }
         Ok(())
     }
@@ -254,7 +242,7 @@ pub(super) fn expand_times(
 /// A new matrix `base + scale h M`, or without a base: (rows, columns) in the dtype of `like`.
 pub(super) fn expanded(
     like: &CudaStorage,
-    base: &Base<'_>,
+    base: Base,
     h: &Tensor,
     factor: Factor<'_>,
     scale: f64,
@@ -282,25 +270,40 @@ pub(super) fn outer(
     ) -> Result<Tensor> {
         let (device, (rows, r)) = (x.device(), h.dims2()?);
         let compiled = compiled(r)?;
-        // On tensor cores a warp takes 64 columns.
-        let (vectors, blocks) = if T::ON_TENSOR_CORES {
-            (columns.div_ceil(64) * 32, if r <= 16 { 396 } else { 264 })
-        } else {
-            (columns.div_ceil(kept::<T>(compiled)), 400)
-        };
-        let (across, threads) = over_columns(vectors);
-        let (band, parts) = bands(rows, blocks, across, if T::ON_TENSOR_CORES { 16 } else { 32 });
+        let (across, threads) = over_columns(columns.div_ceil(kept::<T>(compiled)));
+        let (band, parts) = bands(rows, 400, across, 32);
         let params = Params { band: size(band)?, ..params::<T>(rows, (r, columns), side, scale)? };
-        let (module, name) = kernel::<T>("outer", compiled);
+        let name = format!("outer_{}_{compiled}", T::NAME);
         let (x, h) = (view::<T>(x, layout)?, Held::new(h));
         let (h, lh) = h.parts()?;
         let h = view::<f32>(h, lh)?;
         let mut partial = allocate::<f32>(device, parts * r * columns)?;
         let by_bands = config((across, parts), (threads, 1), 0)?;
-        launch!(device, module, &name, by_bands, &x, &h, &mut partial, &params);
+        launch!(device, Module::Skinny, &name, by_bands, &x, &h, &mut partial, &params);
         reduced(device, &partial, parts, (r, columns), side, scale)
     }
+    if super::pair::takes(x.dtype()) {
+        return super::pair::single((x, layout), h, columns, side, scale);
+    }
     by_dtype!(x.dtype(), T => run::<T>((x, layout), h, columns, side, scale))
+}
+
+/// `W + scale B A` for W (out, in), a (r, in) and b (out, r), all f32, contiguous and aligned.
+pub(super) fn effective(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+    const SIDE: usize = 64;
+    let ((outputs, inputs), r) = (weight.dims2()?, a.dim(0)?);
+    if r > MOST_RANKS || a.dims() != [r, inputs] || b.dims() != [outputs, r] {
+        bail!("factors of {:?} and {:?} for a weight of {:?}", a.dims(), b.dims(), weight.dims());
+    }
+    let params = params::<f32>(outputs, (r, inputs), Side::Ranks, scale)?;
+    let (hw, ha, hb) = (Held::new(weight), Held::new(a), Held::new(b));
+    let ((w, lw), (a, la), (b, lb)) = (hw.parts()?, ha.parts()?, hb.parts()?);
+    let device = w.device();
+    let (w, a, b) = (view::<f32>(w, lw)?, view::<f32>(a, la)?, view::<f32>(b, lb)?);
+    let mut out = allocate::<f32>(device, outputs * inputs)?;
+    let grid = config((inputs.div_ceil(SIDE), outputs.div_ceil(SIDE)), (256, 1), 0)?;
+    launch!(device, Module::Skinny, "effective", grid, &w, &a, &b, &mut out, &params);
+    Ok(tensor(wrap(out, device), (outputs, inputs)))
 }
 
 /// The norms of the rows of `W + scale B A`, from the squares of those of `W` (out): (out), f32; W (out, in) contiguous,
@@ -331,37 +334,6 @@ pub(super) fn norms(weight: &Tensor, a: &Tensor, b: &Tensor, squares: &Tensor, s
         Ok(tensor(wrap(out, device), outputs))
     }
     by_dtype!(weight.dtype(), T => run::<T>(weight, a, b, squares, scale))
-}
-
-/// Both products with dy (rows, columns), which is read once: `g = dy M^T` (rows, r), and `scale dy^T h` (columns, r), for a
-/// factor by columns and h (rows, r); `None` where there is no kernel for both at once.
-pub(super) fn back(
-    (dy, layout): (&CudaStorage, &Layout),
-    h: &Tensor,
-    factor: Factor<'_>,
-    scale: f64,
-) -> Result<Option<(Tensor, Tensor)>> {
-    const MOST_WARPS: usize = 12;
-    let ((rows, r), (_, columns)) = (h.dims2()?, factor.dims()?);
-    let warps = columns.div_ceil(64);
-    if dy.dtype() != DType::BF16 || !bf16::ON_TENSOR_CORES || r > 16 || warps > MOST_WARPS {
-        return Ok(None);
-    }
-    let device = dy.device();
-    let blocks = multiprocessors(device)? * (MOST_WARPS / warps).min(4);
-    let (band, parts) = bands(rows, blocks, 1, 16);
-    let params = Params { band: size(band)?, ..params::<bf16>(rows, (r, columns), factor.side, 1.0)? };
-    let config = config((parts, 1), (32 * warps, 1), 0)?;
-    let name = format!("back_{}", compiled(r)?);
-    let held = Held::new(h);
-    let (low, lh) = held.parts()?;
-    let (dy, low) = (view::<bf16>(dy, layout)?, view::<f32>(low, lh)?);
-    let m = view::<f32>(factor.parts.0, factor.parts.1)?;
-    let mut g = allocate::<f32>(device, rows * r)?;
-    let mut partial = allocate::<f32>(device, parts * r * columns)?;
-    launch!(device, Module::Tensor, &name, config, &dy, &m, &low, &mut g, &mut partial, &params);
-    let db = reduced(device, &partial, parts, (r, columns), Side::Columns, scale)?;
-    Ok(Some((tensor(wrap(g, device), (rows, r)), db)))
 }
 
 /// `scale` times the sum of (parts, r, columns) over the parts, as `side` says.

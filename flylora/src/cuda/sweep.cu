@@ -10,15 +10,6 @@
 #include "mma.cuh"
 #include "params.cuh"
 
-struct SweepParams {
-    uint64_t rows;
-    uint32_t in, out;
-    uint32_t r;
-    uint32_t threads;  // of a block that have columns of x, a multiple of 32; the others have columns of dy
-    uint64_t band;     // rows of a block
-};
-static_assert(sizeof(SweepParams) == 32, "the Rust side has the same layout");
-
 constexpr int RANKS = 8, ROWS = 4, MOST_WARPS = 12;
 
 // Memory: the eight ranks of A and B, (8, width); two tiles of x and dy side by side, (4, width); width is 8 columns for

@@ -9,15 +9,6 @@
 
 constexpr int WARPS = 8;
 
-// The two words of b for the first or second half of 8 neighbouring columns.
-__device__ __forceinline__ const uint32_t *words(const uint4 &v) { return reinterpret_cast<const uint32_t *>(&v); }
-
-// 8 numbers from column c of a row that is n long.
-__device__ __forceinline__ uint4 read8(const bf16 *row, uint32_t c, uint32_t n, bool wide) {
-    const Vec<bf16, 8> v = read<bf16, 8>(row, c, n, wide);
-    return *reinterpret_cast<const uint4 *>(&v);
-}
-
 // h[i][j] = scale sum over c of x[i][c] M[j][c], 0 where a mask says so. A warp takes 16 rows.
 template <int R>
 __device__ __forceinline__ void project(const bf16 *x, const float *m, const uint32_t *mask, float *h,
@@ -32,16 +23,13 @@ __device__ __forceinline__ void project(const bf16 *x, const float *m, const uin
     for (int j = 0; j < R / 8; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++) sums[j][i] = 0.0f;
-    uint4 next[GROUPS][2];
+    uint4 next[2 * GROUPS];
     auto fetch = [&](uint32_t c) {
-#pragma unroll
-        for (int q = 0; q < GROUPS; q++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const uint64_t row = row0 + g + 8 * half;
-                next[q][half] = row < p.rows ? read8(x + row * p.columns, c + 32 * q + 8 * t, p.columns, p.wide)
-                                             : make_uint4(0, 0, 0, 0);
-            }
+        auto row = [&](int i) {
+            const uint64_t row = row0 + g + 8 * (i % 2);
+            return row < p.rows ? x + row * p.columns : nullptr;
+        };
+        read8(next, row, [&](int i) { return c + 32 * (i / 2) + 8 * t; }, p.columns, p.wide);
     };
     fetch(0);
     for (uint32_t c0 = 0; c0 < p.columns; c0 += CHUNK) {
@@ -77,7 +65,7 @@ __device__ __forceinline__ void project(const bf16 *x, const float *m, const uin
 #pragma unroll
             for (int q = 0; q < GROUPS; q++)
 #pragma unroll
-                for (int half = 0; half < 2; half++) now[q][half] = next[q][half];
+                for (int half = 0; half < 2; half++) now[q][half] = next[2 * q + half];
             if (c0 + (s + 1) * STEP < p.columns) fetch(c0 + (s + 1) * STEP);
 #pragma unroll
             for (int q = 0; q < GROUPS; q++) {
@@ -121,10 +109,10 @@ __device__ __forceinline__ float2 pair(const float *h, uint64_t row, uint32_t j,
 
 // y[i][c] = ratio[c] (base[i][c] + scale sum over j of h[i][j] M[j][c]), without a ratio where there is none. A warp takes 32 columns of a band of rows.
 template <int R>
-__device__ __forceinline__ void expand(const bf16 *base, const float *h, const float *m, const float *ratio,
-                                       bf16 *y, const SkinnyParams &p) {
+__device__ __forceinline__ void expand(const float *h, const float *m, const float *ratio, bf16 *y,
+                                       const SkinnyParams &p) {
     constexpr int K = (R + 15) / 16, AHEAD = R <= 16 ? 2 : 1, ROWS = 16 * AHEAD;
-    if (p.adds) base = y;
+    const bf16 *base = p.adds ? y : nullptr;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint32_t c0 = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 32, c = c0 + 8 * t;
     if (c0 >= p.columns) return;
@@ -147,22 +135,21 @@ __device__ __forceinline__ void expand(const bf16 *base, const float *h, const f
 #pragma unroll
     for (int v = 0; v < 8; v++) times[v] = ratio && c + v < p.columns ? ratio[c + v] : 1.0f;
     const uint64_t start = (uint64_t)blockIdx.y * p.band, end = min(start + p.band, p.rows);
-    uint4 next[AHEAD][2];
+    uint4 next[2 * AHEAD];
     float2 ranks[AHEAD][K][4];
     auto fetch = [&](uint64_t row0) {
+        auto at = [&](int i) { return row0 + 8 * i + g; };
+        auto row = [&](int i) { return base && at(i) < end ? base + at(i) * p.columns : nullptr; };
+        read8(next, row, [&](int) { return c; }, p.columns, p.wide);
 #pragma unroll
         for (int i = 0; i < AHEAD; i++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const uint64_t row = row0 + 16 * i + 8 * half + g;
-                next[i][half] = base && row < end ? read8(base + row * p.columns, c, p.columns, p.wide)
-                                                  : make_uint4(0, 0, 0, 0);
+            for (int half = 0; half < 2; half++)
 #pragma unroll
                 for (int k = 0; k < K; k++) {
-                    ranks[i][k][half] = pair(h, row, 16 * k + 2 * t, end, p.r);
-                    ranks[i][k][2 + half] = pair(h, row, 16 * k + 8 + 2 * t, end, p.r);
+                    ranks[i][k][half] = pair(h, at(2 * i + half), 16 * k + 2 * t, end, p.r);
+                    ranks[i][k][2 + half] = pair(h, at(2 * i + half), 16 * k + 8 + 2 * t, end, p.r);
                 }
-            }
     };
     fetch(start);
     for (uint64_t row0 = start; row0 < end; row0 += ROWS) {
@@ -172,7 +159,7 @@ __device__ __forceinline__ void expand(const bf16 *base, const float *h, const f
         for (int i = 0; i < AHEAD; i++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const bf16 *from = reinterpret_cast<const bf16 *>(&next[i][half]);
+                const bf16 *from = reinterpret_cast<const bf16 *>(&next[2 * i + half]);
 #pragma unroll
                 for (int v = 0; v < 8; v++) sums[i][v / 2][2 * half + v % 2] = to_float(from[v]);
             }
@@ -209,219 +196,14 @@ __device__ __forceinline__ void expand(const bf16 *base, const float *h, const f
     }
 }
 
-// partial[part][j][c] = sum over the rows i of a band of h[i][j] x[i][c]. A warp takes 64 columns.
-template <int R>
-__device__ __forceinline__ void outer(const bf16 *x, const float *h, float *partial, const SkinnyParams &p) {
-    constexpr int K = (R + 15) / 16;
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint32_t c0 = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 64, c = c0 + 8 * g;
-    if (c0 >= p.columns) return;
-    const uint64_t start = (uint64_t)blockIdx.y * p.band, end = min(start + p.band, p.rows);
-    float sums[K][8][4];
-#pragma unroll
-    for (int k = 0; k < K; k++)
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[k][n][i] = 0.0f;
-    // Of 16 rows a lane reads 4t to 4t + 3: terms 2t, 2t + 1, 2t + 8 and 2t + 9 of the product.
-    uint4 next[4];
-    float ranks[K][4][2];  // h, for the rows of x that were read
-    auto fetch = [&](uint64_t row0) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint64_t row = row0 + 4 * t + i;
-            next[i] = row < end ? read8(x + row * p.columns, c, p.columns, p.wide) : make_uint4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (int k = 0; k < K; k++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const uint64_t row = row0 + 4 * t + i;
-                    const uint32_t j = 16 * k + 8 * half + g;
-                    ranks[k][i][half] = row < end && j < p.r ? h[row * p.r + j] : 0.0f;
-                }
-    };
-    fetch(start);
-    for (uint64_t row0 = start; row0 < end; row0 += 16) {
-        uint4 now[4];
-        uint32_t ah[K][4], al[K][4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) now[i] = next[i];
-#pragma unroll
-        for (int k = 0; k < K; k++)
-#pragma unroll
-            for (int part = 0; part < 4; part++) {
-                const int i = part / 2 * 2, half = part % 2;
-                const Split s = split(ranks[k][i][half], ranks[k][i + 1][half]);
-                ah[k][part] = s.high;
-                al[k][part] = s.low;
-            }
-        if (row0 + 16 < end) fetch(row0 + 16);
-#pragma unroll
-        for (int k = 0; k < K; k++) {
-            // Column g of product n is column 8 g + n of the 64.
-#pragma unroll
-            for (int n = 0; n < 8; n++) {
-                const int halves = n % 2 ? 0x7632 : 0x5410;
-                const uint32_t b0 = __byte_perm(words(now[0])[n / 2], words(now[1])[n / 2], halves);
-                const uint32_t b1 = __byte_perm(words(now[2])[n / 2], words(now[3])[n / 2], halves);
-                multiply_add(sums[k][n], ah[k], b0, b1);
-                multiply_add(sums[k][n], al[k], b0, b1);
-            }
-        }
-    }
-    // A lane has columns 16 t + n and 16 t + 8 + n of ranks g and g + 8.
-#pragma unroll
-    for (int k = 0; k < K; k++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint32_t j = 16 * k + g + 8 * (i / 2), column = c0 + 16 * t + 8 * (i % 2);
-            if (j >= p.r) continue;
-            float *to = partial + ((uint64_t)blockIdx.y * p.r + j) * p.columns;
-#pragma unroll
-            for (int n = 0; n < 8; n++)
-                if (column + n < p.columns) to[column + n] = sums[k][n][i];
-        }
-}
-
-// Both products with dy, which is read once: g[i][j] = sum over c of dy[i][c] M[j][c], which is `project`, and the partial
-// sums of `outer` with h. A warp takes 64 columns, a block all of them and a band of rows.
-template <int R>
-__device__ __forceinline__ void back(const bf16 *dy, const float *m, const float *h, float *whole, float *partial,
-                                     const SkinnyParams &p) {
-    constexpr int MOST_WARPS = 12, C = 2;
-    __shared__ float shares[2][MOST_WARPS][16 * R];
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint32_t c0 = warp * 32 * C;
-    // Of each 32 columns a lane has 8 t to 8 t + 7: of M for rank g of eight, of dy for rows g and g + 8.
-    Split factor[C][R / 8][4];
-    float sums[C][4][4];
-#pragma unroll
-    for (int q = 0; q < C; q++)
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[q][n][i] = 0.0f;
-#pragma unroll
-            for (int k = 0; k < R / 8; k++) {
-                const uint32_t j = 8 * k + g, c = c0 + 32 * q + 8 * t + 2 * n;
-                auto at = [&](uint32_t c) {
-                    return j < p.r && c < p.columns ? m[j * p.stride_j + c * p.stride_c] : 0.0f;
-                };
-                factor[q][k][n] = split(at(c), at(c + 1));
-            }
-        }
-    const uint64_t start = (uint64_t)blockIdx.x * p.band, end = min(start + p.band, p.rows);
-    uint4 next[C][2];
-    float ranks[4][2];  // h for ranks g and g + 8 of rows 2t, 2t+1 and those + 8
-    auto fetch = [&](uint64_t row0) {
-#pragma unroll
-        for (int part = 0; part < 4; part++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const uint64_t row = row0 + 8 * (part / 2) + 2 * t + i;
-                const uint32_t j = g + 8 * (part % 2);
-                ranks[part][i] = row < end && j < p.r ? h[row * p.r + j] : 0.0f;
-            }
-#pragma unroll
-        for (int q = 0; q < C; q++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const uint64_t row = row0 + g + 8 * half;
-                next[q][half] = row < end ? read8(dy + row * p.columns, c0 + 32 * q + 8 * t, p.columns, p.wide)
-                                          : make_uint4(0, 0, 0, 0);
-            }
-    };
-    fetch(start);
-    int stage = 0;
-    for (uint64_t row0 = start; row0 < end; row0 += 16, stage ^= 1) {
-        uint4 now[C][2];
-#pragma unroll
-        for (int q = 0; q < C; q++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) now[q][half] = next[q][half];
-        uint32_t ah[4], al[4];
-#pragma unroll
-        for (int part = 0; part < 4; part++) {
-            const Split s = split(ranks[part][0], ranks[part][1]);
-            ah[part] = s.high;
-            al[part] = s.low;
-        }
-        if (row0 + 16 < end) fetch(row0 + 16);
-        float share[R / 8][4];
-#pragma unroll
-        for (int k = 0; k < R / 8; k++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) share[k][i] = 0.0f;
-#pragma unroll
-        for (int q = 0; q < C; q++) {
-            const uint32_t *up = words(now[q][0]), *down = words(now[q][1]);
-#pragma unroll
-            for (int k = 0; k < R / 8; k++)
-#pragma unroll
-                for (int n = 0; n < 4; n += 2) {
-                    const uint32_t a[4] = {up[n], down[n], up[n + 1], down[n + 1]};
-                    multiply_add(share[k], a, factor[q][k][n].high, factor[q][k][n + 1].high);
-                    multiply_add(share[k], a, factor[q][k][n].low, factor[q][k][n + 1].low);
-                }
-            // Turned, a word has rows 2t, 2t+1 of column 8 (g / 2) + 2 n + g % 2.
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                const uint32_t b0 = transpose(up[n]), b1 = transpose(down[n]);
-                multiply_add(sums[q][n], ah, b0, b1);
-                multiply_add(sums[q][n], al, b0, b1);
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < R / 8; k++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                shares[stage][warp][(g + 8 * (i / 2)) * R + 8 * k + 2 * t + i % 2] = share[k][i];
-        __syncthreads();
-        for (int e = threadIdx.x; e < 16 * R; e += blockDim.x) {
-            float sum = 0.0f;
-            for (int w = 0; w < warps; w++) sum += shares[stage][w][e];
-            const uint64_t row = row0 + e / R;
-            const uint32_t j = e % R;
-            if (row < end && j < p.r) whole[row * p.r + j] = sum * p.scale;
-        }
-    }
-    // A lane has the columns of 2t and 2t+1 in the place of g, which are neighbours.
-#pragma unroll
-    for (int q = 0; q < C; q++)
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const uint32_t j = g + 8 * (i / 2), c = c0 + 32 * q + 8 * t + 2 * n + i % 2;
-                if (j < p.r && c < p.columns) partial[((uint64_t)blockIdx.x * p.r + j) * p.columns + c] = sums[q][n][i];
-            }
-}
-
-#define BACK(R)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(384, 1)                                                               \
-        back_##R(const bf16 *dy, const float *m, const float *h, float *whole, float *partial, SkinnyParams p) {       \
-        back<R>(dy, m, h, whole, partial, p);                                                                          \
-    }
-
-BACK(8)
-BACK(16)
-
 #define KERNELS(R)                                                                                                     \
     extern "C" __global__ void __launch_bounds__(256, 2)                                                               \
         project_##R(const bf16 *x, const float *m, const uint32_t *mask, float *h, SkinnyParams p) {                   \
         project<R>(x, m, mask, h, p);                                                                                  \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256, R <= 16 ? 2 : 1)                                                 \
-        expand_##R(const bf16 *base, const float *h, const float *m, const float *ratio, bf16 *y, SkinnyParams p) {    \
-        expand<R>(base, h, m, ratio, y, p);                                                                            \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256, R <= 16 ? 2 : 1)                                                 \
-        outer_##R(const bf16 *x, const float *h, float *partial, SkinnyParams p) {                                     \
-        outer<R>(x, h, partial, p);                                                                                    \
+        expand_##R(const float *h, const float *m, const float *ratio, bf16 *y, SkinnyParams p) {                      \
+        expand<R>(h, m, ratio, y, p);                                                                                  \
     }
 
 KERNELS(8)

@@ -15,6 +15,18 @@ fn layer(
     bias: bool,
     device: &Device,
 ) -> AnyLinear {
+    layer_by(kind, (inputs, outputs), (dtype, own), bias, false, device)
+}
+
+/// The same, of a weight that lies by columns where `turned`.
+fn layer_by(
+    kind: &AdapterKind,
+    (inputs, outputs): (usize, usize),
+    (dtype, own): (DType, DType),
+    bias: bool,
+    turned: bool,
+    device: &Device,
+) -> AnyLinear {
     // Made in one dtype on the CPU, so that every device gets the same start.
     let weight = noise(&[outputs, inputs], 0.3, dtype, 1);
     let bias = bias.then(|| noise(&[outputs], 0.5, dtype, 2));
@@ -22,7 +34,12 @@ fn layer(
     let here = FrozenLinear::new(weight.to_dtype(DType::F32).unwrap(), None).unwrap();
     let start = kind.build(&here, &Place::alone("layer", DType::F32, &Device::Cpu)).unwrap();
     let kept = if device.is_cpu() { DType::F64 } else { dtype };
-    let base = FrozenLinear::new(there(&weight, kept), bias.map(|b| there(&b, kept))).unwrap();
+    let (weight, bias) = (there(&weight, kept), bias.map(|b| there(&b, kept)));
+    let base = if turned {
+        FrozenLinear::conv1d(weight.t().unwrap().contiguous().unwrap(), bias).unwrap()
+    } else {
+        FrozenLinear::new(weight, bias).unwrap()
+    };
     let own = if device.is_cpu() { DType::F64 } else { own };
     let layer = AnyLinear::build(base, kind, &Place::alone("layer", own, device)).unwrap();
     for (i, ((_, var), (_, start))) in layer.parameters().into_iter().zip(start.parameters()).enumerate() {
@@ -93,6 +110,46 @@ fn every_kind_equals_itself_in_f64_on_the_cpu_in_value_and_all_gradients() {
                     _ => 1.0,
                 };
                 compare(&what, &got, &want, slack * allowed(dtype));
+            }
+        }
+    }
+}
+
+#[test]
+fn widths_ranks_and_the_order_of_the_weight_change_no_value() {
+    let Some((_lock, device)) = gpu("widths_ranks_and_the_order_of_the_weight_change_no_value") else {
+        return;
+    };
+    // Below and above the rows that the fused product takes, blocks that are full and not, one block of columns and many.
+    let sizes = [
+        (1, 768, 40, 8),
+        (17, 40, 768, 1),
+        (64, 1000, 40, 8),
+        (65, 72, 2056, 3),
+        (130, 768, 768, 64),
+        (257, 4096, 768, 16),
+        (1000, 768, 1000, 5),
+        (1000, 40, 4096, 32),
+        (1001, 512, 1024, 40),
+    ];
+    for (rows, inputs, outputs, r) in sizes {
+        let kind = AdapterKind::Lora(LoraConfig::default().with_r(r).with_alpha(12.0));
+        for (dtype, turned) in
+            [DType::F32, DType::BF16, DType::F16].into_iter().flat_map(|d| [(d, false), (d, true)])
+        {
+            let x = noise(&[rows, inputs], 1.0, dtype, 3);
+            let make = |device| {
+                layer_by(&kind, (inputs, outputs), (dtype, DType::F32), rows % 2 == 1, turned, device)
+            };
+            let (there, here) = (make(&Device::Cpu), make(&device));
+            let want = all(&there, &host(&x), |x| there.forward(x));
+            let got = all(&here, &x, |x| here.forward(x));
+            let what =
+                format!("LoRA {r}, {rows} rows of {inputs} to {outputs} in {dtype:?}, turned {turned}");
+            compare(&what, &got, &want, allowed(dtype));
+            for ((name, once), (_, twice)) in got.iter().zip(all(&here, &x, |x| here.forward(x))) {
+                let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+                assert!(bits(once) == bits(&twice), "{what}: {name} has other bits the second time");
             }
         }
     }
