@@ -130,6 +130,10 @@ fn many_rows_give_with_each_kind_what_the_reference_gives() {
         };
         let ((y, grads), (want, want_grads)) = (run(&model), run(&reference));
         assert!(difference(&y, &want) < 2e-4, "{kind}: {}", difference(&y, &want));
+        // Activations in another dtype than the weights'.
+        let mixed = model.clone().with_compute_dtype(DType::BF16).loss(&batch, &batch).unwrap().loss;
+        let loss = model.loss(&batch, &batch).unwrap().loss;
+        assert!(difference(&mixed, &loss) < 2e-2, "{kind} in bf16");
         for (name, var) in vars(&model) {
             let (got, want) = (grads.get(&var).unwrap(), want_grads.get(&var).unwrap());
             let size = want.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();

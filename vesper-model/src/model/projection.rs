@@ -90,9 +90,8 @@ impl Packed {
     pub(super) fn forward(&self, x: &Tensor, path: Path) -> Result<Tensor> {
         // Of many rows the kinds of adapters have cheaper ways to their own layer than beside the packed one.
         let many = x.elem_count() >= x.dim(D::Minus1)?.pow(2);
-        // (A frozen layer is of the dtype of its input; weights in f32 beside bf16 stay packed.)
-        let same = self.weight.plain().is_some_and(|weight| weight.dtype() == x.dtype());
-        if self.is_adapted() && self.tracked && many && path == Path::Fused && same {
+        let alike = self.weight.plain().is_some_and(|weight| weight.dtype() == x.dtype());
+        if self.is_adapted() && self.tracked && many && alike && path == Path::Fused {
             return self.part_by_part(x);
         }
         let y = match &self.weight {
