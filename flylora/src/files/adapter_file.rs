@@ -89,7 +89,8 @@ impl AdapterFile {
     }
 
     /// The parameters of the model itself that the file holds, in full, by their names in the model (`score.weight`), sorted:
-    /// those of the `modules_to_save`, and the biases where the configuration says so. They stand for the model's own.
+    /// those of the `modules_to_save`, the biases where the configuration says so, and the tables of a resized vocabulary. They stand
+    /// for the model's own.
     pub fn saved_parameters(&self) -> Vec<(String, &Tensor)> {
         let others = self.tensors.iter().filter(|(key, _)| module_of(key).is_none());
         others.filter_map(|(key, tensor)| Some((self.config.saved().parameter(key)?, tensor))).collect()
