@@ -8,9 +8,12 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use common::{base, noise, values, wake};
-use flylora::files::{CONFIG_FILE, PeftConfig, SaveOptions, WEIGHTS_FILE, save_adapters_with};
+use flylora::files::{
+    AdapterFile, CONFIG_FILE, PeftConfig, SaveOptions, Stored, WEIGHTS_FILE, save_adapters_with,
+};
 use flylora::{
-    Adapter, AdapterKind, LoraAdapter, LoraConfig, LoraLinear, Scaling, Targets, load_adapters, save_adapters,
+    Adapter, AdapterKind, LoraAdapter, LoraConfig, LoraEmbedding, LoraLinear, Place, Scaling, Targets,
+    load_adapters, save_adapters,
 };
 use serde_json::{Value, json};
 
@@ -162,6 +165,31 @@ fn a_configuration_made_here_gives_the_ranks_and_alphas_of_one_that_is_read() {
     let error = made.clone().with_rank_pattern([("(", 2)]).unwrap_err().to_string();
     assert!(error.contains("rank_pattern = \"(\""), "{error}");
     assert!(made.with_rank_pattern([("q_proj", 0)]).unwrap().kind(Q).is_err());
+}
+
+#[test]
+fn layers_and_embeddings_go_into_one_file() {
+    let make = |seed: u64| {
+        let place = Place::alone("embed", DType::F32, &Device::Cpu);
+        let config = LoraConfig::default().with_r(4).with_alpha(6.0).with_seed(seed);
+        let table = noise(&[9, 5], 1.0, DType::F32, 60);
+        let embedding = LoraEmbedding::new(table, &config, &place).unwrap();
+        embedding.a().set(&noise(&[4, 9], 0.5, DType::F32, 61 + seed)).unwrap();
+        (embedding, layer(seed, DType::F32))
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let ((embedding, q), (other, other_q)) = (make(1), make(2));
+    let named: [(&str, &dyn Stored); 2] = [("model.embed_tokens", &embedding), (Q, &q)];
+    save_adapters(dir.path(), &named).unwrap();
+    let named: [(&str, &dyn Stored); 2] = [("model.embed_tokens", &other), (Q, &other_q)];
+    load_adapters(dir.path(), &named).unwrap();
+    for ((_, got), (_, want)) in other.parameters().iter().zip(embedding.parameters()) {
+        assert_eq!(values(got), values(&want));
+    }
+    assert_eq!(state(&[(Q, &other_q)]), state(&[(Q, &q)]));
+    let file = AdapterFile::read(dir.path()).unwrap();
+    assert_eq!(file.modules(), ["model.embed_tokens", Q]);
+    assert!(file.is_embedding("model.embed_tokens") && !file.is_embedding(Q));
 }
 
 #[test]
