@@ -9,14 +9,16 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
 use clap::{Parser, ValueEnum};
-use vesper_examples::{runs, say};
-use vesper_model::{VesperLM, hf};
+use vesper_examples::{model, runs, say};
+use vesper_model::generate::GenerationConfig;
+use vesper_model::hf;
+use vesper_model::quantized::Gguf;
 
 /// Writes a model for others: in Python, in another dtype, with its adapters merged.
 #[derive(Debug, Parser)]
 #[command(name = "export", version, about, long_about = None)]
 struct Flags {
-    /// Folder of a run or of a model [default: the last trained run]
+    /// Folder of a run or of a model, or a GGUF file, whose blocks become numbers again [default: the last trained run]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Write a copy there; without it, --python writes beside the model's weights
@@ -46,6 +48,9 @@ fn main() -> ExitCode {
 
 fn export(flags: &Flags) -> Result<ExitCode> {
     let model = runs::model_folder(flags.model.as_deref())?;
+    if model.is_file() && flags.to.is_none() {
+        bail!("{}: Python reads folders: name one with --to", model.display());
+    }
     let folder = match &flags.to {
         Some(to) => {
             copy(flags, &model, to)?;
@@ -66,7 +71,7 @@ fn copy(flags: &Flags, from: &Path, to: &Path) -> Result<()> {
     if to.join("config.json").exists() {
         bail!("--to {}: there is a model already, choose another folder", to.display());
     }
-    let mut model = VesperLM::load(from, DType::F32, &Device::Cpu)?;
+    let mut model = model::weights(from, &Device::Cpu)?;
     if let Some(adapter) = &flags.adapter {
         model.attach_from(adapter)?;
     }
@@ -78,19 +83,28 @@ fn copy(flags: &Flags, from: &Path, to: &Path) -> Result<()> {
         Stored::Bf16 => DType::BF16,
         Stored::F16 => DType::F16,
     };
+    // Blocks become numbers again.
+    let model = model.dequantized()?;
     let mut weights = model.weights();
     for weight in weights.values_mut() {
         *weight = weight.to_dtype(dtype)?;
     }
-    let path = from.join("tokenizer.json");
-    let read = || std::fs::read_to_string(&path).with_context(|| path.display().to_string());
-    let tokenizer = path.exists().then(read).transpose()?;
-    let extras = hf::Extras {
-        tokenizer_json: tokenizer.as_deref(),
-        generation: hf::read_generation_config(from)?,
-        ..hf::Extras::default()
-    };
+    let (tokenizer, generation, chat_template) = beside(from)?;
+    let extras = hf::Extras { tokenizer_json: tokenizer.as_deref(), generation, ..hf::Extras::default() };
     hf::save(to, model.config(), &weights, &extras)?;
+    model::copy_companions(from, chat_template.as_deref(), to)?;
     say!("{}: {} parameters in {dtype:?}", to.display(), model.config().num_parameters());
     Ok(())
+}
+
+/// What belongs to the weights: the text of `tokenizer.json`, the settings of generation, the chat template of a file.
+fn beside(model: &Path) -> Result<(Option<String>, GenerationConfig, Option<String>)> {
+    if model.is_file() {
+        let gguf = Gguf::open(model)?;
+        let template = gguf.chat_template()?.map(Into::into);
+        return Ok((gguf.tokenizer_json()?.map(Into::into), gguf.generation_config()?, template));
+    }
+    let path = model.join("tokenizer.json");
+    let read = || std::fs::read_to_string(&path).with_context(|| path.display().to_string());
+    Ok((path.exists().then(read).transpose()?, hf::read_generation_config(model)?, None))
 }

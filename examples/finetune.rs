@@ -339,7 +339,7 @@ impl Run<'_> {
                     (model, trainable(&self.config, &varmap)?)
                 }
                 Some(kind) => {
-                    let mut model = VesperLM::load(&self.base.source, DType::F32, &self.device)?;
+                    let mut model = model::weights(&self.base.source, &self.device)?;
                     let targets = if flags.targets.is_empty() {
                         Targets::all_linear()
                     } else {
@@ -433,7 +433,9 @@ impl Run<'_> {
         let extras = hf::Extras { tokenizer_json: Some(&tokenizer), generation, ..hf::Extras::default() };
         // Over blocks the merged model is one of numbers again.
         let merged = merged.dequantized()?;
-        hf::save(dir.join("model"), merged.config(), &merged.weights(), &extras)?;
+        let folder = dir.join("model");
+        hf::save(&folder, merged.config(), &merged.weights(), &extras)?;
+        model::copy_companions(&self.base.source, self.base.chat_template.as_deref(), &folder)?;
         Ok("exact")
     }
 }

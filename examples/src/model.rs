@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device};
-use serde::Deserialize;
 use tokenizers::Tokenizer;
 use vesper_data::TextTokenizer;
+use vesper_model::chat::ChatTemplate;
 use vesper_model::generate::GenerationConfig;
 use vesper_model::quantized::Gguf;
 use vesper_model::{VesperLM, hf};
@@ -24,7 +24,7 @@ pub struct Opened {
     pub tokenizer: Tokenizer,
     /// How it is meant to generate; begins with a token where the model has one.
     pub generation: GenerationConfig,
-    /// Its chat template, where it has one (of a folder with several, none).
+    /// Its chat template, where it has one.
     pub chat_template: Option<String>,
 }
 
@@ -71,28 +71,38 @@ pub fn open(named: Option<&Path>, device: &Device) -> Result<Opened> {
     let tokenizer = hf::read_tokenizer(&folder, &config)?;
     let model = VesperLM::load(&folder, DType::F32, device)?;
     let generation = begins(hf::read_generation_config(&folder)?, &model);
-    let chat_template = chat_template(&folder)?;
+    let chat_template = ChatTemplate::read(&folder)?.map(|template| template.text().into());
     Ok(Opened { source: folder, model, tokenizer, generation, chat_template })
 }
 
-/// The text of `chat_template.jinja`, or of the template in `tokenizer_config.json`.
-fn chat_template(folder: &Path) -> Result<Option<String>> {
-    #[derive(Deserialize)]
-    struct TokenizerConfig {
-        chat_template: Option<serde_json::Value>,
+/// The weights of a folder or a GGUF file once more, for one who changes them.
+///
+/// # Errors
+/// As [`open`].
+pub fn weights(source: &Path, device: &Device) -> Result<VesperLM> {
+    if is_gguf(source) {
+        return Ok(Gguf::open(source)?.model(DType::F32, device)?);
     }
-    let file = folder.join("chat_template.jinja");
-    if file.is_file() {
-        let text =
-            std::fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
-        return Ok(Some(text));
+    Ok(VesperLM::load(source, DType::F32, device)?)
+}
+
+/// Puts what belongs to a model beside its weights where a copy of the model is: how it reads a conversation, and what its
+/// tokenizer's special tokens are.
+///
+/// # Errors
+/// A file that cannot be read or written: names it.
+pub fn copy_companions(from: &Path, chat_template: Option<&str>, to: &Path) -> Result<()> {
+    for name in ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"] {
+        let file = from.join(name);
+        if file.is_file() {
+            let bytes = std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+            files::write(&to.join(name), &bytes)?;
+        }
     }
-    let file = folder.join("tokenizer_config.json");
-    if !file.is_file() {
-        return Ok(None);
+    match chat_template {
+        Some(text) if from.is_file() => files::write(&to.join("chat_template.jinja"), text.as_bytes()),
+        _ => Ok(()),
     }
-    let config: TokenizerConfig = files::read_json(&file)?;
-    Ok(config.chat_template.and_then(|template| template.as_str().map(Into::into)))
 }
 
 /// Whether a path is that of a file, or would be: folders have no such ending.

@@ -283,6 +283,11 @@ impl VesperConfig {
                 return bad(field, value.to_string(), "from 1 to 2^31".into());
             }
         }
+        // A row each of the tables of rotary angles.
+        if self.max_position_embeddings > 1 << 20 {
+            let got = self.max_position_embeddings.to_string();
+            return bad("max_position_embeddings", got, "from 1 to 2^20".into());
+        }
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return bad(
                 "num_key_value_heads",

@@ -123,6 +123,30 @@ async fn what_cannot_begin_is_the_first_item_and_the_last() {
     assert!(stream.next().await.is_none());
 }
 
+/// A model of others that is not as careful as it should be.
+struct Panics;
+
+impl NextLogits for Panics {
+    fn append(&mut self, _ids: &[u32]) -> Result<Vec<f32>> {
+        panic!("on purpose");
+    }
+    fn remaining(&self) -> usize {
+        usize::MAX
+    }
+    fn vocab_size(&self) -> usize {
+        64
+    }
+}
+
+#[tokio::test]
+async fn a_panic_of_the_model_is_an_error_and_no_silent_end() {
+    let stream = EventStream::spawn(Panics, Request::new([1], endless()), None).unwrap();
+    let items: Vec<Result<Event>> = stream.collect().await;
+    assert!(
+        matches!(items.as_slice(), [Err(ModelError::Thread(error))] if error.to_string().contains("panicked"))
+    );
+}
+
 #[tokio::test]
 async fn several_run_at_once() {
     let streams: Vec<EventStream> = (0u32..3)

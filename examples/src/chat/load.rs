@@ -46,7 +46,8 @@ pub struct Loaded {
 /// Loads a model.
 ///
 /// # Errors
-/// Whatever is missing or wrong: names the file. A template that cannot render a single message is refused here.
+/// Whatever is missing or wrong: names the file. A template that cannot render a single message, or
+/// reads none, is refused here.
 pub fn load(source: &Source) -> Result<Loaded> {
     let device = device::open(&source.device)?;
     let opened = model::open(source.model.as_deref(), &device)?;
@@ -77,6 +78,7 @@ pub fn load(source: &Source) -> Result<Loaded> {
     };
     if let Some(template) = &template {
         template.render(&[Message::new(Role::User, "?")], true)?;
+        template.check()?;
         // The token that ends a turn is often the tokenizer's own idea of an end.
         let end = template.variable("eos_token").and_then(|token| tokenizer.token_to_id(token));
         settings.eos_token_id.extend(end.filter(|id| !settings.eos_token_id.contains(id)));

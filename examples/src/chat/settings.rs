@@ -201,7 +201,7 @@ mod tests {
         for (setting, value, part) in [
             (Setting::Temperature, "-1", "temperature is -1"),
             (Setting::TopK, "-1", "/top-k -1"),
-            (Setting::TopP, "0", "top_p is 0"),
+            (Setting::TopP, "-1", "top_p is -1"),
             (Setting::MinP, "2", "min_p is 2"),
             (Setting::MaxTokens, "many", "/max-tokens many"),
             (Setting::Seed, "", "/seed"),

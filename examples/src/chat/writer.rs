@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 use tokenizers::Tokenizer;
-use vesper_model::VesperLM;
 use vesper_model::chat::{ChatTemplate, Conversation};
 use vesper_model::generate::{Cancellation, Event, GenerationConfig, Generator, StopReason};
+use vesper_model::{VesperLM, hf};
 
 use super::load::Loaded;
 use super::memory::Memory;
@@ -62,6 +62,8 @@ pub struct Writer {
     model: VesperLM,
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
+    /// Ids from this on are rows that only pad the embedding.
+    limit: usize,
     memory: Option<Memory>,
 }
 
@@ -69,7 +71,7 @@ impl Writer {
     /// With nothing read yet.
     pub fn new(loaded: Loaded) -> Self {
         let Loaded { model, tokenizer, template, .. } = loaded;
-        Self { model, tokenizer, template, memory: None }
+        Self { limit: hf::vocab_limit(&tokenizer), model, tokenizer, template, memory: None }
     }
 
     /// Whether the model has a template, and so answers instead of continuing.
@@ -107,7 +109,7 @@ impl Writer {
             piece.to_owned()
         };
         let mut generator = Generator::new(&mut memory, &ids, settings)?
-            .with_vocab_limit(self.tokenizer.get_vocab_size(true))
+            .with_vocab_limit(self.limit)
             .with_cancellation(stop)
             .with_tokenizer(&self.tokenizer)?;
         let (mut written, mut first, mut time) = (0, None, Duration::ZERO);

@@ -183,6 +183,10 @@ fn templates_that_are_wrong() {
     let args = ["--model", "run", "--prompt", "the", "--system", "x"];
     fails("chat", folder.path(), &args, &["refuses this conversation: No system"]);
 
+    // A text that is no template at all, whatever it says of itself.
+    let text = ["--model", "run", "--prompt", "the", "--template", "text.txt"];
+    fails("chat", finished(), &text, &["text.txt: not a chat template", "`messages`"]);
+
     let folder = copy(finished());
     let settings = folder.path().join("run/model/tokenizer_config.json");
     let mut config = json(&settings);
@@ -239,7 +243,7 @@ fn settings_out_of_range_are_one_line() {
     for (args, parts) in [
         (&["--temperature", "-1"][..], &["temperature is -1"][..]),
         (&["--temperature", "nan"], &["temperature is NaN"]),
-        (&["--top-p", "0"], &["top_p is 0"]),
+        (&["--top-p", "-0.5"], &["top_p is -0.5"]),
         (&["--top-p", "1.5"], &["top_p is 1.5"]),
         (&["--repetition-penalty", "0"], &["repetition_penalty is 0"]),
         (&["--min-p", "-0.5"], &["min_p is -0.5"]),

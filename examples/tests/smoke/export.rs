@@ -31,6 +31,34 @@ fn a_copy_has_the_dtype_asked_for_and_writes_on() {
 }
 
 #[test]
+fn a_copy_keeps_the_chat_template_and_a_file_becomes_a_folder() {
+    let folder = copy(finished());
+    let dir = folder.path();
+    let settings = dir.join("run/model/tokenizer_config.json");
+    let mut about = json(&settings);
+    about["chat_template"] = serde_json::json!([
+        {"name": "tool_use", "template": "{{ messages }}"},
+        {"name": "default", "template": "{{ messages[0].content }} {{ eos_token }}"},
+    ]);
+    about["eos_token"] = "the".into();
+    std::fs::write(&settings, about.to_string()).unwrap();
+    let quantize = ["--model", "run", "--type", "f16", "--seq", "32", "--tokens", "64", "--out", "f16.gguf"];
+    succeeds("quantize", dir, &quantize);
+    succeeds("export", dir, &["--model", "run", "--to", "copy"]);
+    assert_eq!(json(&dir.join("copy/tokenizer_config.json")), about);
+    succeeds("export", dir, &["--model", "f16.gguf", "--to", "unpacked"]);
+    let template = std::fs::read_to_string(dir.join("unpacked/chat_template.jinja")).unwrap();
+    assert_eq!(template, "{{ messages[0].content }} {{ eos_token }}");
+    let answer = |model: &str| {
+        let args = ["--model", model, "--prompt", "the little", "--max-tokens", "8", "--temperature", "0"];
+        succeeds("chat", dir, &args)
+    };
+    assert_eq!(answer("copy"), answer("run"));
+    assert!(!answer("f16.gguf").trim().is_empty() && !answer("unpacked").trim().is_empty());
+    fails("export", dir, &["--model", "f16.gguf", "--python"], &["f16.gguf", "--to"]);
+}
+
+#[test]
 fn what_cannot_be_exported_is_said_in_a_line() {
     let dir = finished();
     fails("export", dir, &["--model", "run"], &["--python"]);

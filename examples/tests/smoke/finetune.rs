@@ -37,6 +37,35 @@ fn methods_are_compared_saved_and_talked_with() {
 }
 
 #[test]
+fn adapters_train_over_a_quantised_model() {
+    let folder = copy(finished());
+    let dir = folder.path();
+    let quantize =
+        ["--model", "run", "--type", "q8_0", "--seq", "32", "--tokens", "64", "--out", "small.gguf"];
+    succeeds("quantize", dir, &quantize);
+    let args = ["--model", "small.gguf", "--data", "text.txt", "--steps", "4", "--batch", "2", "--seq", "32"];
+    let more = ["--rank", "2", "--lr", "0.001", "--out", "tuned"];
+    let table = succeeds("finetune", dir, &[&args[..], &more[..]].concat());
+    let result = json(&dir.join("tuned/finetune.json"));
+    let rows = result["methods"].as_array().unwrap();
+    // All but the training of all weights, which are blocks.
+    assert_eq!(rows.len(), 7, "{table}");
+    for row in rows {
+        let name = row["method"].as_str().unwrap();
+        let base = result["base_loss"].as_f64().unwrap();
+        assert!(row["held_out_loss"].as_f64().unwrap() < base + 0.01, "{row}");
+        let adapter = format!("tuned/{name}/adapter");
+        let chat =
+            ["--model", "small.gguf", "--adapter", &adapter, "--prompt", "the little", "--max-tokens", "5"];
+        assert!(succeeds("chat", dir, &chat).starts_with("the little"));
+    }
+    let chat = ["--model", "tuned/lora/model", "--prompt", "the little", "--max-tokens", "5"];
+    assert!(succeeds("chat", dir, &chat).starts_with("the little"));
+    let full = [&args[..], &["--method", "full", "--out", "never"]].concat();
+    fails("finetune", dir, &full, &["--method full", "small.gguf"]);
+}
+
+#[test]
 fn dropout_changes_the_run_and_is_in_the_adapters_file() {
     let folder = copy(finished());
     let dir = folder.path();

@@ -48,9 +48,13 @@ impl Conversation {
         self.system.as_deref()
     }
 
-    /// Adds a message.
+    /// Adds a message. One of the system before all others is the system prompt, if there is none yet.
     pub fn push(&mut self, message: Message) {
-        self.messages.push(message);
+        if message.role == Role::System && self.messages.is_empty() && self.system.is_none() {
+            self.system = Some(message.content);
+        } else {
+            self.messages.push(message);
+        }
     }
 
     /// Adds what the user says.

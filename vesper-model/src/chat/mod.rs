@@ -25,6 +25,7 @@
 
 mod conversation;
 mod message;
+mod methods;
 mod python;
 mod source;
 mod template;

@@ -1,5 +1,6 @@
 //! What `transformers` gives to a template, as Python does it.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
 
@@ -9,6 +10,8 @@ use minijinja::{Environment, Error, ErrorKind, Output, State, Value, escape_form
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
+use super::methods;
+
 /// The text of `raise_exception`, to be told from a mistake in the template.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -17,7 +20,13 @@ pub(super) struct Raised(pub(super) String);
 /// Adds what is there beside Jinja's own: `raise_exception`, `strftime_now`, `tojson`, and the methods of Python's
 /// strings, lists and dictionaries.
 pub(super) fn install(environment: &mut Environment<'_>) {
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(methods::call);
+    // As Python has it: None has no elements, and what has a length and places is a sequence, text too.
+    environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
+    environment.add_test("sequence", |value: &Value| {
+        let text_or_map = matches!(value.kind(), ValueKind::String | ValueKind::Map | ValueKind::Undefined);
+        text_or_map || value.kind() == ValueKind::Seq
+    });
     environment.set_formatter(format);
     environment.add_function("raise_exception", |text: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, text.clone()).with_source(Raised(text)))
@@ -50,12 +59,19 @@ fn strftime(time: &NaiveDateTime, format: &str) -> Result<String, Error> {
     Ok(text)
 }
 
-/// `json.dumps(value, ensure_ascii=False, indent=None)`: not Jinja's own filter, which writes for HTML.
+/// `json.dumps(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`: not Jinja's own filter, which
+/// writes for HTML. Separators count where there is no indent.
 #[allow(clippy::needless_pass_by_value, reason = "a filter gets its options by value")]
 fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let ascii: Option<bool> = options.get("ensure_ascii")?;
+    let separators: Option<Vec<String>> = options.get("separators")?;
+    let sorted: Option<bool> = options.get("sort_keys")?;
     options.assert_all_used()?;
+    let value = if sorted == Some(true) { &sorted_keys(value)? } else { value };
+    let [item, key] = separators
+        .map_or(Ok([", ".into(), ": ".into()]), <[String; 2]>::try_from)
+        .map_err(|_| Error::new(ErrorKind::InvalidOperation, "tojson: separators are two texts"))?;
     let mut bytes = Vec::new();
     let written = match indent {
         Some(width) => {
@@ -65,7 +81,7 @@ fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
                 PrettyFormatter::with_indent(spaces.as_bytes()),
             ))
         }
-        None => value.serialize(&mut Serializer::with_formatter(&mut bytes, OneLine)),
+        None => value.serialize(&mut Serializer::with_formatter(&mut bytes, OneLine { item, key })),
     };
     let failed = |reason: String| Error::new(ErrorKind::BadSerialization, reason);
     written.map_err(|error| failed(error.to_string()))?;
@@ -88,20 +104,40 @@ fn escaped(json: &str) -> String {
     text
 }
 
-/// JSON in one line, with a space after each comma and colon.
-struct OneLine;
+/// The same value with the keys of its objects in order.
+fn sorted_keys(value: &Value) -> Result<Value, Error> {
+    Ok(match value.kind() {
+        ValueKind::Map => {
+            let pairs = value.try_iter()?.map(|key| {
+                let item = sorted_keys(&value.get_item(&key)?)?;
+                Ok((key.to_string(), item))
+            });
+            Value::from(pairs.collect::<Result<BTreeMap<_, _>, Error>>()?)
+        }
+        ValueKind::Seq => {
+            value.try_iter()?.map(|item| sorted_keys(&item)).collect::<Result<Vec<_>, _>>()?.into()
+        }
+        _ => value.clone(),
+    })
+}
+
+/// JSON in one line, with what stands between elements, and between a key and its value.
+struct OneLine {
+    item: String,
+    key: String,
+}
 
 impl Formatter for OneLine {
     fn begin_array_value<W: ?Sized + io::Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
+        if first { Ok(()) } else { out.write_all(self.item.as_bytes()) }
     }
 
     fn begin_object_key<W: ?Sized + io::Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
+        if first { Ok(()) } else { out.write_all(self.item.as_bytes()) }
     }
 
     fn begin_object_value<W: ?Sized + io::Write>(&mut self, out: &mut W) -> io::Result<()> {
-        out.write_all(b": ")
+        out.write_all(self.key.as_bytes())
     }
 }
 

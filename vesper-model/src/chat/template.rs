@@ -33,6 +33,7 @@ const FUEL: u64 = 2_000_000;
 #[derive(Clone)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    text: String,
     /// Where it comes from, for errors.
     origin: String,
     variables: BTreeMap<String, Value>,
@@ -98,7 +99,7 @@ impl ChatTemplate {
         environment
             .add_template_owned(NAME, source::without_marks(text))
             .map_err(|error| invalid(origin, &error))?;
-        Ok(Self { environment, origin: origin.to_owned(), variables: BTreeMap::new() })
+        Ok(Self { environment, text: text.to_owned(), origin: origin.to_owned(), variables: BTreeMap::new() })
     }
 
     /// Gives the template a variable, such as `enable_thinking` or `bos_token`.
@@ -117,6 +118,36 @@ impl ChatTemplate {
             self = self.with_variable(name, token);
         }
         Ok(self)
+    }
+
+    /// The template as it is written.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Fails where nothing in the template reads `messages`: then it is no chat template, but some other text, which says
+    /// the same whatever is asked.
+    ///
+    /// # Errors
+    /// [`ModelError::ChatTemplate`] names where it is from.
+    ///
+    /// # Examples
+    /// ```
+    /// use vesper_model::chat::ChatTemplate;
+    /// assert!(ChatTemplate::new("{{ messages[0].content }}")?.check().is_ok());
+    /// let error = ChatTemplate::new("Once upon a time")?.check().unwrap_err().to_string();
+    /// assert!(error.contains("`messages`"));
+    /// # Ok::<(), vesper_model::ModelError>(())
+    /// ```
+    pub fn check(&self) -> Result<()> {
+        let template = self.environment.get_template(NAME).map_err(|error| invalid(&self.origin, &error))?;
+        if template.undeclared_variables(false).contains("messages") {
+            return Ok(());
+        }
+        Err(ModelError::ChatTemplate {
+            template: self.origin.clone(),
+            reason: "not a chat template: nothing in it reads `messages`, the conversation".into(),
+        })
     }
 
     /// A variable that is text, such as `eos_token`.

@@ -1,5 +1,6 @@
 //! A generation on a thread of its own, as a stream for asynchronous programs.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -67,7 +68,7 @@ impl EventStream {
     ///
     /// # Errors
     /// Those of [`Generator::from_request`] and [`Generator::with_tokenizer`] are the stream's first item.
-    /// [`ModelError::Thread`] when the system gives no thread.
+    /// [`ModelError::Thread`] when the system gives no thread; as an item, where the model panicked.
     pub fn spawn<M: NextLogits + Send + 'static>(
         model: M,
         request: Request,
@@ -78,7 +79,11 @@ impl EventStream {
             .name("vesper-generate".into())
             .spawn(move || {
                 let mut model = model;
-                if let Err(error) = generate(&mut model, request, tokenizer.as_deref(), &sender) {
+                let run = || generate(&mut model, request, tokenizer.as_deref(), &sender);
+                // A model of others may panic: a stream that only ended would look as if it had nothing more to say.
+                let end = catch_unwind(AssertUnwindSafe(run))
+                    .unwrap_or_else(|_| Err(ModelError::Thread(std::io::Error::other("the model panicked"))));
+                if let Err(error) = end {
                     // Nobody reads any more where this fails.
                     let _ = sender.send_blocking(Err(error));
                 }

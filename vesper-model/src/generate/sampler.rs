@@ -21,7 +21,7 @@ use crate::{ModelError, Result};
 /// one's own           with_processor, in their order
 /// greedy              argmax l, the lowest id among equals         (if so configured: ends here)
 /// Temperature         l_i <- (l_i - max l) / T
-/// TopK                keeps the k largest l, lower ids first among equals
+/// TopK                keeps the k largest l, and what equals the last of them
 /// TopP                keeps the smallest set of the largest P with sum(set) >= p
 /// MinP                keeps P(i) >= p * max P
 /// Typical             keeps the P(i) whose surprise is nearest to the entropy
@@ -211,8 +211,8 @@ fn within(scores: &mut [f32], limit: usize) -> &mut [f32] {
 
 pub(super) fn all_excluded() -> ModelError {
     ModelError::InvalidLogits {
-        reason: "every token is excluded (by bad_words_ids, no_repeat_ngram_size, min_new_tokens or a processor of \
-                 one's own)"
+        reason: "every token is excluded (by bad_words_ids, no_repeat_ngram_size, min_new_tokens, a forced_prefix of \
+                 tokens that the model does not have or a processor of one's own)"
             .into(),
     }
 }

@@ -27,12 +27,19 @@ pub fn read_tokenizer(dir: impl AsRef<Path>, config: &VesperConfig) -> Result<To
 /// # Errors
 /// [`ModelError::TokenizerTooLarge`] when the highest id is `vocab_size` or more.
 pub fn check_tokenizer(tokenizer: &Tokenizer, config: &VesperConfig) -> Result<()> {
-    // Ids may have gaps: the number of entries says nothing about the highest.
-    let size = tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+    let size = vocab_limit(tokenizer);
     if size > config.vocab_size {
         return Err(ModelError::TokenizerTooLarge { tokenizer: size, model: config.vocab_size });
     }
     Ok(())
+}
+
+/// One more than the highest id of the tokenizer, added tokens included: what
+/// [`Sampler::with_vocab_limit`](crate::generate::Sampler::with_vocab_limit) is to be given.
+///
+/// Ids may have gaps, so the number of entries says nothing about it.
+pub fn vocab_limit(tokenizer: &Tokenizer) -> usize {
+    tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
 }
 
 pub(super) fn parse(path: &Path, json: &str) -> Result<Tokenizer> {

@@ -99,7 +99,7 @@ impl Regulated {
 /// Decodes answers under a [`Regulator`].
 ///
 /// Tokens are chosen by a [`Sampler`] of `generation`, whose temperature is replaced by the regulator's, token by token; draft
-/// n draws with the seed `generation.seed + n`. `bos_token_id`, `eos_token_id` and `max_new_tokens` count as in
+/// n draws with the seed `generation.seed + n`. `bos_token_id`, `eos_token_id`, `max_new_tokens` and `max_length` count as in
 /// [`Generator`](crate::generate::Generator). The probability that a draft is wrong comes from those of its choices, the end of
 /// the text included, by [`Confidence::p_answer_wrong`]. Confidence is in the model's own distribution, before any processor of
 /// `generation` changes it.
@@ -155,6 +155,11 @@ impl<'a> Regulation<'a> {
         let (do_sample, temperature) = (settings.temperature > 0.0, settings.temperature);
         let generation = GenerationConfig { do_sample, temperature, ..generation.clone() };
         generation.validate()?;
+        if !generation.stop_strings.is_empty() {
+            let got = format!("{:?}", generation.stop_strings);
+            let expected = "none for a regulated answer, which has no text";
+            return Err(ModelError::InvalidGeneration { field: "stop_strings", got, expected });
+        }
         Ok(Self { settings: *settings, generation, confidence, vocab_limit: usize::MAX, interrupt: None })
     }
 
@@ -232,6 +237,7 @@ impl<'a> Regulation<'a> {
             confidence: self.confidence,
             generation,
             possible: self.vocab_limit.min(vocab),
+            limit: self.generation.limit(tokens.len()),
             tokens,
             fed: 0,
             draft: Draft { tokens: Vec::new(), p_wrong: 0.0, end: None },
@@ -264,6 +270,8 @@ struct Drafter<'a, M: Introspective> {
     generation: GenerationConfig,
     /// Ids from this on are not chosen.
     possible: usize,
+    /// The most tokens, prompt included.
+    limit: usize,
     /// The prompt and what came after it.
     tokens: Vec<u32>,
     fed: usize,
@@ -282,7 +290,7 @@ impl<M: Introspective> Drafter<'_, M> {
                 self.draft.end = Some(StopReason::Cancelled);
                 return verdict(report.step(Event::Interrupt)?);
             }
-            if self.draft.tokens.len() >= self.generation.max_new_tokens {
+            if self.tokens.len() >= self.limit {
                 break StopReason::MaxTokens;
             }
             let unfed = self.tokens.get(self.fed..).unwrap_or_default();

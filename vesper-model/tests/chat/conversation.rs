@@ -49,6 +49,20 @@ fn the_oldest_exchanges_go_first_and_whole() {
 }
 
 #[test]
+fn a_system_prompt_among_the_messages_stays_too() {
+    let mut conversation = Conversation::new();
+    for message in long().messages() {
+        conversation.push(message);
+    }
+    assert_eq!(conversation, long());
+    assert_eq!(prompt(&conversation, 23, 10), ("SSccCCdd".into(), 4));
+    // Another one, or one in the middle, is a message.
+    let twice = Message::new(Role::System, "TT");
+    conversation.push(twice.clone());
+    assert_eq!(conversation.messages().last(), Some(&twice));
+}
+
+#[test]
 fn as_little_as_possible_is_forgotten() {
     let mut conversation = Conversation::new();
     for i in 0..40 {

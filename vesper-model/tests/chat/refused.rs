@@ -41,6 +41,25 @@ fn what_is_not_there_is_named() {
 }
 
 #[test]
+fn a_text_that_is_no_template_is_told_from_one() {
+    for text in [
+        "{% for message in messages %}{{ message.content }}{% endfor %}",
+        "{% set all = messages %}{{ all[0].content }}",
+        "{% macro m() %}{{ messages[0].content }}{% endmacro %}{{ m() }}",
+        "{% if messages[0].role == 'x' %}{% set messages = messages[1:] %}{% endif %}",
+        "{{ raise_exception('no') if not messages }}",
+    ] {
+        assert!(ChatTemplate::new(text).unwrap().check().is_ok(), "{text}");
+    }
+    for text in ["", "Once upon a time there were messages.\n", "{{ message.content }}", "{# messages #}"] {
+        let template = ChatTemplate::new(text).unwrap();
+        assert_eq!(template.text(), text);
+        let error = template.check().unwrap_err().to_string();
+        assert!(error.starts_with("chat template: ") && error.contains("reads `messages`"), "{error}");
+    }
+}
+
+#[test]
 fn a_time_is_that_of_now() {
     let template = ChatTemplate::new("{{ strftime_now('%Y') }}").unwrap();
     let year: u32 = template.render(&[], true).unwrap().parse().unwrap();

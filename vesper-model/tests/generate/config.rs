@@ -29,6 +29,27 @@ fn a_foreign_file_is_read_whatever_else_it_holds() {
     assert_eq!(config.bos_token_id, Some(128_000));
     assert_eq!(config.eos_token_id, [128_001, 128_008, 128_009]);
     assert_eq!((config.temperature, config.top_p), (0.6, 0.9));
+    // What is not understood is written again as it was.
+    let again: serde_json::Value = serde_json::to_value(&config).unwrap();
+    assert_eq!(
+        (&again["transformers_version"], &again["pad_token_id"]),
+        (&"4.45.0.dev0".into(), &(-1).into())
+    );
+    assert_eq!(serde_json::from_value::<GenerationConfig>(again).unwrap(), config);
+}
+
+#[test]
+fn a_field_of_a_wrong_type_is_named() {
+    for (json, part) in [
+        (r#"{"top_k": 5, "temperature": "warm"}"#, "temperature is \"warm\": "),
+        (r#"{"top_k": -1}"#, "top_k is -1: "),
+        (r#"{"max_new_tokens": 2.5, "pad_token_id": "x"}"#, "max_new_tokens is 2.5: "),
+        (r#"{"early_stopping": "soon"}"#, "early_stopping is \"soon\""),
+        ("[]", "expected a map"),
+    ] {
+        let error = serde_json::from_str::<GenerationConfig>(json).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
 }
 
 #[test]
@@ -80,7 +101,7 @@ fn settings_out_of_range_are_named() {
         (base().with_temperature(-0.1), "temperature"),
         (base().with_temperature(f64::NAN), "temperature"),
         (base().with_temperature(f64::INFINITY), "temperature"),
-        (base().with_top_p(0.0), "top_p"),
+        (base().with_top_p(-0.01), "top_p"),
         (base().with_top_p(1.01), "top_p"),
         (base().with_top_p(f64::NAN), "top_p"),
         (base().with_stop_strings(["x", ""]), "stop_strings"),
@@ -99,6 +120,7 @@ fn settings_out_of_range_are_named() {
         GenerationConfig::greedy(),
         base().with_temperature(0.0),
         base().with_top_k(0).with_top_p(1.0),
+        base().with_top_p(0.0),
     ];
     assert!(right.iter().all(|config| config.validate().is_ok()));
 }

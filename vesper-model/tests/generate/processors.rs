@@ -17,7 +17,8 @@ struct Case {
     config: serde_json::Map<String, serde_json::Value>,
     history: Vec<u32>,
     prompt: usize,
-    scores: Vec<f32>,
+    /// `None`: excluded before.
+    scores: Vec<Option<f32>>,
     /// Log-probabilities; `None`: excluded.
     left: Vec<Option<f64>>,
 }
@@ -26,7 +27,7 @@ struct Case {
 #[test]
 fn scores_are_those_of_hugging_face() {
     let golden: Golden = serde_json::from_str(include_str!("golden/processors.json")).unwrap();
-    assert_eq!(golden.cases.len(), 76);
+    assert_eq!(golden.cases.len(), 145);
     for case in golden.cases {
         let mut config = case.config.clone();
         // What the case does not name is off.
@@ -36,16 +37,19 @@ fn scores_are_those_of_hugging_face() {
             config.entry(field).or_insert(off);
         }
         let config: GenerationConfig = serde_json::from_value(config.into()).unwrap();
-        let mut scores = case.scores.clone();
+        let mut scores: Vec<f32> =
+            case.scores.iter().map(|score| score.unwrap_or(f32::NEG_INFINITY)).collect();
         Sampler::new(&config).unwrap().with_prompt(case.prompt).sample(&mut scores, &case.history).unwrap();
-        let total = scores.iter().map(|score| f64::from(*score).exp()).sum::<f64>().ln();
+        let most = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = scores.iter().map(|score| f64::from(score - most).exp()).sum();
+        let total = f64::from(most) + sum.ln();
         for (id, (score, left)) in scores.iter().zip(&case.left).enumerate() {
             match left {
                 None => assert_eq!(*score, f32::NEG_INFINITY, "token {id} of {:?}", case.config),
                 Some(left) => {
                     let got = f64::from(*score) - total;
                     assert!(
-                        (got - left).abs() < 2e-6,
+                        (got - left).abs() < 2e-6 + 3e-7 * left.abs(),
                         "token {id} of {:?}: {got}, expected {left}",
                         case.config
                     );
@@ -112,6 +116,10 @@ fn an_answer_begins_with_the_forced_prefix() {
         tokens.push(sampler.sample(&mut scores, &tokens).unwrap());
     }
     assert_eq!(tokens, [0, 4, 2, 0]);
+    // What cannot be forced is not forgotten.
+    let config = GenerationConfig::greedy().with_forced_prefix([6]);
+    let error = Sampler::new(&config).unwrap().sample(&mut [0.0; 6], &[]).unwrap_err().to_string();
+    assert!(error.contains("forced_prefix"), "{error}");
 }
 
 #[test]

@@ -183,6 +183,17 @@ fn the_caller_and_the_context_stop_it() {
 }
 
 #[test]
+fn the_length_of_the_whole_ends_a_draft_and_texts_cannot() {
+    let whole = tokens(9).with_max_length(Some(3));
+    let report = run(RegulatorConfig { max_drafts: 1, ..settings() }, &whole, &[0.9; 4]);
+    // The prompt has one token.
+    assert_eq!((report.drafts[0].tokens.len(), &report.drafts[0].end), (2, &Some(StopReason::MaxTokens)));
+    let confidence = Calibrated::new(Measure::Probability);
+    let error = Regulation::new(&settings(), &tokens(9).with_stop_strings(["."]), &confidence).unwrap_err();
+    assert!(error.to_string().contains("stop_strings"), "{error}");
+}
+
+#[test]
 fn ids_beyond_the_tokenizer_are_not_chosen() {
     let confidence = Calibrated::new(Measure::Probability);
     let rows = || Ok(Script { rows: vec![vec![0.0, 0.0, 9.0, 9.0]], read: 0, capacity: 64 });

@@ -207,7 +207,7 @@ fn wrong_metadata_is_named() {
         (
             b"\"max_position_embeddings\":64,\"rms_norm_eps\":1e-6".to_vec(),
             b"\"max_position_embeddings\":2000000,\"rms_norm_eps\":1".to_vec(),
-            "max_position_embeddings is 2000000, expected at most",
+            "max_position_embeddings is 2000000, expected from 1 to 2^20",
         ),
         (
             b"\"num_hidden_layers\":1".to_vec(),

@@ -74,6 +74,10 @@ fn what_a_llama_must_say_is_named() {
         assert!(error(&key, &other).contains(&format!("no key {key}")));
     }
     assert!(error("llama.vocab_size", "llama.expert_count").contains("llama.expert_count is set"));
+    for scaled in ["llama.rope.scaling.factor", "llama.rope.scale_linear"] {
+        let message = error("llama.rope.freq_base", scaled);
+        assert!(message.contains(&format!("{scaled} is 50000, expected rotary positions")), "{message}");
+    }
     assert!(error("blk.1.attn_q.weight", "blk.2.attn_q.weight").contains("no tensor blk.1.attn_q.weight"));
     assert!(error("token_embd.weight", "token_embd.weighx").contains("no tensor token_embd.weight"));
 }

@@ -3,7 +3,8 @@
 mod early_stopping;
 mod stored;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+use serde_json::{Map, Value};
 
 pub use early_stopping::EarlyStopping;
 pub(crate) use stored::OneOrMany;
@@ -13,7 +14,7 @@ use crate::{ModelError, Result};
 
 /// How to choose tokens and when to stop. Serialises as Hugging Face's `generation_config.json`.
 ///
-/// A file may come from anywhere: fields that this crate does not use are ignored, and a field that is
+/// A file may come from anywhere: fields that this crate does not use are kept as they are, and a field that is
 /// absent (or null) has the meaning that Hugging Face gives it: `do_sample` false, `temperature` 1, `top_k` 50,
 /// `top_p` 1, `repetition_penalty` 1, everything else off. [`Default`] is what suits small models instead; see the fields.
 ///
@@ -26,8 +27,8 @@ use crate::{ModelError, Result};
 /// assert!(config.with_temperature(0.0).is_greedy());
 /// # Ok::<(), serde_json::Error>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(from = "Stored", into = "Stored")]
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(into = "Stored")]
 pub struct GenerationConfig {
     /// Whether tokens are drawn at random; if not, the most probable one is taken. Default true.
     ///
@@ -37,7 +38,7 @@ pub struct GenerationConfig {
     pub temperature: f64,
     /// Keeps this many of the most probable tokens; 0 keeps all. Default 50.
     pub top_k: usize,
-    /// Keeps the smallest set of tokens that holds this much probability, in (0, 1]. Default 0.95.
+    /// Keeps the smallest set of tokens that holds this much probability, in [0, 1]; 0 keeps the likeliest. Default 0.95.
     pub top_p: f64,
     /// Over 1 makes tokens that are already there less probable; 1 does nothing. Default 1.
     pub repetition_penalty: f64,
@@ -82,6 +83,9 @@ pub struct GenerationConfig {
     pub bos_token_id: Option<u32>,
     /// The tokens that end the text, each of them. Stored as one number or as a list. Default none.
     pub eos_token_id: Vec<u32>,
+    /// The fields of a file that this crate does not use, such as `pad_token_id`: nothing reads them, and they are written
+    /// again as they were. Default none.
+    pub other: Map<String, Value>,
 }
 
 impl Default for GenerationConfig {
@@ -110,6 +114,7 @@ impl Default for GenerationConfig {
             seed: 0,
             bos_token_id: None,
             eos_token_id: Vec::new(),
+            other: Map::new(),
         }
     }
 }
@@ -261,7 +266,7 @@ impl GenerationConfig {
     }
 
     /// The most tokens of a sequence whose prompt has this many, prompt included.
-    pub(super) fn limit(&self, prompt: usize) -> usize {
+    pub(crate) fn limit(&self, prompt: usize) -> usize {
         prompt.saturating_add(self.max_new_tokens).min(self.max_length.unwrap_or(usize::MAX))
     }
 
@@ -276,8 +281,8 @@ impl GenerationConfig {
         if !(self.temperature.is_finite() && self.temperature >= 0.0) {
             return bad("temperature", self.temperature, "0 (greedy) or a positive number");
         }
-        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return bad("top_p", self.top_p, "a number over 0 and up to 1");
+        if !(0.0..=1.0).contains(&self.top_p) {
+            return bad("top_p", self.top_p, "a number from 0 to 1");
         }
         if !(self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0) {
             return bad("repetition_penalty", self.repetition_penalty, "a positive number");

@@ -1,6 +1,8 @@
 //! The fields as `generation_config.json` has them.
 
+use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::{EarlyStopping, GenerationConfig, MAX_NEW_TOKENS};
 
@@ -53,6 +55,26 @@ pub(super) struct Stored {
     top_p: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     typical_p: Option<f64>,
+    #[serde(flatten)]
+    other: Map<String, Value>,
+}
+
+impl<'de> Deserialize<'de> for GenerationConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let fields: Map<String, Value> = Map::deserialize(deserializer)?;
+        Stored::deserialize(Value::Object(fields.clone()))
+            .map(Self::from)
+            .map_err(|error| D::Error::custom(wrong_field(&fields).unwrap_or_else(|| error.to_string())))
+    }
+}
+
+/// Which field is wrong, and how: none of them needs another.
+fn wrong_field(fields: &Map<String, Value>) -> Option<String> {
+    fields.iter().find_map(|(key, value)| {
+        let alone = Map::from_iter([(key.clone(), value.clone())]);
+        let error = Stored::deserialize(Value::Object(alone)).err()?;
+        Some(format!("{key} is {value}: {error}"))
+    })
 }
 
 /// A text or a list of them, as Hugging Face writes `stop_strings`.
@@ -116,6 +138,7 @@ impl From<Stored> for GenerationConfig {
             seed: stored.seed.unwrap_or(0),
             bos_token_id: stored.bos_token_id,
             eos_token_id: stored.eos_token_id.map(Vec::from).unwrap_or_default(),
+            other: stored.other,
         }
     }
 }
@@ -156,6 +179,7 @@ impl From<GenerationConfig> for Stored {
             temperature: Some(config.temperature),
             top_k: Some(config.top_k),
             top_p: Some(config.top_p),
+            other: config.other,
         }
     }
 }

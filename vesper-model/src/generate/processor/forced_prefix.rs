@@ -16,12 +16,10 @@ impl ForcedPrefix {
 impl LogitsProcessor for ForcedPrefix {
     fn process(&mut self, scores: &mut [f32], history: History<'_>) {
         let Some(&forced) = self.prefix.get(history.generated().len()) else { return };
-        // A forced token that the model does not have changes nothing.
-        if (forced as usize) < scores.len() {
-            scores.fill(f32::NEG_INFINITY);
-            if let Some(score) = scores.get_mut(forced as usize) {
-                *score = 0.0;
-            }
+        // Where the model does not have the token, none is left.
+        scores.fill(f32::NEG_INFINITY);
+        if let Some(score) = scores.get_mut(forced as usize) {
+            *score = 0.0;
         }
     }
 }

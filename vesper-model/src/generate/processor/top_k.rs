@@ -1,6 +1,6 @@
 use super::{Candidate, History, LogitsProcessor, candidates, keep_only, likelier_first};
 
-/// Keeps the `k` likeliest tokens, the lower ids among equals.
+/// Keeps the `k` likeliest tokens, and those that are as likely as the last of them.
 #[derive(Debug, Clone)]
 pub struct TopK {
     k: usize,
@@ -19,8 +19,9 @@ impl LogitsProcessor for TopK {
     fn process(&mut self, scores: &mut [f32], _history: History<'_>) {
         candidates(scores, &mut self.scratch);
         if self.k > 0 && self.k < self.scratch.len() {
-            self.scratch.select_nth_unstable_by(self.k - 1, likelier_first);
-            self.scratch.truncate(self.k);
+            let (_, last, _) = self.scratch.select_nth_unstable_by(self.k - 1, likelier_first);
+            let least = last.score;
+            self.scratch.retain(|candidate| candidate.score >= least);
             keep_only(scores, &self.scratch);
         }
     }

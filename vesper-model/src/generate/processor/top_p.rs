@@ -12,7 +12,7 @@ pub struct TopP {
 }
 
 impl TopP {
-    /// `p`: over 0; 1 keeps all.
+    /// `p`: from 0, which keeps the likeliest alone, to 1, which keeps all.
     pub fn new(p: f64) -> Self {
         Self { p, scratch: Vec::new() }
     }

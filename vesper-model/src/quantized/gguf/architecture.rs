@@ -6,9 +6,6 @@ use super::header::Header;
 use super::{LLAMA, VESPER, invalid, keys};
 use crate::{ModelError, Result, VesperConfig};
 
-/// The longest context that is believed: the tables of the rotary angles have as many rows.
-const LONGEST: usize = 1 << 20;
-
 /// The architecture that a model has for other programs.
 pub(super) fn of(config: &VesperConfig) -> &'static str {
     let plain = config.hidden_act == Activation::Silu && config.rope_scaling.is_none();
@@ -51,10 +48,6 @@ fn check(header: &Header, config: &VesperConfig) -> Result<()> {
         }
         other => other,
     })?;
-    if config.max_position_embeddings > LONGEST {
-        let got = config.max_position_embeddings.to_string();
-        return Err(header.wrong("max_position_embeddings", &got, &format!("at most {LONGEST}")));
-    }
     if config.adapter.is_some() {
         return Err(header.wrong("adapter", "there", "a model without adapters"));
     }
@@ -80,6 +73,13 @@ fn llama(header: &Header) -> Result<VesperConfig> {
     }
     if header.text(&key("rope.scaling.type"))?.is_some_and(|kind| kind != "none") {
         return Err(header.wrong(&key("rope.scaling.type"), "set", "rotary positions that are not scaled"));
+    }
+    // Without a type the positions are scaled all the same. Old files have the second name.
+    for name in ["rope.scaling.factor", "rope.scale_linear"] {
+        if let Some(factor) = header.float(&key(name))?.filter(|&factor| factor != 0.0 && factor != 1.0) {
+            let expected = "rotary positions that are not scaled";
+            return Err(header.wrong(&key(name), &factor.to_string(), expected));
+        }
     }
     let hidden_size = size("embedding_length")?;
     let num_attention_heads = size("attention.head_count")?;

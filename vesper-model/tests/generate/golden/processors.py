@@ -48,6 +48,14 @@ def main():
         {"min_new_tokens": 7, "repetition_penalty": 1.1, "top_k": 12, "min_p": 0.02, "typical_p": 0.95},
     ]
     forced = [{"forced_prefix": [4, 9, 1, 0, 7]}, {"forced_prefix": [3, 3, 5], "repetition_penalty": 1.4, "top_p": 0.8}]
+    # The edges: what only pads, keeps all or nothing, is longer than the history, equals another, or was excluded before.
+    edges = [
+        {"top_k": 1}, {"top_k": 3}, {"top_k": 23}, {"top_k": 24}, {"top_k": 1000}, {"top_p": 0.0}, {"top_p": 1e-9},
+        {"top_p": 0.999999}, {"top_p": 1.0}, {"min_p": 0.0}, {"min_p": 1.0}, {"typical_p": 1e-6}, {"typical_p": 0.999999},
+        {"temperature": 1e-4}, {"temperature": 1e4}, {"no_repeat_ngram_size": 40}, {"repetition_penalty": 1e-3},
+        {"repetition_penalty": 1e3}, {"min_new_tokens": 1}, {"bad_words_ids": [[1] * 30, [3, 3, 3], [7, 5], [EOS, EOS]]},
+        {"top_k": 4, "top_p": 0.5}, {"top_k": 5, "typical_p": 0.5}, {"top_k": 2, "min_p": 0.9, "temperature": 3.0},
+    ]
     cases = []
     for config in one * 3 + several * 4 + forced * 3:
         # Few different tokens, so that there are repetitions.
@@ -58,6 +66,21 @@ def main():
         left = torch.log_softmax(out.double(), -1)[0].tolist()
         cases.append({
             "config": config, "history": history, "prompt": prompt, "scores": scores,
+            "left": [None if x == float("-inf") else round(x, 7) for x in left],
+        })
+    for config in edges * 3:
+        history = [rng.randrange(8) for _ in range(rng.randrange(1, 7))]
+        # Whole numbers, of which many are equal.
+        scores = [float(rng.randrange(-3, 4)) for _ in range(VOCAB)]
+        if any(key in config for key in ("top_p", "typical_p")):
+            scores = [round(score + rng.gauss(0.0, 0.1), 4) for score in scores]
+        for _ in range(5):
+            scores[rng.randrange(VOCAB)] = float("-inf")
+        out = processors(config, 1)(torch.tensor([history]), torch.tensor([scores], dtype=torch.float32))
+        left = torch.log_softmax(out.double(), -1)[0].tolist()
+        cases.append({
+            "config": config, "history": history, "prompt": 1,
+            "scores": [None if x == float("-inf") else x for x in scores],
             "left": [None if x == float("-inf") else round(x, 7) for x in left],
         })
     print(json.dumps({"transformers": transformers.__version__, "eos": EOS, "cases": cases}))
