@@ -272,7 +272,7 @@ __device__ __forceinline__ void layer(const TensorMap &x, const TensorMap &w, co
                         const uint32_t i = 4 * q + lane / 8, c = column + b * 64 + lane % 8 * 8;
                         const uint4 out = box[i * 8 + (lane % 8 ^ i % 8)];
                         const bool there = row0 + i < p.rows && c < p.n;
-                        if (there) *reinterpret_cast<uint4 *>(y + (row0 + i) * p.n + c) = out;
+                        if (there) __stcs(reinterpret_cast<uint4 *>(y + (row0 + i) * p.n + c), out);  // x or dy is read again
                     }
                 }
             }

@@ -3,7 +3,7 @@
 //
 //     dA[j][c] = scale sum over i of g[i][j] x[i][c]       dB[c][j] = scale sum over i of h[i][j] dy[i][c]
 //
-// as partial sums over bands of rows, which `pair_reduce` adds up. It works on tensor cores: h and g go in as sums of two
+// as partial sums over parts of the rows, which `pair_reduce` adds up. It works on tensor cores: h and g go in as sums of two
 // numbers of bf16, so that they keep 16 bits, and all sums are in f32, in an order that does not depend on the run.
 
 #include "mma.cuh"
@@ -13,8 +13,9 @@ struct PairParams {
     uint64_t a_rank, a_column, b_rank, b_column;  // strides of dA and dB
     uint32_t in, out;
     uint32_t r;
-    uint32_t band, parts;  // rows of a band, and how many there are
+    uint32_t parts;
     float scale;
+    uint32_t unused;
 };
 static_assert(sizeof(PairParams) == 64, "the Rust side has the same layout");
 
@@ -31,7 +32,10 @@ __device__ __forceinline__ void pair(const bf16 *x, const bf16 *dy, const float 
     const float *low = is_dy ? h : g_of_dy;
     const uint32_t n = is_dy ? p.out : p.in, c0 = 64 * (is_dy ? warp - of_x : warp), c = c0 + 8 * g;
     if (c0 >= n) return;
-    const uint64_t start = (uint64_t)blockIdx.y * p.band, end = min(start + p.band, p.rows);
+    // Every so many tiles of rows, from the last to the first: the last of dy were used last, and may be in the cache.
+    constexpr int TILE = 16 * AHEAD;
+    const int64_t stride = (int64_t)p.parts * TILE;
+    const int64_t start = ((int64_t)((p.rows + TILE - 1) / TILE) - 1 - blockIdx.y) * TILE;
     float sums[K][8][4];
 #pragma unroll
     for (int k = 0; k < K; k++)
@@ -42,12 +46,21 @@ __device__ __forceinline__ void pair(const bf16 *x, const bf16 *dy, const float 
     // Of 16 rows a lane reads 4t to 4t + 3: terms 2t, 2t + 1, 2t + 8 and 2t + 9 of the product.
     uint4 next[AHEAD][4];
     float ranks[AHEAD][K][4][HALVES];  // for the rows that were read
-    auto fetch = [&](uint64_t row0, int a) {
-        auto row = [&](int i) {
+    // A row before the first one is none, as one after the last.
+    auto fetch = [&](int64_t row0, int a) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
             const uint64_t row = row0 + 4 * t + i;
-            return row < end ? from + row * n : nullptr;
-        };
-        read8(next[a], row, [&](int) { return c; }, n, WIDE);
+            const bool there = row < p.rows && c < n;
+            next[a][i] = make_uint4(0, 0, 0, 0);
+            // A load without a branch, which would make it wait for the one before.
+            if constexpr (WIDE) {
+                if (there) next[a][i] = __ldcs(reinterpret_cast<const uint4 *>(from + row * n + c));
+            } else if (there) {
+                const Vec<bf16, 8> v = read<bf16, 8>(from + row * n, c, n, false);
+                next[a][i] = *reinterpret_cast<const uint4 *>(&v);
+            }
+        }
 #pragma unroll
         for (int k = 0; k < K; k++)
 #pragma unroll
@@ -56,12 +69,12 @@ __device__ __forceinline__ void pair(const bf16 *x, const bf16 *dy, const float 
                 for (int half = 0; half < HALVES; half++) {
                     const uint64_t row = row0 + 4 * t + i;
                     const uint32_t j = 16 * k + 8 * half + g;
-                    ranks[a][k][i][half] = row < end && j < p.r ? low[row * p.r + j] : 0.0f;
+                    ranks[a][k][i][half] = row < p.rows && j < p.r ? low[row * p.r + j] : 0.0f;
                 }
     };
 #pragma unroll
     for (int a = 0; a < AHEAD; a++) fetch(start + 16 * a, a);
-    for (uint64_t row0 = start; row0 < end; row0 += 16 * AHEAD) {
+    for (int64_t row0 = start; row0 >= 0; row0 -= stride) {
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
             uint4 now[4];
@@ -77,7 +90,7 @@ __device__ __forceinline__ void pair(const bf16 *x, const bf16 *dy, const float 
                     high[k][q] = R == 8 && q % 2 ? s.low : s.high;
                     rest[k][q] = s.low;
                 }
-            fetch(row0 + 16 * (AHEAD + a), a);
+            fetch(row0 - stride + 16 * a, a);
             // Column g of product m is column 8 g + m of the 64.
 #pragma unroll
             for (int m = 0; m < 8; m++) {

@@ -21,9 +21,9 @@ struct Params {
     inputs: u32,
     outputs: u32,
     r: u32,
-    band: u32,
     parts: u32,
     scale: f32,
+    unused: u32,
 }
 
 const _: () = assert!(size_of::<Params>() == 64);
@@ -112,9 +112,7 @@ fn run(
     let across = warps.div_ceil(WARPS).max(1);
     // As many blocks as the device holds at once.
     let resident = if compiled <= 16 { 2 } else { 1 };
-    let bands = (resident * multiprocessors(device)? / across).clamp(1, 65_535);
-    let band = m.div_ceil(bands).next_multiple_of(ROWS).max(ROWS);
-    let parts = m.div_ceil(band).max(1);
+    let parts = (resident * multiprocessors(device)? / across).clamp(1, m.div_ceil(ROWS).clamp(1, 65_535));
     let (a_rank, a_column) = first.side.strides(r, first.columns);
     let (b_rank, b_column) = second.map_or((0, 0), |half| half.side.strides(r, half.columns));
     let params = Params {
@@ -126,9 +124,9 @@ fn run(
         inputs: size(first.columns)?,
         outputs: size(outputs)?,
         r: size(r)?,
-        band: size(band)?,
         parts: size(parts)?,
         scale: scale as f32,
+        unused: 0,
     };
     let mut partial_a = allocate::<f32>(device, parts * r * first.columns)?;
     let mut partial_b = allocate::<f32>(device, parts * r * outputs)?;
