@@ -111,9 +111,9 @@ fn every_kind_starts_as_the_model_trains_saves_loads_and_merges() {
 #[test]
 fn many_rows_give_with_each_kind_what_the_reference_gives() {
     let targets = Targets::names(["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]);
-    // More rows than any projection has inputs.
-    let tokens: Vec<u32> = (0..8 * 100).map(|i| (i * 7 + i / 9) % 64).collect();
-    let batch = Tensor::from_vec(tokens, (8, 100), &Device::Cpu).unwrap();
+    // More rows than most projections have inputs.
+    let tokens: Vec<u32> = (0..5 * 64).map(|i| (i * 7 + i / 9) % 64).collect();
+    let batch = Tensor::from_vec(tokens, (5, 64), &Device::Cpu).unwrap();
     for kind in kinds() {
         let mut model = model();
         model.attach(&kind, &targets).unwrap();
