@@ -2,7 +2,11 @@
 
 mod blocks;
 #[cfg(target_arch = "x86_64")]
+mod q4_k;
+#[cfg(target_arch = "x86_64")]
 mod q8_0;
+#[cfg(target_arch = "x86_64")]
+mod vectors;
 
 use std::sync::Arc;
 

@@ -1,0 +1,134 @@
+//! What the products of vectors with blocks share: the vectors, rounded to 8 bits, and the work of the threads.
+//!
+//! | instructions | 32 products |
+//! |---|---|
+//! | AVX-512 with VNNI | one instruction |
+//! | AVX2 | two, by sums of pairs in 16 bits |
+
+#![allow(clippy::wildcard_imports)] // dozens of instructions
+
+use std::arch::x86_64::*;
+use std::sync::OnceLock;
+
+use rayon::prelude::*;
+
+/// Values of a vector that share a scale.
+pub(super) const BLOCK: usize = 32;
+/// Rows of the weight that share what is read of a vector.
+pub(super) const ROWS: usize = 4;
+
+/// The product of some rows of a weight with vectors: rows, vectors, results (rows, vectors).
+pub(super) type Rows = unsafe fn(&[u8], &Vectors, &mut [f32]);
+
+/// The instructions of this processor, if it has what it takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Level {
+    Avx2,
+    Vnni,
+}
+
+pub(super) fn level() -> Option<Level> {
+    static LEVEL: OnceLock<Option<Level>> = OnceLock::new();
+    *LEVEL.get_or_init(|| {
+        let avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        let vnni = is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vl");
+        match (avx2, vnni) {
+            (true, true) => Some(Level::Vnni),
+            (true, false) => Some(Level::Avx2),
+            _ => None,
+        }
+    })
+}
+
+/// Vectors rounded to blocks of 8 bits.
+pub(super) struct Vectors {
+    values: Vec<i8>,
+    /// One a block.
+    scales: Vec<f32>,
+    /// The sum of a block's rounded values, times its scale.
+    sums: Vec<f32>,
+    pub(super) count: usize,
+    /// Blocks in a vector.
+    pub(super) width: usize,
+}
+
+/// One of them.
+pub(super) struct Vector<'a> {
+    pub(super) values: &'a [i8],
+    pub(super) scales: &'a [f32],
+    pub(super) sums: &'a [f32],
+}
+
+impl Vectors {
+    /// `count` vectors after each other, whose length is a multiple of a block.
+    pub(super) fn new(x: &[f32], count: usize) -> Self {
+        let mut values = Vec::with_capacity(x.len());
+        let mut scales = Vec::with_capacity(x.len() / BLOCK);
+        let mut sums = Vec::with_capacity(x.len() / BLOCK);
+        for block in x.chunks_exact(BLOCK) {
+            let most = block.iter().fold(0f32, |most, value| most.max(value.abs()));
+            let (scale, inverse) = if most > 0.0 { (most / 127.0, 127.0 / most) } else { (0.0, 0.0) };
+            // A value that is no number makes the result none, as it would in f32.
+            let broken = block.iter().any(|value| !value.is_finite());
+            let scale = if broken { f32::NAN } else { scale };
+            let start = values.len();
+            values.extend(block.iter().map(|value| (value * inverse).round_ties_even() as i8));
+            let sum: i32 = values[start..].iter().map(|&value| i32::from(value)).sum();
+            scales.push(scale);
+            sums.push(scale * sum as f32);
+        }
+        Self { width: scales.len() / count.max(1), values, scales, sums, count }
+    }
+
+    pub(super) fn vector(&self, i: usize) -> Vector<'_> {
+        let (values, blocks) = (self.width * BLOCK, self.width);
+        Vector {
+            values: &self.values[i * values..][..values],
+            scales: &self.scales[i * blocks..][..blocks],
+            sums: &self.sums[i * blocks..][..blocks],
+        }
+    }
+}
+
+/// `out[row][vector] = row . vector`, by all threads; a row has `row` bytes, and `step` rows are a task.
+pub(super) fn multiply(
+    rows: Rows,
+    (weight, row): (&[u8], usize),
+    vectors: &Vectors,
+    step: usize,
+    out: &mut [f32],
+) {
+    let step = step.next_multiple_of(ROWS);
+    assert_eq!(weight.len() * vectors.count, out.len() * row, "rows of other lengths than the vectors");
+    if row == 0 {
+        return out.fill(0.0);
+    }
+    out.par_chunks_mut(step * vectors.count).zip(weight.par_chunks(step * row)).for_each(|(out, weight)| {
+        // SAFETY: `rows` is one that this processor has.
+        unsafe { rows(weight, vectors, out) }
+    });
+}
+
+/// The sums of four products each of x, without signs, and y, with signs.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl,avx512vnni")]
+pub(super) fn dot_vnni(x: __m256i, y: __m256i) -> __m256i {
+    _mm256_dpbusd_epi32(_mm256_setzero_si256(), x, y)
+}
+
+/// As [`dot_vnni`], where no two neighbouring products together exceed 16 bits.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn dot_avx2(x: __m256i, y: __m256i) -> __m256i {
+    _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), _mm256_set1_epi16(1))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn total(sum: __m256) -> f32 {
+    let half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    let quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)))
+}
