@@ -89,22 +89,21 @@ fn copy(flags: &Flags, from: &Path, to: &Path) -> Result<()> {
     for weight in weights.values_mut() {
         *weight = weight.to_dtype(dtype)?;
     }
-    let (tokenizer, generation, chat_template) = beside(from)?;
+    let (tokenizer, generation) = beside(from)?;
     let extras = hf::Extras { tokenizer_json: tokenizer.as_deref(), generation, ..hf::Extras::default() };
     hf::save(to, model.config(), &weights, &extras)?;
-    model::copy_companions(from, chat_template.as_deref(), to)?;
+    model::copy_companions(from, to)?;
     say!("{}: {} parameters in {dtype:?}", to.display(), model.config().num_parameters());
     Ok(())
 }
 
-/// What belongs to the weights: the text of `tokenizer.json`, the settings of generation, the chat template of a file.
-fn beside(model: &Path) -> Result<(Option<String>, GenerationConfig, Option<String>)> {
+/// The text of `tokenizer.json`, and the settings of generation.
+fn beside(model: &Path) -> Result<(Option<String>, GenerationConfig)> {
     if model.is_file() {
         let gguf = Gguf::open(model)?;
-        let template = gguf.chat_template()?.map(Into::into);
-        return Ok((gguf.tokenizer_json()?.map(Into::into), gguf.generation_config()?, template));
+        return Ok((gguf.tokenizer_json()?.map(Into::into), gguf.generation_config()?));
     }
     let path = model.join("tokenizer.json");
     let read = || std::fs::read_to_string(&path).with_context(|| path.display().to_string());
-    Ok((path.exists().then(read).transpose()?, hf::read_generation_config(model)?, None))
+    Ok((path.exists().then(read).transpose()?, hf::read_generation_config(model)?))
 }

@@ -213,6 +213,9 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
     if flags.seq > config.max_position_embeddings {
         bail!("--seq {}: the model reads at most {} tokens", flags.seq, config.max_position_embeddings);
     }
+    if base.source.is_file() && flags.method.contains(&Method::Full) {
+        bail!("--method full: the weights of {} do not train, adapters over them do", base.source.display());
+    }
     let settings = settings::Flags {
         steps: Some(flags.steps),
         batch: Some(flags.batch),
@@ -246,9 +249,6 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
     let mut methods =
         if flags.method.is_empty() { Method::value_variants().to_vec() } else { flags.method.clone() };
     if source.is_file() {
-        if flags.method.contains(&Method::Full) {
-            bail!("--method full: the weights of {} do not train, adapters over them do", source.display());
-        }
         methods.retain(|method| *method != Method::Full);
     }
     for method in methods {
@@ -435,7 +435,7 @@ impl Run<'_> {
         let merged = merged.dequantized()?;
         let folder = dir.join("model");
         hf::save(&folder, merged.config(), &merged.weights(), &extras)?;
-        model::copy_companions(&self.base.source, self.base.chat_template.as_deref(), &folder)?;
+        model::copy_companions(&self.base.source, &folder)?;
         Ok("exact")
     }
 }

@@ -111,6 +111,9 @@ fn metacognition(flags: &Flags) -> Result<ExitCode> {
     let device = device::open(&flags.device)?;
 
     // The model stays as it is.
+    if let Some(file) = flags.model.as_deref().filter(|path| path.is_file()) {
+        bail!("{}: a file; name the folder of a run or of a model", file.display());
+    }
     let folder = runs::model_folder(flags.model.as_deref())?;
     if !folder.is_dir() {
         bail!(

@@ -74,6 +74,11 @@ fn quantize(flags: &Flags) -> Result<ExitCode> {
     if flags.out.is_some() && flags.types.len() > 1 {
         bail!("--out names one file, but --type names {} types", flags.types.len());
     }
+    // Not after all the measuring.
+    let folder = flags.out.as_deref().and_then(Path::parent).filter(|folder| !folder.as_os_str().is_empty());
+    if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+        bail!("--out: there is no folder {}", folder.display());
+    }
     for (flag, value) in [("--tokens", flags.tokens), ("--seq", flags.seq)] {
         if value == 0 {
             bail!("{flag} 0: expected at least 1");
@@ -117,10 +122,11 @@ fn quantize(flags: &Flags) -> Result<ExitCode> {
     // The files.
     let tokenizer = opened.tokenizer_json()?;
     let extras = GgufExtras {
-        name: folder.parent().and_then(Path::file_name).and_then(|name| name.to_str()),
+        name: beside(folder).file_name().and_then(|name| name.to_str()),
         tokenizer_json: Some(&tokenizer),
         generation: opened.generation.clone(),
         chat_template: opened.chat_template.as_deref(),
+        special_tokens: opened.special_tokens.clone(),
     };
     let mut last = None;
     for (block, small, report) in &forms {

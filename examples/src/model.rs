@@ -1,9 +1,11 @@
 //! A model from wherever it is: a run, a Hugging Face folder, a GGUF file.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device};
+use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 use vesper_data::TextTokenizer;
 use vesper_model::chat::ChatTemplate;
@@ -26,6 +28,8 @@ pub struct Opened {
     pub generation: GenerationConfig,
     /// Its chat template, where it has one.
     pub chat_template: Option<String>,
+    /// The special tokens that the template writes, by its names for them.
+    pub special_tokens: BTreeMap<String, String>,
 }
 
 impl Opened {
@@ -71,8 +75,10 @@ pub fn open(named: Option<&Path>, device: &Device) -> Result<Opened> {
     let tokenizer = hf::read_tokenizer(&folder, &config)?;
     let model = VesperLM::load(&folder, DType::F32, device)?;
     let generation = begins(hf::read_generation_config(&folder)?, &model);
-    let chat_template = ChatTemplate::read(&folder)?.map(|template| template.text().into());
-    Ok(Opened { source: folder, model, tokenizer, generation, chat_template })
+    let template = ChatTemplate::read(&folder)?;
+    let special_tokens = template.as_ref().map(ChatTemplate::special_tokens).unwrap_or_default();
+    let chat_template = template.map(|template| template.text().into());
+    Ok(Opened { source: folder, model, tokenizer, generation, chat_template, special_tokens })
 }
 
 /// The weights of a folder or a GGUF file once more, for one who changes them.
@@ -91,18 +97,32 @@ pub fn weights(source: &Path, device: &Device) -> Result<VesperLM> {
 ///
 /// # Errors
 /// A file that cannot be read or written: names it.
-pub fn copy_companions(from: &Path, chat_template: Option<&str>, to: &Path) -> Result<()> {
-    for name in ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"] {
-        let file = from.join(name);
-        if file.is_file() {
-            let bytes = std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-            files::write(&to.join(name), &bytes)?;
+pub fn copy_companions(from: &Path, to: &Path) -> Result<()> {
+    const SETTINGS: &str = "tokenizer_config.json";
+    const TEMPLATE: &str = "chat_template.jinja";
+    if !from.is_file() {
+        for name in [SETTINGS, "special_tokens_map.json", TEMPLATE] {
+            let file = from.join(name);
+            if file.is_file() {
+                let bytes =
+                    std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+                files::write(&to.join(name), &bytes)?;
+            }
         }
+        return Ok(());
     }
-    match chat_template {
-        Some(text) if from.is_file() => files::write(&to.join("chat_template.jinja"), text.as_bytes()),
-        _ => Ok(()),
+    let gguf = Gguf::open(from)?;
+    if let Some(text) = gguf.chat_template()? {
+        files::write(&to.join(TEMPLATE), text.as_bytes())?;
     }
+    let tokens = gguf.special_tokens()?;
+    let settings = to.join(SETTINGS);
+    if !tokens.is_empty() && settings.is_file() {
+        let mut about: Map<String, Value> = files::read_json(&settings)?;
+        about.extend(tokens.into_iter().map(|(name, token)| (name, token.into())));
+        files::write_json(&settings, &about)?;
+    }
+    Ok(())
 }
 
 /// Whether a path is that of a file, or would be: folders have no such ending.
@@ -124,7 +144,8 @@ fn open_gguf(file: &Path, device: &Device) -> Result<Opened> {
     let model = gguf.model(DType::F32, device)?;
     let generation = begins(gguf.generation_config()?, &model);
     let chat_template = gguf.chat_template()?.map(Into::into);
-    Ok(Opened { source: file.into(), model, tokenizer, generation, chat_template })
+    let special_tokens = gguf.special_tokens()?;
+    Ok(Opened { source: file.into(), model, tokenizer, generation, chat_template, special_tokens })
 }
 
 /// The settings with the tokens that begin and end a text, as far as the model has them.

@@ -63,14 +63,17 @@ pub fn load(source: &Source) -> Result<Loaded> {
     };
     let template = match (template, folder) {
         (Some(template), Some(folder)) => Some(template.with_tokens_of(folder)?),
-        // A file of weights names its special tokens by their ids.
         (Some(mut template), None) => {
-            let ids =
-                [("bos_token", settings.bos_token_id), ("eos_token", settings.eos_token_id.first().copied())];
+            // A file of another program names its special tokens by their ids.
+            let config = model.config();
+            let ids = [("bos_token", config.bos_token_id), ("eos_token", config.eos_token_id)];
             for (name, id) in ids {
                 if let Some(token) = id.and_then(|id| tokenizer.id_to_token(id)) {
                     template = template.with_variable(name, token);
                 }
+            }
+            for (name, token) in opened.special_tokens {
+                template = template.with_variable(name, token);
             }
             Some(template)
         }

@@ -63,6 +63,7 @@ fn adapters_train_over_a_quantised_model() {
     assert!(succeeds("chat", dir, &chat).starts_with("the little"));
     let full = [&args[..], &["--method", "full", "--out", "never"]].concat();
     fails("finetune", dir, &full, &["--method full", "small.gguf"]);
+    assert!(!dir.join("never").exists());
 }
 
 #[test]

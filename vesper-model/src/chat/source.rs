@@ -14,7 +14,8 @@ const TOKENS_MAP: &str = "special_tokens_map.json";
 /// The template of a list that is meant where none is named.
 pub(super) const DEFAULT: &str = "default";
 
-const TOKENS: [&str; 7] =
+/// The names of special tokens.
+pub(super) const TOKENS: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 /// The text of a model's template, and where it stands.

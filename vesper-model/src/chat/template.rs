@@ -150,6 +150,12 @@ impl ChatTemplate {
         })
     }
 
+    /// The special tokens that it was given, by the names that it knows them by: `bos_token` and so on.
+    pub fn special_tokens(&self) -> BTreeMap<String, String> {
+        let token = |&name: &&str| Some((name.to_owned(), self.variable(name)?.to_owned()));
+        source::TOKENS.iter().filter_map(token).collect()
+    }
+
     /// A variable that is text, such as `eos_token`.
     pub fn variable(&self, name: &str) -> Option<&str> {
         self.variables.get(name)?.as_str()

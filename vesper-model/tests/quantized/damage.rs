@@ -31,6 +31,7 @@ fn read(path: &Path) -> Result<(), String> {
         let gguf = Gguf::open(path)?;
         gguf.generation_config()?;
         gguf.chat_template()?;
+        gguf.special_tokens()?;
         if gguf.tokenizer_json()?.is_some() {
             gguf.tokenizer()?;
         }

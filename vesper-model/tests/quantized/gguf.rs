@@ -1,5 +1,7 @@
 //! Writing a GGUF file and reading it back.
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Device};
 use era_act::Activation;
 use vesper_model::VesperLM;
@@ -80,17 +82,20 @@ fn the_tokenizer_and_the_settings_are_in_the_file() {
         tokenizer_json: Some(TOKENIZER),
         generation,
         chat_template: Some("{{ messages }}"),
+        special_tokens: BTreeMap::from([("eos_token".into(), "c".into())]),
     };
     let (_dir, gguf) = written(&model, &extras);
     assert_eq!(gguf.tokenizer().unwrap().encode("c b", false).unwrap().get_ids(), [2, 1]);
     assert_eq!(gguf.tokenizer_json().unwrap(), Some(TOKENIZER));
     assert_eq!(gguf.chat_template().unwrap(), Some("{{ messages }}"));
+    assert_eq!(gguf.special_tokens().unwrap(), extras.special_tokens);
     let generation = gguf.generation_config().unwrap();
     assert_eq!((generation.temperature, generation.max_new_tokens), (0.3, 9));
     assert_eq!((generation.bos_token_id, generation.eos_token_id), (Some(1), vec![2]));
 
     let (_dir, bare) = written(&model, &GgufExtras::default());
     assert_eq!(bare.chat_template().unwrap(), None);
+    assert!(bare.special_tokens().unwrap().is_empty());
     let error = bare.tokenizer().unwrap_err().to_string();
     assert!(error.contains("model.gguf: no key tokenizer.huggingface.json"), "{error}");
 }

@@ -1,6 +1,6 @@
 //! An open GGUF file, and the model in it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
@@ -113,6 +113,16 @@ impl Gguf {
     /// A value that is no text.
     pub fn chat_template(&self) -> Result<Option<&str>> {
         self.header.text(keys::CHAT_TEMPLATE)
+    }
+
+    /// The special tokens that the chat template writes, by their names there; empty where the file does not say.
+    ///
+    /// # Errors
+    /// A value that is no object of texts.
+    pub fn special_tokens(&self) -> Result<BTreeMap<String, String>> {
+        let Some(json) = self.header.text(keys::SPECIAL_TOKENS)? else { return Ok(BTreeMap::new()) };
+        serde_json::from_str(json)
+            .map_err(|error| invalid(self.path(), format!("{}: {error}", keys::SPECIAL_TOKENS)))
     }
 
     /// The model: blocks stay blocks, plain weights and the computation are in `dtype`.

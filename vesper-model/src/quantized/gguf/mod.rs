@@ -39,6 +39,8 @@ mod keys {
     pub(super) const GENERATION: &str = "vesper.generation_config";
     /// `tokenizer.json`
     pub(super) const TOKENIZER: &str = "tokenizer.huggingface.json";
+    /// The special tokens of `tokenizer_config.json` by the names that templates know them by.
+    pub(super) const SPECIAL_TOKENS: &str = "tokenizer.huggingface.special_tokens";
     pub(super) const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
     pub(super) const BOS: &str = "tokenizer.ggml.bos_token_id";
     pub(super) const EOS: &str = "tokenizer.ggml.eos_token_id";

@@ -25,6 +25,9 @@ pub struct GgufExtras<'a> {
     pub generation: GenerationConfig,
     /// The chat template.
     pub chat_template: Option<&'a str>,
+    /// The special tokens that the template writes, `bos_token` and so on:
+    /// [`ChatTemplate::special_tokens`](crate::chat::ChatTemplate::special_tokens).
+    pub special_tokens: BTreeMap<String, String>,
 }
 
 /// Writes a model as a GGUF file: its weights as they are, blocks or plain, its configuration, tokenizer and settings.
@@ -251,6 +254,9 @@ fn describe(
     }
     if let Some(template) = extras.chat_template {
         metadata.text(keys::CHAT_TEMPLATE, template);
+    }
+    if !extras.special_tokens.is_empty() {
+        metadata.text(keys::SPECIAL_TOKENS, &json(serde_json::to_string(&extras.special_tokens))?);
     }
     for (key, id) in [(keys::BOS, config.bos_token_id), (keys::EOS, config.eos_token_id)] {
         if let Some(id) = id {
