@@ -134,10 +134,10 @@ impl Sampler {
     /// ```
     /// use vesper_model::generate::{GenerationConfig, Sampler};
     ///
-    /// // Of the odds 1 : 2 : 1 the likelier two are left.
+    /// // Of the odds 3 : 6 : 1 the likelier two are left.
     /// let config = GenerationConfig::default().with_temperature(1.0).with_top_k(2).with_top_p(1.0);
-    /// let token = Sampler::new(&config)?.choose(&mut [0.0, 2f32.ln(), 0.0], &[], true)?;
-    /// let expected: [f64; 2] = if token.id == 1 { [2.0 / 3.0, 0.5] } else { [1.0 / 3.0, 0.25] };
+    /// let token = Sampler::new(&config)?.choose(&mut [3f32.ln(), 6f32.ln(), 0.0], &[], true)?;
+    /// let expected: [f64; 2] = if token.id == 1 { [2.0 / 3.0, 0.6] } else { [1.0 / 3.0, 0.3] };
     /// assert!((token.log_probability - expected[0].ln()).abs() < 1e-6);
     /// assert!((token.model_log_probability.unwrap() - expected[1].ln()).abs() < 1e-6);
     /// # Ok::<(), vesper_model::ModelError>(())
