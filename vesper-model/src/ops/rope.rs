@@ -1,5 +1,6 @@
 //! Rotary position embedding, in the half-split layout of Llama.
 
+use std::fmt;
 use std::sync::Arc;
 
 use candle_core::{D, Device, Result, Tensor, bail};
@@ -16,7 +17,7 @@ use super::{RopeScaling, check_sizes};
 ///
 /// # References
 /// Su et al., RoFormer, arXiv 2104.09864.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Rope {
     /// cos and sin, each (positions, head_dim / 2), row by row.
     pub(super) table: Arc<(Vec<f32>, Vec<f32>)>,
@@ -24,6 +25,14 @@ pub struct Rope {
     sin: Tensor,
     pub(super) head_dim: usize,
     pub(super) positions: usize,
+}
+
+impl fmt::Debug for Rope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without the tables: a model's would be thousands of numbers.
+        let mut shown = f.debug_struct("Rope");
+        shown.field("head_dim", &self.head_dim).field("positions", &self.positions).finish_non_exhaustive()
+    }
 }
 
 impl Rope {

@@ -2,7 +2,8 @@ use super::{History, LogitsProcessor, exclude};
 
 /// Excludes sequences of tokens: the last token of one, where the tokens before it are the end of the history.
 ///
-/// As in Hugging Face's `bad_words_ids`, a sequence that is nothing but a token that ends the text is ignored.
+/// As in Hugging Face's `bad_words_ids`, a sequence that is nothing but a token that ends the text is ignored. There a
+/// sequence is also ignored while it is longer than the history, though its last token could complete it; here it is not.
 #[derive(Debug, Clone)]
 pub struct BadWords {
     words: Vec<Vec<u32>>,
