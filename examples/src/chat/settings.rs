@@ -45,6 +45,9 @@ impl Sampling {
         set(&mut settings.repetition_penalty, self.repetition_penalty);
         set(&mut settings.max_new_tokens, self.max_tokens);
         set(&mut settings.seed, self.seed);
+        if self.max_tokens.is_some() {
+            settings.max_length = None; // the file's, which would count the prompt
+        }
         let draws = self.temperature.is_some()
             || self.top_k.is_some()
             || self.top_p.is_some()
@@ -125,7 +128,10 @@ impl Setting {
             Self::TopP => new.top_p = value.parse().with_context(wrong)?,
             Self::MinP => new.min_p = value.parse().with_context(wrong)?,
             Self::RepetitionPenalty => new.repetition_penalty = value.parse().with_context(wrong)?,
-            Self::MaxTokens => new.max_new_tokens = value.parse().with_context(wrong)?,
+            Self::MaxTokens => {
+                new.max_new_tokens = value.parse().with_context(wrong)?;
+                new.max_length = None; // the file's, which would count the prompt
+            }
             Self::Seed => new.seed = value.parse().with_context(wrong)?,
         }
         new.do_sample |= matches!(self, Self::Temperature | Self::TopK | Self::TopP | Self::MinP);
@@ -210,6 +216,19 @@ mod tests {
             assert!(format!("{error:#}").contains(part), "{error:#}");
             assert_eq!(settings, GenerationConfig::default());
         }
+    }
+
+    #[test]
+    fn a_length_that_is_asked_for_is_not_cut_by_that_of_the_file() {
+        let mut settings = GenerationConfig::default().with_max_length(Some(20));
+        Setting::MaxTokens.set(&mut settings, "50").unwrap();
+        assert_eq!((settings.max_new_tokens, settings.max_length), (50, None));
+        let mut settings = GenerationConfig::default().with_max_length(Some(20));
+        Sampling { max_tokens: Some(50), ..Sampling::default() }.apply(&mut settings);
+        assert_eq!((settings.max_new_tokens, settings.max_length), (50, None));
+        let mut settings = GenerationConfig::default().with_max_length(Some(20));
+        Sampling::default().apply(&mut settings);
+        assert_eq!(settings.max_length, Some(20));
     }
 
     #[test]
