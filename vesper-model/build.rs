@@ -15,8 +15,22 @@ fn kernels() {
     let built = cudaforge::KernelBuilder::new()
         .source_dir(directory)
         .watch(
-            ["attention", "attention_forward", "attention_plain", "common", "decode", "mma", "norms"]
-                .map(|stem| format!("{directory}/{stem}.cuh")),
+            [
+                "attention",
+                "attention_forward",
+                "attention_plain",
+                "common",
+                "decode",
+                "decode_activation",
+                "decode_attention",
+                "decode_block",
+                "decode_step",
+                "decode_tokens",
+                "decode_vectors",
+                "mma",
+                "norms",
+            ]
+            .map(|stem| format!("{directory}/{stem}.cuh")),
         )
         .arg("-std=c++17")
         .arg("-O3")

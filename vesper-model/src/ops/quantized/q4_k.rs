@@ -11,7 +11,7 @@
 
 use std::arch::x86_64::*;
 
-use super::vectors::{BLOCK, Level, ROWS, Rows, Vector, Vectors, dot_avx2, dot_vnni, total};
+use super::vectors::{BLOCK, Level, ROWS, Rows, Vector, Vectors, dot_avx2, dot_vnni, in_fours, total};
 
 /// Parts of a block, and its bytes: d, dmin, scales and minima, values.
 const PARTS: usize = 8;
@@ -60,55 +60,47 @@ macro_rules! product {
         fn $name(weight: &[u8], vectors: &Vectors, out: &mut [f32]) {
             let row = vectors.width / PARTS * BYTES;
             let low = _mm256_set1_epi8(0x0f);
-            for (rows, out) in weight.chunks(ROWS * row).zip(out.chunks_mut(ROWS * vectors.count)) {
-                let count = rows.len() / row;
-                // Where there are fewer than four, the last one is read again.
-                let at = |i: usize| &rows[i.min(count - 1) * row..][..row];
-                let each = [at(0), at(1), at(2), at(3)];
-                for i in 0..vectors.count {
-                    let Vector { values, scales, sums: totals } = vectors.vector(i);
-                    let mut sums = [_mm256_setzero_ps(); ROWS];
-                    let parts = scales.chunks_exact(PARTS).zip(totals.chunks_exact(PARTS));
-                    for (b, (values, (scales, totals))) in
-                        values.chunks_exact(PARTS * BLOCK).zip(parts).enumerate()
-                    {
-                        // SAFETY: a chunk has eight numbers.
-                        let scales = unsafe { _mm256_loadu_ps(scales.as_ptr()) };
-                        // SAFETY: as above.
-                        let totals = unsafe { _mm256_loadu_ps(totals.as_ptr()) };
-                        for r in 0..ROWS {
-                            let block = &each[r][b * BYTES..][..BYTES];
-                            let (own, minima) = scales_and_minima(&block[4..16]);
-                            let own = _mm256_mul_ps(everywhere(block), widened(own));
-                            let minima = _mm256_mul_ps(everywhere(&block[2..]), widened(minima));
-                            let factors = _mm256_mul_ps(own, scales);
-                            let mut sum = _mm256_fnmadd_ps(minima, totals, sums[r]);
-                            let pairs = block[16..].chunks_exact(BLOCK).zip(values.chunks_exact(2 * BLOCK));
-                            for (j, (x, y)) in pairs.enumerate() {
-                                // SAFETY: chunks of 32 and of 64 bytes.
-                                let (x, y, z) = unsafe {
-                                    (
-                                        _mm256_loadu_si256(x.as_ptr().cast()),
-                                        _mm256_loadu_si256(y.as_ptr().cast()),
-                                        _mm256_loadu_si256(y[BLOCK..].as_ptr().cast()),
-                                    )
-                                };
-                                let high = _mm256_and_si256(_mm256_srli_epi16(x, 4), low);
-                                let part =
-                                    |j: usize| _mm256_permutevar8x32_ps(factors, _mm256_set1_epi32(j as i32));
-                                let a = _mm256_cvtepi32_ps($sum(_mm256_and_si256(x, low), y));
-                                let b = _mm256_cvtepi32_ps($sum(high, z));
-                                sum = _mm256_fmadd_ps(a, part(2 * j), sum);
-                                sum = _mm256_fmadd_ps(b, part(2 * j + 1), sum);
-                            }
-                            sums[r] = sum;
+            in_fours(weight, row, vectors, out, |each, vector| {
+                let Vector { values, scales, sums: totals } = vector;
+                let mut sums = [_mm256_setzero_ps(); ROWS];
+                let parts = scales.chunks_exact(PARTS).zip(totals.chunks_exact(PARTS));
+                for (b, (values, (scales, totals))) in
+                    values.chunks_exact(PARTS * BLOCK).zip(parts).enumerate()
+                {
+                    // SAFETY: a chunk has eight numbers.
+                    let scales = unsafe { _mm256_loadu_ps(scales.as_ptr()) };
+                    // SAFETY: as above.
+                    let totals = unsafe { _mm256_loadu_ps(totals.as_ptr()) };
+                    for r in 0..ROWS {
+                        let block = &each[r][b * BYTES..][..BYTES];
+                        let (own, minima) = scales_and_minima(&block[4..16]);
+                        let own = _mm256_mul_ps(everywhere(block), widened(own));
+                        let minima = _mm256_mul_ps(everywhere(&block[2..]), widened(minima));
+                        let factors = _mm256_mul_ps(own, scales);
+                        let mut sum = _mm256_fnmadd_ps(minima, totals, sums[r]);
+                        let pairs = block[16..].chunks_exact(BLOCK).zip(values.chunks_exact(2 * BLOCK));
+                        for (j, (x, y)) in pairs.enumerate() {
+                            // SAFETY: chunks of 32 and of 64 bytes.
+                            let (x, y, z) = unsafe {
+                                (
+                                    _mm256_loadu_si256(x.as_ptr().cast()),
+                                    _mm256_loadu_si256(y.as_ptr().cast()),
+                                    _mm256_loadu_si256(y[BLOCK..].as_ptr().cast()),
+                                )
+                            };
+                            let high = _mm256_and_si256(_mm256_srli_epi16(x, 4), low);
+                            let part =
+                                |j: usize| _mm256_permutevar8x32_ps(factors, _mm256_set1_epi32(j as i32));
+                            let a = _mm256_cvtepi32_ps($sum(_mm256_and_si256(x, low), y));
+                            let b = _mm256_cvtepi32_ps($sum(high, z));
+                            sum = _mm256_fmadd_ps(a, part(2 * j), sum);
+                            sum = _mm256_fmadd_ps(b, part(2 * j + 1), sum);
                         }
-                    }
-                    for (r, sum) in sums.into_iter().enumerate().take(count) {
-                        out[r * vectors.count + i] = total(sum);
+                        sums[r] = sum;
                     }
                 }
-            }
+                sums.map(|sum| total(sum))
+            });
         }
     };
 }

@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use super::vectors::{BLOCK, Level, ROWS, Rows, Vector, Vectors, dot_avx2, dot_vnni, total};
+use super::vectors::{BLOCK, Level, ROWS, Rows, Vector, Vectors, dot_avx2, dot_vnni, in_fours, total};
 
 /// Bytes of a block: a scale in f16, then the values.
 pub(super) const BYTES: usize = 2 + BLOCK;
@@ -23,35 +23,27 @@ macro_rules! product {
         #[target_feature(enable = $features)]
         fn $name(weight: &[u8], vectors: &Vectors, out: &mut [f32]) {
             let row = vectors.width * BYTES;
-            for (rows, out) in weight.chunks(ROWS * row).zip(out.chunks_mut(ROWS * vectors.count)) {
-                let count = rows.len() / row;
-                // Where there are fewer than four, the last one is read again.
-                let at = |i: usize| &rows[i.min(count - 1) * row..][..row];
-                let each = [at(0), at(1), at(2), at(3)];
-                for i in 0..vectors.count {
-                    let Vector { values, scales, .. } = vectors.vector(i);
-                    let mut sums = [_mm256_setzero_ps(); ROWS];
-                    for (b, (values, scale)) in values.chunks_exact(BLOCK).zip(scales).enumerate() {
-                        // SAFETY: a chunk is 32 bytes long.
-                        let y = unsafe { _mm256_loadu_si256(values.as_ptr().cast()) };
-                        let scale = _mm256_set1_ps(*scale);
-                        for r in 0..ROWS {
-                            let block = &each[r][b * BYTES..][..BYTES];
-                            let own = i16::from_le_bytes([block[0], block[1]]);
-                            let own = _mm256_cvtph_ps(_mm_set1_epi16(own));
-                            // SAFETY: a block is two bytes longer than 32.
-                            let x = unsafe { _mm256_loadu_si256(block[2..].as_ptr().cast()) };
-                            // One factor without its sign, the other with the sign of both.
-                            let sum = $sum(_mm256_abs_epi8(x), _mm256_sign_epi8(y, x));
-                            sums[r] =
-                                _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(own, scale), sums[r]);
-                        }
-                    }
-                    for (r, sum) in sums.into_iter().enumerate().take(count) {
-                        out[r * vectors.count + i] = total(sum);
+            in_fours(weight, row, vectors, out, |each, vector| {
+                let Vector { values, scales, .. } = vector;
+                let mut sums = [_mm256_setzero_ps(); ROWS];
+                for (b, (values, scale)) in values.chunks_exact(BLOCK).zip(scales).enumerate() {
+                    // SAFETY: a chunk is 32 bytes long.
+                    let y = unsafe { _mm256_loadu_si256(values.as_ptr().cast()) };
+                    let scale = _mm256_set1_ps(*scale);
+                    for r in 0..ROWS {
+                        let block = &each[r][b * BYTES..][..BYTES];
+                        let own = i16::from_le_bytes([block[0], block[1]]);
+                        let own = _mm256_cvtph_ps(_mm_set1_epi16(own));
+                        // SAFETY: a block is two bytes longer than 32.
+                        let x = unsafe { _mm256_loadu_si256(block[2..].as_ptr().cast()) };
+                        // One factor without its sign, the other with the sign of both.
+                        let sum = $sum(_mm256_abs_epi8(x), _mm256_sign_epi8(y, x));
+                        sums[r] =
+                            _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(own, scale), sums[r]);
                     }
                 }
-            }
+                sums.map(|sum| total(sum))
+            });
         }
     };
 }

@@ -111,6 +111,28 @@ pub(super) fn multiply(
     });
 }
 
+/// Hands four rows of a weight, `row` bytes each, with each vector to `product`, which gives their products. Where there are
+/// fewer than four, the last one is there again.
+#[inline(always)]
+pub(super) fn in_fours(
+    weight: &[u8],
+    row: usize,
+    vectors: &Vectors,
+    out: &mut [f32],
+    product: impl Fn([&[u8]; ROWS], Vector<'_>) -> [f32; ROWS],
+) {
+    for (rows, out) in weight.chunks(ROWS * row).zip(out.chunks_mut(ROWS * vectors.count)) {
+        let count = rows.len() / row;
+        let each = std::array::from_fn(|i| &rows[i.min(count - 1) * row..][..row]);
+        for i in 0..vectors.count {
+            let products = product(each, vectors.vector(i));
+            for (r, product) in products.into_iter().enumerate().take(count) {
+                out[r * vectors.count + i] = product;
+            }
+        }
+    }
+}
+
 /// The sums of four products each of x, without signs, and y, with signs.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vl,avx512vnni")]

@@ -1,0 +1,100 @@
+// From a token to the residual stream, and from there to the next token.
+#pragma once
+
+#include "decode_vectors.cuh"
+
+// h[row] = table[token[row]]: one thread block a row.
+template <typename T> __device__ __forceinline__ void embed(const T *table, const uint32_t *token, float *h, DecodeParams p) {
+    const uint32_t row = blockIdx.x;
+    let_next_begin();
+    wait_for_previous();
+    const T *from = table + (size_t)min(token[row], p.vocab - 1) * p.d;
+    for (uint32_t i = threadIdx.x; i < p.d; i += blockDim.x) h[(size_t)row * p.d + i] = to_float(from[i]);
+}
+
+struct Best {
+    float value;
+    uint32_t id;
+};
+
+// The larger one; of equal ones that of the smaller id. A NaN is never chosen.
+__device__ __forceinline__ void keep(Best &best, float value, uint32_t id) {
+    if (value > best.value || (value == best.value && id < best.id)) best = {value, id};
+}
+
+// logits: (rows, vocab); hidden: (rows, d), what they are made of; best: (rows, blocks).
+template <typename T, int V, int B>
+__device__ __forceinline__ void head(const float *h, const T *norm, const T *weight, float *logits, float *hidden, Best *best,
+                                     DecodeParams p) {
+    extern __shared__ __align__(16) float xs[];
+    __shared__ float scratch[32];
+    __shared__ Best found[WARPS][B];
+    constexpr uint32_t R = 4;  // rows of the weight that a warp takes at once
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, stride = padded<V>(p.d);
+    let_next_begin();
+    for (uint32_t r = 0; r < R; r++) {
+        const uint32_t id = (blockIdx.x * WARPS + warp) * R + r;
+        if (id < p.vocab) ask_for(weight + (size_t)id * p.d, p.d);
+    }
+    wait_for_previous();
+    for (uint32_t first = 0; first < p.rows; first += B) {
+        if (first > 0) __syncthreads();
+        stage_normed<T, V, B>(xs, h, norm, first, p, scratch);
+        const uint32_t row = first + lane;
+        const bool finishes = lane < B && row < p.rows;
+        if (blockIdx.x == 0)
+            for (uint32_t b = 0; b < B && first + b < p.rows; b++)
+                for (uint32_t i = threadIdx.x; i < p.d; i += blockDim.x)
+                    hidden[(size_t)(first + b) * p.d + i] = xs[b * stride + slot<V>(i)];
+        Best largest = {-INFINITY, UINT32_MAX};
+        for (uint32_t id = (blockIdx.x * WARPS + warp) * R; id < p.vocab; id += gridDim.x * WARPS * R) {
+            const T *rows[R];
+#pragma unroll
+            for (uint32_t r = 0; r < R; r++) rows[r] = weight + (size_t)min(id + r, p.vocab - 1) * p.d;
+            const T *const fixed[R] = {rows[0], rows[1], rows[2], rows[3]};
+            float sums[R][B], own[R];
+            dots<T, V, R, B>(fixed, xs, stride, p.d, sums);
+            mine<R, B>(sums, own);
+            if (!finishes) continue;
+#pragma unroll
+            for (uint32_t r = 0; r < R; r++) {
+                if (id + r >= p.vocab) break;
+                logits[(size_t)row * p.vocab + id + r] = own[r];
+                keep(largest, own[r], id + r);
+            }
+        }
+        if (lane < B) found[warp][lane] = largest;
+        __syncthreads();
+        if (warp == 0 && finishes) {
+            for (uint32_t w = 1; w < WARPS; w++) keep(largest, found[w][lane].value, found[w][lane].id);
+            best[(size_t)row * p.blocks + blockIdx.x] = largest;
+        }
+    }
+}
+
+// One thread block of 256 a row. log: (rows, capacity + 1), the token at each position.
+__device__ __forceinline__ void next(const Best *best, const uint32_t *active, uint32_t *token, uint32_t *position,
+                                     uint32_t *log, DecodeParams p) {
+    __shared__ Best found[256];
+    const uint32_t row = blockIdx.x, thread = threadIdx.x;
+    let_next_begin();
+    wait_for_previous();
+    Best largest = {-INFINITY, UINT32_MAX};
+    for (uint32_t i = thread; i < p.blocks; i += 256) {
+        const Best other = best[(size_t)row * p.blocks + i];
+        keep(largest, other.value, other.id);
+    }
+    found[thread] = largest;
+    for (uint32_t half = 128; half > 0; half /= 2) {
+        __syncthreads();
+        if (thread < half) keep(found[thread], found[thread + half].value, found[thread + half].id);
+    }
+    if (thread != 0 || active[row] == 0) return;
+    const uint32_t id = found[0].id < p.vocab ? found[0].id : 0;  // 0 where all are NaN
+    const uint32_t at = position[row];
+    token[row] = id;
+    if (at < p.capacity) {
+        position[row] = at + 1;
+        log[(size_t)row * (p.capacity + 1) + at + 1] = id;
+    }
+}

@@ -1,0 +1,105 @@
+// Vectors in shared memory, and their products with rows of weights.
+#pragma once
+
+#include "decode_step.cuh"
+
+// Where element i of a vector lies in shared memory. A lane reads 8 elements of half types at once, as two float4: those
+// are put so that the lanes of a warp read from addresses that follow each other.
+template <int V> __device__ __forceinline__ uint32_t slot(uint32_t i) {
+    if (V <= 4) return i;
+    const uint32_t in_chunk = i % (32 * V), lane = in_chunk / V, j = in_chunk % V;
+    return i - in_chunk + (j / 4) * 128 + lane * 4 + j % 4;
+}
+
+// Elements that a vector of n takes there.
+template <int V> __device__ __forceinline__ uint32_t padded(uint32_t n) {
+    return V <= 4 ? n : (n + 32 * V - 1) / (32 * V) * (32 * V);
+}
+
+// The elements of one load of this lane; chunk is the start of the warp's 32 V elements.
+template <int V> __device__ __forceinline__ void read(const float *xs, uint32_t chunk, float (&x)[V]) {
+    const uint32_t lane = threadIdx.x % 32;
+    if constexpr (V == 8) {
+        const float4 low = *reinterpret_cast<const float4 *>(xs + chunk + lane * 4);
+        const float4 high = *reinterpret_cast<const float4 *>(xs + chunk + 128 + lane * 4);
+        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+        x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+    } else if constexpr (V == 4) {
+        const float4 all = *reinterpret_cast<const float4 *>(xs + chunk + lane * 4);
+        x[0] = all.x, x[1] = all.y, x[2] = all.z, x[3] = all.w;
+    } else {
+        x[0] = xs[chunk + lane];
+    }
+}
+
+// out[r][b] = w[r] . xs[b], n elements each, in every lane of the warp.
+template <typename T, int V, int R, int B>
+__device__ __forceinline__ void dots(const T *const (&w)[R], const float *xs, uint32_t stride, uint32_t n,
+                                     float (&out)[R][B]) {
+    constexpr int LOADS = V == 1 ? 4 : R >= 4 ? 2 : 8 / R;  // of each row, before the first is used
+    const uint32_t lane = threadIdx.x % 32, vectors = n / V;
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int b = 0; b < B; b++) out[r][b] = 0.0f;
+    for (uint32_t first = 0; first < vectors; first += 32 * LOADS) {
+        Vec<T, V> loaded[LOADS][R];
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            const uint32_t at = first + 32 * i + lane;
+            if (at < vectors) {
+#pragma unroll
+                for (int r = 0; r < R; r++) loaded[i][r] = load<T, V>(w[r] + (size_t)at * V);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            const uint32_t at = first + 32 * i + lane;
+            if (at < vectors) {
+#pragma unroll
+                for (int b = 0; b < B; b++) {
+                    float x[V];
+                    read<V>(xs + b * stride, (first + 32 * i) * V, x);
+#pragma unroll
+                    for (int r = 0; r < R; r++)
+#pragma unroll
+                        for (int j = 0; j < V; j++)
+                            out[r][b] = __fmaf_rn(to_float(loaded[i][r].v[j]), x[j], out[r][b]);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int b = 0; b < B; b++) out[r][b] = warp_sum(out[r][b]);
+}
+
+// What lane b of a warp finishes: the sums of row b.
+template <int R, int B> __device__ __forceinline__ void mine(const float (&all)[R][B], float (&own)[R]) {
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        own[r] = all[r][0];
+#pragma unroll
+        for (int b = 1; b < B; b++)
+            if (lane == b) own[r] = all[r][b];
+    }
+}
+
+// Puts rms_norm(h) of the rows from `first` on into shared memory. Rows that are not there are the last one again.
+template <typename T, int V, int B>
+__device__ __forceinline__ void stage_normed(float *xs, const float *h, const T *weight, uint32_t first,
+                                             const DecodeParams &p, float *scratch) {
+    const uint32_t stride = padded<V>(p.d);
+    for (int b = 0; b < B; b++) {
+        const float *x = h + (size_t)min(first + b, p.rows - 1) * p.d;
+        float squares = 0.0f;
+        for (uint32_t i = threadIdx.x; i < p.d; i += blockDim.x) squares = __fmaf_rn(x[i], x[i], squares);
+        squares = block_sum(squares, scratch);
+        const float scale = 1.0f / sqrtf(squares / p.d + p.eps);
+        for (uint32_t i = threadIdx.x; i < p.d; i += blockDim.x)
+            xs[b * stride + slot<V>(i)] = x[i] * scale * to_float(weight[i]);
+    }
+    __syncthreads();
+}
