@@ -11,7 +11,9 @@
 
 use std::arch::x86_64::*;
 
-use super::vectors::{BLOCK, Level, ROWS, Rows, Vector, Vectors, dot_avx2, dot_vnni, in_fours, total};
+use super::vectors::{
+    BLOCK, Level, ROWS, Rows, Vector, Vectors, ask_for, dot_avx2, dot_vnni, in_fours, total,
+};
 
 /// Parts of a block, and its bytes: d, dmin, scales and minima, values.
 const PARTS: usize = 8;
@@ -60,9 +62,8 @@ macro_rules! product {
         fn $name(weight: &[u8], vectors: &Vectors, out: &mut [f32]) {
             let row = vectors.width / PARTS * BYTES;
             let low = _mm256_set1_epi8(0x0f);
-            in_fours(weight, row, vectors, out, |each, vector| {
+            in_fours!(weight, row, vectors, out, |each, vector, sums| {
                 let Vector { values, scales, sums: totals } = vector;
-                let mut sums = [_mm256_setzero_ps(); ROWS];
                 let parts = scales.chunks_exact(PARTS).zip(totals.chunks_exact(PARTS));
                 for (b, (values, (scales, totals))) in
                     values.chunks_exact(PARTS * BLOCK).zip(parts).enumerate()
@@ -73,6 +74,7 @@ macro_rules! product {
                     let totals = unsafe { _mm256_loadu_ps(totals.as_ptr()) };
                     for r in 0..ROWS {
                         let block = &each[r][b * BYTES..][..BYTES];
+                        (0..BYTES).step_by(64).for_each(|i| ask_for(block, ROWS * row + i));
                         let (own, minima) = scales_and_minima(&block[4..16]);
                         let own = _mm256_mul_ps(everywhere(block), widened(own));
                         let minima = _mm256_mul_ps(everywhere(&block[2..]), widened(minima));
@@ -99,7 +101,6 @@ macro_rules! product {
                         sums[r] = sum;
                     }
                 }
-                sums.map(|sum| total(sum))
             });
         }
     };

@@ -5,7 +5,9 @@
 
 use std::arch::x86_64::*;
 
-use super::vectors::{BLOCK, Level, ROWS, Rows, Vector, Vectors, dot_avx2, dot_vnni, in_fours, total};
+use super::vectors::{
+    BLOCK, Level, ROWS, Rows, Vector, Vectors, ask_for, dot_avx2, dot_vnni, in_fours, total,
+};
 
 /// Bytes of a block: a scale in f16, then the values.
 pub(super) const BYTES: usize = 2 + BLOCK;
@@ -23,15 +25,15 @@ macro_rules! product {
         #[target_feature(enable = $features)]
         fn $name(weight: &[u8], vectors: &Vectors, out: &mut [f32]) {
             let row = vectors.width * BYTES;
-            in_fours(weight, row, vectors, out, |each, vector| {
+            in_fours!(weight, row, vectors, out, |each, vector, sums| {
                 let Vector { values, scales, .. } = vector;
-                let mut sums = [_mm256_setzero_ps(); ROWS];
                 for (b, (values, scale)) in values.chunks_exact(BLOCK).zip(scales).enumerate() {
                     // SAFETY: a chunk is 32 bytes long.
                     let y = unsafe { _mm256_loadu_si256(values.as_ptr().cast()) };
                     let scale = _mm256_set1_ps(*scale);
                     for r in 0..ROWS {
                         let block = &each[r][b * BYTES..][..BYTES];
+                        ask_for(block, ROWS * row);
                         let own = i16::from_le_bytes([block[0], block[1]]);
                         let own = _mm256_cvtph_ps(_mm_set1_epi16(own));
                         // SAFETY: a block is two bytes longer than 32.
@@ -42,7 +44,6 @@ macro_rules! product {
                             _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(own, scale), sums[r]);
                     }
                 }
-                sums.map(|sum| total(sum))
             });
         }
     };
