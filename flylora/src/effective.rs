@@ -116,7 +116,8 @@ impl LowRank {
     #[cfg(feature = "cuda")]
     fn beside_its_own(self, base: &FrozenLinear, x: &Tensor) -> Result<Tensor> {
         let weight = self.change()?.to_dtype(x.dtype())?.contiguous()?;
-        self.apply(x, FrozenLinear::new(weight.clone(), None)?, weight, Target::Beside(base.clone()))
+        let x = crate::cuda::aligned(x)?;
+        self.apply(&x, FrozenLinear::new(weight.clone(), None)?, weight, Target::Beside(base.clone()))
     }
 
     fn apply(self, x: &Tensor, base: FrozenLinear, weight: Tensor, target: Target) -> Result<Tensor> {

@@ -177,6 +177,7 @@ impl<A: Adapter> AdapterLinear<A> {
             Some(merged) if self.enabled => merged.forward(x),
             _ if !self.enabled => self.base.forward(x),
             _ => {
+                self.base.check_outputs(x)?;
                 if let Some(y) = self.adapter.layer(&self.base, x)? {
                     return Ok(y);
                 }

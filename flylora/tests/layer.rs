@@ -12,6 +12,19 @@ const DTYPES: [(DType, f64); 4] =
     [(DType::F32, 1e-5), (DType::F64, 1e-13), (DType::BF16, 0.03), (DType::F16, 4e-3)];
 
 #[test]
+fn more_outputs_than_can_be_counted_are_refused_with_an_adapter_and_without() {
+    let base = Linear::new(noise(&[1 << 16, 1], 1.0, DType::F32, 1), None);
+    let mut layer = LoraLinear::seeded(base, &LoraConfig::default().with_r(1), "layer").unwrap();
+    // Rows that take no memory.
+    let x = Tensor::zeros((1, 1), DType::F32, &Device::Cpu).unwrap().broadcast_as((1 << 17, 1)).unwrap();
+    for enabled in [true, false] {
+        layer.set_enabled(enabled);
+        let error = layer.forward(&x).unwrap_err().to_string();
+        assert!(error.contains("more than the 4294967295 elements"), "{error}");
+    }
+}
+
+#[test]
 fn a_new_adapter_leaves_the_base_output_as_it_is_to_the_bit() {
     for (dtype, _) in DTYPES {
         for bias in [false, true] {

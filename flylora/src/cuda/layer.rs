@@ -103,7 +103,8 @@ pub(super) fn layer(
         Way::Backward => (inputs, outputs),
     };
     let start = weight.layout().start_offset() * weight.dtype().size_in_bytes();
-    // The copy engine takes rows of multiples of 16 bytes. With few rows most of a block would do nothing.
+    // The copy engine takes rows of multiples of 16 bytes, and counts them in 32 bits. With few rows most of a block would
+    // do nothing.
     let fits = cfg!(hopper)
         && weight.dtype() == DType::BF16
         && x.dtype() == DType::BF16
@@ -111,6 +112,7 @@ pub(super) fn layer(
         && k.is_multiple_of(8)
         && start.is_multiple_of(16)
         && rows >= ROWS / 2
+        && i32::try_from(rows).is_ok()
         && layout.shape().elem_count() == rows * k;
     let Some(by_rows) = by_rows(weight).filter(|_| fits) else { return Ok(None) };
     let turned = by_rows == (way == Way::Backward);

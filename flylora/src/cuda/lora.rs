@@ -168,7 +168,8 @@ struct Own {
 impl Own {
     fn new(both: &Tensor) -> Result<Self> {
         let r = both.dim(1)? - 1;
-        let part = |start, n| both.narrow(1, start, n)?.contiguous();
+        // Of one output the parts are contiguous where they stand, the second at any place.
+        let part = |start, n| aligned(&both.narrow(1, start, n)?);
         Ok(Self { b: part(0, r)?, ratio: part(r, 1)? })
     }
 }

@@ -161,17 +161,7 @@ impl FrozenLinear {
     /// [`Error::Shape`] or [`Error::DType`] where x does not fit, inside a [`candle_core::Error`], and candle's own.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         check_input(x, self.in_features())?;
-        let outputs = rows(x.shape()).checked_mul(self.out_features());
-        if x.elem_count() > 0 && outputs.is_none_or(|n| u32::try_from(n).is_err()) {
-            // candle's kernels count in u32 on CUDA.
-            candle_core::bail!(
-                "a frozen layer of {} features: the result for an input of shape {:?} has more than the {} elements that \
-                 are possible",
-                self.out_features(),
-                x.shape(),
-                u32::MAX
-            );
-        }
+        self.check_outputs(x)?;
         #[cfg(feature = "cuda")]
         if let Some(nothing) = crate::cuda::nothing(x, self.out_features())? {
             return Ok(nothing);
@@ -187,6 +177,21 @@ impl FrozenLinear {
                 wide.apply_op1(Frozen(self.clone()))?.to_dtype(x.dtype())
             }
         }
+    }
+
+    /// That the result for x has no more elements than candle's kernels count on CUDA, in u32.
+    pub(crate) fn check_outputs(&self, x: &Tensor) -> Result<()> {
+        let outputs = rows(x.shape()).checked_mul(self.out_features());
+        if x.elem_count() > 0 && outputs.is_none_or(|n| u32::try_from(n).is_err()) {
+            candle_core::bail!(
+                "a frozen layer of {} features: the result for an input of shape {:?} has more than the {} elements that \
+                 are possible",
+                self.out_features(),
+                x.shape(),
+                u32::MAX
+            );
+        }
+        Ok(())
     }
 
     /// The same layer, `W x` alone.

@@ -156,6 +156,27 @@ fn widths_ranks_and_the_order_of_the_weight_change_no_value() {
 }
 
 #[test]
+fn rows_from_any_place_and_a_single_output_are_taken() {
+    let Some((_lock, device)) = gpu("rows_from_any_place_and_a_single_output_are_taken") else { return };
+    let lora = || LoraConfig::default().with_r(3).with_alpha(6.0);
+    let masked = MaskedLoraConfig::default().with_lora(lora());
+    for kind in [AdapterKind::Lora(lora()), AdapterKind::Dora(lora()), AdapterKind::MaskedLora(masked)] {
+        for (rows, inputs, outputs) in [(1, 67, 1), (1, 67, 65), (70, 67, 1), (70, 67, 65), (70, 72, 1)] {
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
+                // Contiguous, and from no multiple of 16 bytes on where the width is odd.
+                let x = noise(&[rows + 1, inputs], 1.0, dtype, 3);
+                let there = layer(&kind, (inputs, outputs), (dtype, DType::F32), true, &Device::Cpu);
+                let here = layer(&kind, (inputs, outputs), (dtype, DType::F32), true, &device);
+                let want = all(&there, &host(&x), |x| there.forward(&x.narrow(0, 1, rows)?));
+                let got = all(&here, &x, |x| here.forward(&x.narrow(0, 1, rows)?));
+                let what = format!("{kind}, {rows} rows of {inputs} to {outputs} in {dtype:?}");
+                compare(&what, &got, &want, 3.0 * allowed(dtype));
+            }
+        }
+    }
+}
+
+#[test]
 fn other_starts_kinds_and_dtypes_of_parameters_go_their_old_way() {
     let Some((_lock, device)) = gpu("other_starts_kinds_and_dtypes_of_parameters_go_their_old_way") else {
         return;
