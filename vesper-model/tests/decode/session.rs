@@ -75,13 +75,18 @@ fn half_precision_is_no_worse_than_the_whole_model_in_it() {
 }
 
 #[test]
-fn a_long_prompt_after_others_is_read_in_chunks() {
+fn a_long_prompt_first_or_after_others_gives_the_logits_of_the_whole_model() {
     let config = config(3, 16);
     let tokens = tokens(390, 3);
     let (exact, model) = (model(&config, DType::F64), model(&config, DType::F32));
-    let mut session = model.session(1000).unwrap();
-    assert_eq!(session.remaining(), 400);
-    follows(&mut session, &exact, &tokens, &[3, 380, 1, 6], 5e-5);
+    for path in [Path::Fused, Path::Reference] {
+        // Pieces of more queries than are worked on at once.
+        for pieces in [&[3, 380, 1, 6][..], &[300, 90]] {
+            let mut session = model.clone().with_path(path).session(1000).unwrap();
+            assert_eq!(session.remaining(), 400);
+            follows(&mut session, &exact, &tokens, pieces, 5e-5);
+        }
+    }
 }
 
 #[test]

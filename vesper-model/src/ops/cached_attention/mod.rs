@@ -32,7 +32,8 @@ pub(crate) fn cached_attention(
     let (b, t, width) = qkv.dims3()?;
     let (two, rows, kv, capacity, dim) = cache.dims5()?;
     let fits = two == 2 && kv == heads.kv && dim == heads.dim && width == heads.packed() && b == 1;
-    if !fits || kv == 0 || !heads.query.is_multiple_of(kv) || qkv.dtype() != cache.dtype() {
+    let possible = heads.query > 0 && kv > 0 && dim > 0 && heads.query.is_multiple_of(kv);
+    if !fits || !possible || qkv.dtype() != cache.dtype() {
         bail!(
             "cached_attention: qkv of shape {:?} in {:?} and a cache of shape {:?} in {:?} do not fit {heads:?}",
             qkv.shape(),
@@ -61,5 +62,49 @@ pub(crate) fn cached_attention(
             super::cuda::cached_attention::cached_attention(qkv, cache, heads, positions, place)
         }
         _ => composed::cached_attention(qkv, cache, heads, positions, place),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+
+    fn zeros(shape: &[usize]) -> Tensor {
+        Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_and_nothing_new_gives_nothing() {
+        let (heads, start) = (Heads { query: 4, kv: 2, dim: 6 }, Place { row: 0, position: 0 });
+        let cache = zeros(&[2, 3, 2, 9, 6]);
+        let positions = Rope::new(6, 8, 1e4, &Device::Cpu).unwrap();
+        for path in [Path::Fused, Path::Reference] {
+            let run = |qkv: &[usize], cache: &Tensor, heads, place| {
+                cached_attention(&zeros(qkv), cache, heads, &positions, place, path)
+            };
+            let end = Place { row: 2, position: 8 };
+            assert_eq!(run(&[1, 0, 48], &cache, heads, end).unwrap().dims(), [1, 0, 24]);
+            assert_eq!(run(&[1, 8, 48], &cache, heads, start).unwrap().dims(), [1, 8, 24]);
+            let without = |query, dim| Heads { query, dim, ..heads };
+            for (qkv, cache, heads, place) in [
+                // No heads of queries, and heads of nothing.
+                (&[1, 3, 24], &cache, without(0, 6), start),
+                (&[1, 3, 0], &zeros(&[2, 3, 2, 9, 0]), without(4, 0), start),
+                (&[1, 3, 42], &cache, without(3, 6), start),
+                (&[2, 3, 48], &cache, heads, start),
+                (&[1, 3, 48], &zeros(&[1, 3, 2, 9, 6]), heads, start),
+                (&[1, 3, 48], &cache.to_dtype(DType::F64).unwrap(), heads, start),
+                // A row, positions of the cache, of the table, and of no number.
+                (&[1, 3, 48], &cache, heads, Place { row: 3, position: 0 }),
+                (&[1, 1, 48], &cache, heads, Place { row: 0, position: 9 }),
+                (&[1, 1, 48], &cache, heads, Place { row: 0, position: 8 }),
+                (&[1, 1, 48], &cache, heads, Place { row: 0, position: usize::MAX }),
+            ] {
+                let error = run(qkv, cache, heads, place).unwrap_err().to_string();
+                assert!(error.starts_with("cached_attention: "), "{qkv:?} {heads:?} {place:?}: {error}");
+            }
+        }
     }
 }

@@ -33,7 +33,9 @@ pub(super) fn level() -> Option<Level> {
         let avx2 = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c");
-        let vnni = is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vl");
+        let vnni = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni");
         match (avx2, vnni) {
             (true, true) => Some(Level::Vnni),
             (true, false) => Some(Level::Avx2),
