@@ -99,7 +99,9 @@ fn an_interrupted_run_in_one_format_goes_on_in_another() {
                 if before.elem_count() > 0 {
                     let largest =
                         scalar(&before.to_dtype(DType::F64).unwrap().abs().unwrap().max_all().unwrap());
-                    let error = scalar(&difference.abs().unwrap().max_all().unwrap()).unwrap();
+                    // NaN where there is one, which candle's own maximum passes over.
+                    let errors = difference.abs().unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+                    let error = errors.into_iter().max_by(f64::total_cmp).unwrap();
                     assert!(error <= 0.05 * largest.unwrap(), "{name}: {error}"); // 8 bits at worst
                 }
             }

@@ -82,7 +82,7 @@ fn curve(steps: usize, change: impl Fn(VesperLM) -> VesperLM) -> Vec<f64> {
 
 /// The largest difference at one step.
 fn apart(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).max_by(f64::total_cmp).unwrap()
 }
 
 #[test]

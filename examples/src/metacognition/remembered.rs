@@ -107,7 +107,7 @@ mod tests {
             let (mut asked, mut real) = (memory.session(8), model.session(8).unwrap());
             for ids in [&[1, 2, 3][..], &[last], &[6]] {
                 let (a, b) = (asked.append(ids).unwrap(), real.append(ids).unwrap());
-                let largest = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                let largest = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).max_by(f32::total_cmp).unwrap();
                 assert!(largest < 1e-4, "{largest}");
                 assert_eq!(asked.remaining(), real.remaining());
                 assert!(asked.hidden_state().is_some());

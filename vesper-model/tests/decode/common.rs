@@ -35,10 +35,13 @@ pub(crate) fn whole(model: &VesperLM, tokens: &[u32]) -> Vec<f64> {
     logits.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap()
 }
 
-/// The largest difference.
+/// The largest difference; infinite where something is NaN.
 pub(crate) fn apart(a: &[f32], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max)
+    a.iter().zip(b).fold(0.0, |most: f64, (a, b)| {
+        let off = (f64::from(*a) - b).abs();
+        if off.is_nan() { f64::INFINITY } else { most.max(off) }
+    })
 }
 
 pub(crate) fn bits(logits: &[f32]) -> Vec<u32> {
