@@ -1,11 +1,11 @@
-//! Several LoRA adapters of one layer made into one.
+//! Several LoRA adapters of one layer, or of one embedding table, made into one.
 
 use candle_core::{DType, Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 use crate::adapter::{Adapter, LoraAdapter};
 use crate::init::{generator, unit};
-use crate::{Error, LoraConfig, Result, svd};
+use crate::{AdapterKind, Error, LoraConfig, LoraEmbedding, Result, svd};
 
 /// What sparse rules work on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,35 +117,92 @@ pub enum Combination {
 /// # }
 /// ```
 pub fn combine(adapters: &[(&LoraAdapter, f64)], how: Combination) -> Result<LoraAdapter> {
-    let parts = parts(adapters)?;
+    let parts = adapters
+        .iter()
+        .map(|(adapter, weight)| {
+            let (a, b) = adapter.factors()?;
+            Ok(Part { a, b, scale: adapter.scale(), weight: *weight })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let (a, b, config) = combined(&parts, how)?;
+    LoraAdapter::from_factors(&a, &b, &config)
+}
+
+/// Makes one embedding of several with adapters over the same table, each with a weight that may be negative, as
+/// [`combine`] does for layers; its scale is 1. The table is that of the first.
+///
+/// # Errors
+///
+/// As [`combine`], and [`Error::Adapters`] for an embedding with DoRA, whose magnitudes cannot be combined.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use flylora::{Combination, LoraConfig, LoraEmbedding, Place, combine_embeddings};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let table = Tensor::randn(0f32, 1.0, (100, 16), &Device::Cpu)?; // (vocab, dim)
+/// let make = |name: &str| {
+///     let place = Place::alone(name, DType::F32, &Device::Cpu);
+///     LoraEmbedding::new(table.clone(), &LoraConfig::default().with_r(2), &place)
+/// };
+/// let (french, verse) = (make("french")?, make("verse")?);
+/// let both = combine_embeddings(&[(&french, 0.5), (&verse, 0.5)], Combination::Svd { rank: 3 })?;
+/// assert_eq!(both.config().r, 3);
+/// # Ok(())
+/// # }
+/// ```
+pub fn combine_embeddings(adapters: &[(&LoraEmbedding, f64)], how: Combination) -> Result<LoraEmbedding> {
+    let (first, _) = adapters.first().ok_or_else(none)?;
+    let parts = adapters
+        .iter()
+        .map(|(embedding, weight)| {
+            let kind = embedding.kind();
+            if !matches!(kind, AdapterKind::Lora(_)) {
+                return Err(Error::Adapters {
+                    message: format!("{kind} of an embedding cannot be combined"),
+                });
+            }
+            let (a, b) = (embedding.a().as_detached_tensor(), embedding.b().as_detached_tensor());
+            Ok(Part { a, b, scale: embedding.config().scale(), weight: *weight })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let (a, b, config) = combined(&parts, how)?;
+    LoraEmbedding::from_factors(first.table().clone(), &a, &b, &config)
+}
+
+/// `A` and `B` of the combination, like those of the first adapter, and their configuration, of scale 1.
+fn combined(parts: &[Part], how: Combination) -> Result<(Tensor, Tensor, LoraConfig)> {
+    check(parts)?;
     let (b, a) = match how {
-        Combination::Cat => side_by_side(&parts)?,
+        Combination::Cat => side_by_side(parts)?,
         Combination::Svd { rank } => {
             check_rank(rank)?;
-            let (b, a) = side_by_side(&parts)?;
+            let (b, a) = side_by_side(parts)?;
             svd::of_product(&b, &a, rank)?.balanced()?
         }
         Combination::Linear => {
-            over_factors(&parts, &Rule { density: 1.0, drop: Drop::Smallest, elect: None })?
+            over_factors(parts, &Rule { density: 1.0, drop: Drop::Smallest, elect: None })?
         }
         Combination::MagnitudePrune { density, over } => {
-            Rule { density, drop: Drop::Smallest, elect: None }.run(&parts, over)?
+            Rule { density, drop: Drop::Smallest, elect: None }.run(parts, over)?
         }
         Combination::Ties { density, sign, over } => {
-            Rule { density, drop: Drop::Smallest, elect: Some(sign) }.run(&parts, over)?
+            Rule { density, drop: Drop::Smallest, elect: Some(sign) }.run(parts, over)?
         }
         Combination::DareLinear { density, seed, over } => {
-            Rule { density, drop: Drop::Random(seed), elect: None }.run(&parts, over)?
+            Rule { density, drop: Drop::Random(seed), elect: None }.run(parts, over)?
         }
         Combination::DareTies { density, seed, sign, over } => {
-            Rule { density, drop: Drop::Random(seed), elect: Some(sign) }.run(&parts, over)?
+            Rule { density, drop: Drop::Random(seed), elect: Some(sign) }.run(parts, over)?
         }
     };
     let first = &parts.first().ok_or_else(none)?.a;
     let like = |t: Tensor| t.to_device(first.device())?.to_dtype(first.dtype());
     let (a, b) = (like(a)?, like(b)?);
     let r = a.dim(0)?;
-    LoraAdapter::from_factors(&a, &b, &LoraConfig::default().with_r(r).with_alpha(r as f64))
+    Ok((a, b, LoraConfig::default().with_r(r).with_alpha(r as f64)))
 }
 
 /// An adapter's factors, its change `scale B A`, and what that counts for.
@@ -167,25 +224,22 @@ fn none() -> Error {
     Error::Adapters { message: "there is no adapter to combine".into() }
 }
 
-fn parts(adapters: &[(&LoraAdapter, f64)]) -> Result<Vec<Part>> {
-    let (first, _) = adapters.first().ok_or_else(none)?;
-    let size = (first.out_features(), first.in_features());
-    adapters
-        .iter()
-        .map(|(adapter, weight)| {
-            let got = (adapter.out_features(), adapter.in_features());
-            if got != size {
-                let message = format!("adapters of (out, in) = {size:?} and {got:?} are of different layers");
-                return Err(Error::Adapters { message });
-            }
-            if !weight.is_finite() {
-                let expected = "finite".into();
-                return Err(Error::Config { field: "weight", expected, got: weight.to_string() });
-            }
-            let (a, b) = adapter.factors()?;
-            Ok(Part { a, b, scale: adapter.scale(), weight: *weight })
-        })
-        .collect()
+/// That there are adapters, of one size, with weights that are numbers.
+fn check(parts: &[Part]) -> Result<()> {
+    let size = |part: &Part| -> Result<(usize, usize)> { Ok((part.b.dim(0)?, part.a.dim(1)?)) };
+    let first = size(parts.first().ok_or_else(none)?)?;
+    for part in parts {
+        let got = size(part)?;
+        if got != first {
+            let message = format!("adapters of (out, in) = {first:?} and {got:?} are of different layers");
+            return Err(Error::Adapters { message });
+        }
+        if !part.weight.is_finite() {
+            let expected = "finite".into();
+            return Err(Error::Config { field: "weight", expected, got: part.weight.to_string() });
+        }
+    }
+    Ok(())
 }
 
 fn check_rank(rank: usize) -> Result<()> {

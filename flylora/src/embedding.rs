@@ -60,14 +60,7 @@ impl LoraEmbedding {
     /// start than the default one.
     #[expect(clippy::needless_pass_by_value, reason = "by value, as the constructors of candle-nn")]
     pub fn new(table: Tensor, config: &LoraConfig, place: &Place<'_>) -> crate::Result<Self> {
-        let (vocab, dim) = match *table.dims() {
-            [vocab, dim] if vocab > 0 && dim > 0 => (vocab, dim),
-            _ => return Err(Error::WeightShape { got: table.dims().to_vec() }),
-        };
-        if !table.dtype().is_float() {
-            let expected = "f32, f64, bf16 or f16".into();
-            return Err(Error::DType { name: "frozen table".into(), expected, got: table.dtype() });
-        }
+        let (vocab, dim) = check_table(&table)?;
         place.check_dtype()?;
         config.validate_for(vocab, dim)?;
         if config.init != LoraInit::KaimingUniform {
@@ -81,6 +74,34 @@ impl LoraEmbedding {
             b: place.var((dim, config.r), B, || Ok(normal((dim, config.r), 1.0, &mut rng)?))?,
             magnitude: None,
             config: config.clone(),
+            merged: None,
+            enabled: true,
+        })
+    }
+
+    /// Puts an adapter of the factors A (r, vocab) and B (dim, r) beside a table; `r` of the configuration is set to theirs.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] where the factors do not fit each other or the table, and as [`new`](Self::new).
+    #[expect(clippy::needless_pass_by_value, reason = "by value, as the constructors of candle-nn")]
+    pub fn from_factors(table: Tensor, a: &Tensor, b: &Tensor, config: &LoraConfig) -> crate::Result<Self> {
+        let (vocab, dim) = check_table(&table)?;
+        let (r, _) = a.dims2()?;
+        for (name, factor, expected) in [(A, a, vec![r, vocab]), (B, b, vec![dim, r])] {
+            if factor.dims() != expected {
+                let got = factor.dims().to_vec();
+                return Err(Error::Shape { name: name.into(), expected, got });
+            }
+        }
+        let config = LoraConfig { r, init: LoraInit::default(), ..config.clone() };
+        config.validate()?;
+        Ok(Self {
+            table: table.detach(),
+            a: Var::from_tensor(a)?,
+            b: Var::from_tensor(b)?,
+            magnitude: None,
+            config,
             merged: None,
             enabled: true,
         })
@@ -237,6 +258,18 @@ impl LoraEmbedding {
         self.merge()?;
         let dim = self.table.dim(1)?;
         Ok(candle_nn::Embedding::new(self.merged.unwrap_or(self.table), dim))
+    }
+}
+
+/// The size of a table that can be frozen: (vocab, dim).
+fn check_table(table: &Tensor) -> crate::Result<(usize, usize)> {
+    if !table.dtype().is_float() {
+        let expected = "f32, f64, bf16 or f16".into();
+        return Err(Error::DType { name: "frozen table".into(), expected, got: table.dtype() });
+    }
+    match *table.dims() {
+        [vocab, dim] if vocab > 0 && dim > 0 => Ok((vocab, dim)),
+        _ => Err(Error::WeightShape { got: table.dims().to_vec() }),
     }
 }
 

@@ -15,6 +15,7 @@ pub mod files;
 mod frozen;
 mod init;
 mod linear;
+mod merge;
 mod multi;
 mod place;
 mod report;
@@ -30,7 +31,7 @@ pub use adapter::{
 pub use audit::{Stage, audit, trace};
 pub use candle_core;
 pub use candle_nn;
-pub use combine::{Combination, MajoritySign, Over, combine};
+pub use combine::{Combination, MajoritySign, Over, combine, combine_embeddings};
 pub use config::{LoraConfig, LoraInit, Scaling};
 pub use embedding::LoraEmbedding;
 pub use error::{Error, Result};

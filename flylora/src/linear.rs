@@ -3,8 +3,7 @@ use std::sync::Arc;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_nn::{Linear, VarBuilder};
 
-use crate::frozen::{check_input, rows};
-use crate::{Adapter, AdapterKind, Error, FrozenLinear, LoraAdapter, LoraConfig, Merge, Place};
+use crate::{Adapter, AdapterKind, Error, FrozenLinear, LoraAdapter, LoraConfig, Merge, Place, merge};
 
 /// A frozen linear layer with an adapter of some kind beside it.
 ///
@@ -234,20 +233,18 @@ impl<A: Adapter> AdapterLinear<A> {
     /// [`Error::Adapters`] for a sum that is not finite in the dtype of the base, and candle's own; the layer is then not
     /// merged.
     pub fn merge(&mut self) -> crate::Result<Merge> {
-        if self.adapter.merge_quality() != Merge::Exact || self.base.quantized_weight().is_some() {
+        if !merge::is_exact(&self.base, &self.weighted()) {
             return Ok(Merge::Unsupported);
         }
         if self.merged.is_none() {
-            let merged = added(&self.base.weight()?, &self.adapter.delta_weight()?)?;
-            let merged = self.base.with_weight(&merged)?;
-            check_merged(&merged.weight()?)?;
-            self.merged = Some(merged);
+            self.merged = Some(merge::exact(&self.base, &self.weighted())?);
         }
         Ok(Merge::Exact)
     }
 
     /// As [`merge`](Self::merge), where that is exact; else merges the weight that is nearest for inputs like
-    /// `sample`, and measures on it how far the outputs are off; training's dropout is switched off for that. A quantised weight is quantised again.
+    /// `sample`, and measures on it how far the outputs are off; training's dropout is switched off for that. A quantised
+    /// weight is quantised again.
     ///
     /// # Errors
     ///
@@ -256,18 +253,13 @@ impl<A: Adapter> AdapterLinear<A> {
         if let Merge::Exact = self.merge()? {
             return Ok(Merge::Exact);
         }
-        check_input(sample, self.base.in_features())?;
-        self.adapter.set_training(None); // the error is that of evaluation
-        let sample = sample.detach().reshape((rows(sample.shape()), self.base.in_features()))?;
-        let merged = added(&self.base.weight()?, &self.adapter.delta_weight_for(&sample)?)?;
-        let merged = self.base.with_weight(&merged)?;
-        check_merged(&merged.weight()?)?;
-        let base = self.base.forward(&sample)?;
-        let delta = self.adapter.delta_beside(&sample, &base, self.base.bias())?.detach();
-        let error = ((merged.forward(&sample)? - &base)? - &delta)?;
-        let (error, size) = (norm(&error)?, norm(&delta)?);
+        let (merged, relative_error) = merge::nearest(&self.base, &self.weighted(), sample)?;
         self.merged = Some(merged);
-        Ok(Merge::Approximate { relative_error: if error == 0.0 { 0.0 } else { error / size } })
+        Ok(Merge::Approximate { relative_error })
+    }
+
+    fn weighted(&self) -> [(&dyn Adapter, f64); 1] {
+        [(&self.adapter, 1.0)]
     }
 
     /// Goes back to the original weight, which was kept: the same bits, no arithmetic.
@@ -294,10 +286,6 @@ impl<A: Adapter> AdapterLinear<A> {
         let layer = self.merged.unwrap_or(self.base);
         Ok(Linear::new(layer.weight()?, layer.bias().cloned()))
     }
-}
-
-fn norm(t: &Tensor) -> Result<f64> {
-    Ok(t.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt())
 }
 
 impl<A: Adapter> candle_nn::Module for AdapterLinear<A> {

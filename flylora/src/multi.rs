@@ -4,8 +4,8 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor, Var};
 
 use crate::frozen::check_input;
-use crate::linear::{added, check_merged, check_size};
-use crate::{Adapter, Error, FrozenLinear, Merge};
+use crate::linear::check_size;
+use crate::{Adapter, Error, FrozenLinear, Merge, merge};
 
 /// A frozen linear layer with any number of named adapters, of which those that are active add to its output.
 ///
@@ -216,8 +216,9 @@ impl MultiLinear {
         self.adapters.iter().flat_map(of).collect()
     }
 
-    /// Adds the active adapters to the weight; [`Merge::Unsupported`], and nothing merged, where one of them cannot be,
-    /// or the base is quantised. While merged, adapters can be neither changed nor chosen.
+    /// Adds the active adapters to the weight: to merge one of several, [`activate`](Self::activate) it first.
+    /// [`Merge::Unsupported`], and nothing merged, where one of them cannot be, or the base is quantised:
+    /// [`merge_for`](Self::merge_for) merges those too. While merged, adapters can be neither changed nor chosen.
     ///
     /// With more than one kind active, each is added as it is alone: as [`forward`](Self::forward) does.
     ///
@@ -226,23 +227,35 @@ impl MultiLinear {
     /// [`Error::Adapters`] for a sum that is not finite in the dtype of the base, and candle's own; the layer is then not
     /// merged.
     pub fn merge(&mut self) -> crate::Result<Merge> {
-        if self.base.quantized_weight().is_some() {
+        let active = self.weighted()?;
+        if !merge::is_exact(&self.base, &active) {
             return Ok(Merge::Unsupported);
         }
-        let mut merged = self.base.weight()?;
-        for (name, weight) in &self.active {
-            let adapter = self.adapter(name)?;
-            if adapter.merge_quality() != Merge::Exact {
-                return Ok(Merge::Unsupported);
-            }
-            merged = added(&merged, &(adapter.delta_weight()? * *weight)?)?;
-        }
         if self.merged.is_none() {
-            let merged = self.base.with_weight(&merged)?;
-            check_merged(&merged.weight()?)?;
-            self.merged = Some(merged);
+            self.merged = Some(merge::exact(&self.base, &active)?);
         }
         Ok(Merge::Exact)
+    }
+
+    /// As [`merge`](Self::merge), where that is exact; else merges for each active adapter the weight that is nearest for
+    /// inputs like `sample`, and measures on it how far the outputs are off from those of all together; training's dropout
+    /// is switched off for that. A quantised weight is quantised again.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`merge`](Self::merge), and [`Error::Shape`] for a sample that does not fit; the layer is then as it was.
+    pub fn merge_for(&mut self, sample: &Tensor) -> crate::Result<Merge> {
+        if let Merge::Exact = self.merge()? {
+            return Ok(Merge::Exact);
+        }
+        let (merged, relative_error) = merge::nearest(&self.base, &self.weighted()?, sample)?;
+        self.merged = Some(merged);
+        Ok(Merge::Approximate { relative_error })
+    }
+
+    /// The active adapters, with their weights.
+    fn weighted(&self) -> crate::Result<Vec<(&dyn Adapter, f64)>> {
+        self.active.iter().map(|(name, weight)| Ok((self.adapter(name)?.as_ref(), *weight))).collect()
     }
 
     /// Goes back to the original weight, which was kept: the same bits.
@@ -253,6 +266,23 @@ impl MultiLinear {
     /// Whether the active adapters are in the weight.
     pub fn is_merged(&self) -> bool {
         self.merged.is_some()
+    }
+
+    /// The layer with the active adapters in its weight and no others, as a plain layer of candle-nn: merged already, or
+    /// now. PEFT's `merge_and_unload(adapter_names=...)`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`merge`](Self::merge), and [`Error::Adapters`] where that is not supported and
+    /// [`merge_for`](Self::merge_for) has not been called.
+    pub fn into_merged(mut self) -> crate::Result<candle_nn::Linear> {
+        if self.merged.is_none() && self.merge()? == Merge::Unsupported {
+            let names: Vec<&str> = self.active.iter().map(|(name, _)| name.as_str()).collect();
+            let message = format!("no weight does the same as {} here: see merge_for", names.join(" and "));
+            return Err(Error::Adapters { message });
+        }
+        let layer = self.merged.unwrap_or(self.base);
+        Ok(candle_nn::Linear::new(layer.weight()?, layer.bias().cloned()))
     }
 
     fn check_unmerged(&self) -> crate::Result<()> {

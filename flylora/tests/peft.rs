@@ -14,7 +14,7 @@ use flylora::files::{AdapterFile, MergedWeights, SaveOptions, WEIGHTS_FILE, save
 use flylora::{
     AdaLoraAdapter, AdaLoraConfig, Adapter, AdapterKind, AdapterLinear, AnyLinear, Combination, FrozenLinear,
     LoraAdapter, LoraConfig, LoraEmbedding, LoraInit, MajoritySign, Over, Place, RankBudget,
-    RankBudgetConfig, Scaling, Step, combine, load_adapters,
+    RankBudgetConfig, Scaling, Step, combine, combine_embeddings, load_adapters,
 };
 
 fn golden(which: &str) -> PathBuf {
@@ -286,24 +286,21 @@ fn parameters_that_flylora_saved_are_those_that_peft_loads() {
     }
 }
 
-#[test]
-fn combinations_are_those_of_peft() {
-    let text = std::fs::read_to_string(golden("peft/combine.json")).unwrap();
+/// A golden file of combinations: the adapters' factors, configurations and weights, and what to do with them, with the
+/// change that PEFT gets.
+type Combinations = (Vec<(Tensor, Tensor, LoraConfig, f64)>, Vec<(Combination, Tensor)>);
+
+fn combinations(file: &str) -> Combinations {
+    let text = std::fs::read_to_string(golden("peft").join(file)).unwrap();
     let golden: serde_json::Value = serde_json::from_str(&text).unwrap();
     let matrix = |v: &serde_json::Value| {
         Tensor::new(serde_json::from_value::<Vec<Vec<f64>>>(v.clone()).unwrap(), &Device::Cpu).unwrap()
     };
-    let list = |name: &str| golden[name].as_array().unwrap().clone();
-    let adapters: Vec<(LoraAdapter, f64)> = list("adapters")
-        .iter()
-        .map(|v| {
-            let config = LoraConfig::default().with_alpha(2.0 * v["scale"].as_f64().unwrap());
-            let adapter = LoraAdapter::from_factors(&matrix(&v["a"]), &matrix(&v["b"]), &config).unwrap();
-            (adapter, v["weight"].as_f64().unwrap())
-        })
-        .collect();
-    let weighted: Vec<(&LoraAdapter, f64)> = adapters.iter().map(|(a, w)| (a, *w)).collect();
-    for case in list("cases") {
+    let adapter = |v: &serde_json::Value| {
+        let config = LoraConfig::default().with_r(2).with_alpha(2.0 * v["scale"].as_f64().unwrap());
+        (matrix(&v["a"]), matrix(&v["b"]), config, v["weight"].as_f64().unwrap())
+    };
+    let case = |case: &serde_json::Value| {
         let density = case["density"].as_f64().unwrap_or(1.0);
         let rank = case["svd_rank"].as_u64().map(|r| r as usize);
         let over = rank.map_or(Over::Factors, |rank| Over::Product { rank });
@@ -319,8 +316,41 @@ fn combinations_are_those_of_peft() {
             "dare_ties" => Combination::DareTies { density, seed: 0, sign, over },
             other => panic!("{other}"),
         };
+        (how, matrix(&case["delta"]))
+    };
+    let list = |name: &str| golden[name].as_array().unwrap().clone();
+    (list("adapters").iter().map(adapter).collect(), list("cases").iter().map(case).collect())
+}
+
+#[test]
+fn combinations_are_those_of_peft() {
+    let (adapters, cases) = combinations("combine.json");
+    let adapters: Vec<(LoraAdapter, f64)> = adapters
+        .iter()
+        .map(|(a, b, config, weight)| (LoraAdapter::from_factors(a, b, config).unwrap(), *weight))
+        .collect();
+    let weighted: Vec<(&LoraAdapter, f64)> = adapters.iter().map(|(a, w)| (a, *w)).collect();
+    assert!(cases.len() > 15);
+    for (how, want) in cases {
         let got = combine(&weighted, how).unwrap().delta_weight().unwrap();
-        assert!(largest_difference(&got, &matrix(&case["delta"])) < 1e-4, "{case}");
+        assert!(largest_difference(&got, &want) < 1e-4, "{how:?}");
+    }
+}
+
+#[test]
+fn combinations_of_embeddings_are_those_of_peft() {
+    let (adapters, cases) = combinations("combine_embedding.json");
+    let table = common::noise(&[7, 4], 1.0, DType::F64, 1);
+    let make = |a: &Tensor, b: &Tensor, config: &LoraConfig| {
+        LoraEmbedding::from_factors(table.clone(), a, b, config).unwrap()
+    };
+    let adapters: Vec<(LoraEmbedding, f64)> =
+        adapters.iter().map(|(a, b, config, weight)| (make(a, b, config), *weight)).collect();
+    let weighted: Vec<(&LoraEmbedding, f64)> = adapters.iter().map(|(e, w)| (e, *w)).collect();
+    assert!(cases.len() > 15);
+    for (how, want) in cases {
+        let got = combine_embeddings(&weighted, how).unwrap().delta_table().unwrap();
+        assert!(largest_difference(&got, &want) < 1e-4, "{how:?}");
     }
 }
 

@@ -10,8 +10,8 @@ use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use common::{largest_difference, move_all, noise, values};
 use flylora::{
     AdaLoraAdapter, AdaLoraConfig, Adapter, AdapterKind, Baseline, Combination, Error, FlyLoraConfig,
-    FrozenLinear, LoraAdapter, LoraConfig, MajoritySign, Merge, MultiLinear, Over, ParameterReport, Place,
-    RankBudget, RankBudgetConfig, Step, combine,
+    FrozenLinear, LoraAdapter, LoraConfig, LoraEmbedding, MajoritySign, Merge, MultiLinear, Over,
+    ParameterReport, Place, RankBudget, RankBudgetConfig, Step, combine, combine_embeddings,
 };
 
 fn frozen() -> FrozenLinear {
@@ -125,6 +125,73 @@ fn merging_several_is_exact_where_each_is_and_holds_the_layer_still() {
     );
 }
 
+#[test]
+fn one_of_several_is_merged_alone_and_becomes_a_plain_layer() {
+    let mut layer = three();
+    let x = noise(&[4, 20], 1.0, DType::F32, 5);
+    for name in ["a", "b"] {
+        layer.activate(&[(name, 1.0)]).unwrap();
+        let want = layer.base().forward(&x).unwrap();
+        let want = (want + layer.adapter(name).unwrap().delta(&x).unwrap()).unwrap();
+        assert_eq!(layer.merge().unwrap(), Merge::Exact);
+        assert!(largest_difference(&layer.forward(&x).unwrap(), &want) < 1e-5, "{name}");
+        let plain = layer.clone().into_merged().unwrap();
+        let y = candle_nn::Module::forward(&plain, &x).unwrap();
+        assert_eq!(values(&y), values(&layer.forward(&x).unwrap()));
+        layer.unmerge();
+    }
+    layer.activate(&[("a", 1.0), ("c", 1.0)]).unwrap();
+    let error = layer.into_merged().unwrap_err().to_string();
+    assert_eq!(error, "no weight does the same as a and c here: see merge_for");
+}
+
+#[test]
+fn merging_for_a_sample_says_how_far_all_together_are_off_it_and_unmerging_gives_the_same_bits() {
+    let mut layer = three();
+    let x = noise(&[40, 2, 20], 1.0, DType::F32, 6);
+    layer.activate(&[("a", 0.7), ("b", -1.0)]).unwrap();
+    assert_eq!(layer.merge_for(&x).unwrap(), Merge::Exact);
+    layer.unmerge();
+    layer.activate(&[("a", 0.7), ("c", 2.0)]).unwrap();
+    let (y, base) = (layer.forward(&x).unwrap(), layer.base().forward(&x).unwrap());
+    let error = layer.merge_for(&noise(&[4, 19], 1.0, DType::F32, 6)).unwrap_err().to_string();
+    assert!(error.contains("expected shape [4, 20], got [4, 19]") && !layer.is_merged(), "{error}");
+    let Merge::Approximate { relative_error } = layer.merge_for(&x).unwrap() else { panic!() };
+    let norm = |t: Tensor| values(&t).iter().map(|v| v * v).sum::<f64>().sqrt();
+    let off = norm((layer.forward(&x).unwrap() - &y).unwrap()) / norm((&y - base).unwrap());
+    assert!((relative_error - off).abs() < 1e-4 && off > 0.01 && off < 0.9, "{relative_error}, {off}");
+    assert!(layer.activate(&[("a", 1.0)]).is_err(), "held still");
+    // What is merged is the sum of what each is nearest to.
+    let nearest = |name: &str| layer.adapter(name).unwrap().delta_weight_for(&x.flatten_to(1).unwrap());
+    let want = (layer.base().weight().unwrap() + (nearest("a").unwrap() * 0.7).unwrap()).unwrap();
+    let want = (want + (nearest("c").unwrap() * 2.0).unwrap()).unwrap();
+    assert!(largest_difference(layer.clone().into_merged().unwrap().weight(), &want) < 1e-5);
+    layer.unmerge();
+    assert_eq!(values(&layer.forward(&x).unwrap()), values(&y));
+}
+
+#[test]
+fn several_over_a_quantised_base_merge_approximately() {
+    use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
+    let blocks = QTensor::quantize(&noise(&[12, 32], 0.3, DType::F32, 1), GgmlDType::Q8_0).unwrap();
+    let base = FrozenLinear::quantized(QMatMul::from_qtensor(blocks).unwrap(), None).unwrap();
+    let mut layer = MultiLinear::new(base);
+    for (i, name) in ["a", "b"].into_iter().enumerate() {
+        let place = Place::alone(name, DType::F32, &Device::Cpu);
+        let adapter = lora(4).build(layer.base(), &place).unwrap();
+        move_all(adapter.parameters().into_iter().map(|(_, var)| var), 0.4, 10 * i as u64);
+        layer.insert(name, adapter).unwrap();
+    }
+    layer.activate(&[("a", 1.0), ("b", 0.5)]).unwrap();
+    let x = noise(&[6, 32], 1.0, DType::F32, 8);
+    let y = layer.forward(&x).unwrap();
+    assert_eq!(layer.merge().unwrap(), Merge::Unsupported);
+    let Merge::Approximate { relative_error } = layer.merge_for(&x).unwrap() else { panic!() };
+    assert!(relative_error > 0.0 && relative_error < 0.05, "{relative_error}");
+    layer.unmerge();
+    assert_eq!(values(&layer.forward(&x).unwrap()), values(&y));
+}
+
 fn loras(ranks: &[usize]) -> Vec<LoraAdapter> {
     ranks
         .iter()
@@ -232,6 +299,54 @@ fn what_cannot_be_combined_is_refused() {
     assert!(message(&both, Combination::DareLinear { density: 0.0, seed: 0, over }).contains("density"));
     let other = exact(&[[1.0, 0.0], [0.0, 1.0]]);
     assert!(message(&[(&adapters[0], 1.0), (&other, 1.0)], Combination::Cat).contains("different layers"));
+}
+
+#[test]
+fn embeddings_combine_and_what_does_not_fit_is_refused() {
+    let table = noise(&[9, 6], 1.0, DType::F32, 1);
+    let make = |table: &Tensor, r: usize, seed: u64| {
+        let place = Place::alone("embed", DType::F32, &Device::Cpu);
+        let config = LoraConfig::default().with_r(r).with_alpha(3.0);
+        let embedding = LoraEmbedding::new(table.clone(), &config, &place).unwrap();
+        move_all(embedding.parameters().into_iter().map(|(_, var)| var), 0.5, seed);
+        embedding
+    };
+    let (one, other) = (make(&table, 3, 60), make(&table, 2, 70));
+    let ids = Tensor::new(&[[0u32, 8, 3], [3, 1, 0]], &Device::Cpu).unwrap();
+    let rows = |embedding: &LoraEmbedding| embedding.forward(&ids).unwrap();
+    let flat = ids.flatten_all().unwrap();
+    let plain = table.index_select(&flat, 0).unwrap().reshape((2, 3, 6)).unwrap();
+    let change = |embedding: &LoraEmbedding| (rows(embedding) - &plain).unwrap();
+    let want = (&plain + (change(&one) * 0.7).unwrap()).unwrap();
+    let want = (want - (change(&other) * 1.5).unwrap()).unwrap();
+    for how in [Combination::Cat, Combination::Svd { rank: 5 }] {
+        let mut both = combine_embeddings(&[(&one, 0.7), (&other, -1.5)], how).unwrap();
+        assert_eq!(both.config().r, 5);
+        assert!(largest_difference(&rows(&both), &want) < 1e-5, "{how:?}");
+        both.merge().unwrap();
+        assert!(largest_difference(&rows(&both), &want) < 1e-5, "{how:?}, merged");
+        both.unmerge();
+        both.set_enabled(false);
+        assert_eq!(values(&rows(&both)), values(&plain), "over the same table");
+    }
+    let message =
+        |adapters: &[(&LoraEmbedding, f64)], how| combine_embeddings(adapters, how).unwrap_err().to_string();
+    assert!(message(&[], Combination::Cat).contains("no adapter to combine"));
+    assert!(message(&[(&one, 1.0), (&other, 1.0)], Combination::Linear).contains("ranks [3, 2] cannot"));
+    let longer = make(&noise(&[10, 6], 1.0, DType::F32, 1), 3, 80);
+    assert!(message(&[(&one, 1.0), (&longer, 1.0)], Combination::Cat).contains("different layers"));
+    let place = Place::alone("embed", DType::F32, &Device::Cpu);
+    let dora = LoraEmbedding::dora(table.clone(), &LoraConfig::default(), &place).unwrap();
+    assert!(message(&[(&dora, 1.0)], Combination::Cat).contains("DoRA of an embedding cannot be combined"));
+    let factors = |a: &[usize], b: &[usize]| {
+        let (a, b) = (noise(a, 1.0, DType::F32, 1), noise(b, 1.0, DType::F32, 2));
+        LoraEmbedding::from_factors(table.clone(), &a, &b, &LoraConfig::default())
+    };
+    assert_eq!(factors(&[2, 9], &[6, 2]).unwrap().config().r, 2);
+    for (a, b, name) in [([2, 8], [6, 2], "lora_embedding_A"), ([2, 9], [6, 3], "lora_embedding_B")] {
+        let error = factors(&a, &b).unwrap_err().to_string();
+        assert!(error.contains(&format!("{name}: expected shape")), "{error}");
+    }
 }
 
 /// Two layers, of which one has much more to learn.

@@ -114,6 +114,9 @@ CASES = {
     "adalora_alpha": AdaLoraConfig(
         init_r=9, lora_alpha=6, total_step=8, target_modules=["q_proj"], alpha_pattern={"q_proj": 2}
     ),
+    "lora_bias": LoraConfig(
+        r=3, lora_alpha=6, target_modules=["q_proj", "c_attn"], fan_in_fan_out=True, lora_bias=True
+    ),
 }
 
 
@@ -154,18 +157,21 @@ COMBINATIONS = [
 ]
 
 
-def combined():
+def combined(make, file):
     torch.manual_seed(0)
-    configs = [LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"]) for alpha in (2, 9, 3)]
+    configs = [LoraConfig(r=2, lora_alpha=alpha, target_modules=["layer"]) for alpha in (2, 9, 3)]
     configs[2].use_rslora = True
     names, weights = ["a", "b", "c"], [0.8, -0.5, 1.3]
-    model = get_peft_model(nn.ModuleDict({"q_proj": nn.Linear(5, 4, bias=False)}), configs[0], adapter_name="a")
+    model = get_peft_model(nn.ModuleDict({"layer": make()}), configs[0], adapter_name="a")
     for name, config in zip(names[1:], configs[1:]):
         model.add_adapter(name, config)
-    layer = model.base_model.model["q_proj"]
+    layer = model.base_model.model["layer"]
     adapters = []
     for name, weight in zip(names, weights):
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if isinstance(layer.base_layer, nn.Embedding):
+            a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+        else:
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         with torch.no_grad():
             a.normal_(), b.normal_()
         adapters.append({"a": a.tolist(), "b": b.tolist(), "scale": layer.scaling[name], "weight": weight})
@@ -174,7 +180,7 @@ def combined():
         model.add_weighted_adapter(names, weights, "combined", combination_type=how, **options)
         cases.append({"how": how, **options, "delta": layer.get_delta_weight("combined").tolist()})
         model.delete_adapter("combined")
-    (HERE / "peft" / "combine.json").write_text(json.dumps({"adapters": adapters, "cases": cases}) + "\n")
+    (HERE / "peft" / file).write_text(json.dumps({"adapters": adapters, "cases": cases}) + "\n")
 
 
 def adalora_run():
@@ -220,5 +226,6 @@ if __name__ == "__main__":
         from_flylora()
     else:
         from_peft()
-        combined()
+        combined(lambda: nn.Linear(5, 4, bias=False), "combine.json")
+        combined(lambda: nn.Embedding(7, 4), "combine_embedding.json")
         adalora_run()
