@@ -76,7 +76,10 @@ fn copy(flags: &Flags, from: &Path, to: &Path) -> Result<()> {
         model.attach_from(adapter)?;
     }
     let Some(model) = model.merged()? else {
-        bail!("these adapters choose by their input: no weights do what they do, they cannot be merged");
+        bail!(
+            "these adapters choose by their input or have a bias, which the model's layers have not: no weights do what \
+             they do, they cannot be merged"
+        );
     };
     let dtype = match flags.dtype {
         Stored::F32 => DType::F32,

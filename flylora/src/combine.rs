@@ -87,7 +87,8 @@ pub enum Combination {
     },
 }
 
-/// Makes one adapter of several of the same layer, each with a weight that may be negative; its scale is 1.
+/// Makes one adapter of several of the same layer, each with a weight that may be negative; its scale is 1. Biases of the
+/// adapters ([`LoraConfig::bias`]) are added up by weight where the combination is a sum.
 ///
 /// # Errors
 ///
@@ -125,7 +126,31 @@ pub fn combine(adapters: &[(&LoraAdapter, f64)], how: Combination) -> Result<Lor
         })
         .collect::<Result<Vec<_>>>()?;
     let (a, b, config) = combined(&parts, how)?;
-    LoraAdapter::from_factors(&a, &b, &config)
+    let bias = bias(adapters, how)?;
+    let combined = LoraAdapter::from_factors(&a, &b, &config.with_bias(bias.is_some()))?;
+    if let (Some(own), Some(bias)) = (combined.bias(), bias) {
+        own.set(&bias.to_device(own.device())?.to_dtype(own.dtype())?)?;
+    }
+    Ok(combined)
+}
+
+/// The weighted sum of the biases of the adapters, where there are any.
+fn bias(adapters: &[(&LoraAdapter, f64)], how: Combination) -> Result<Option<Tensor>> {
+    let mut sum: Option<Tensor> = None;
+    for (adapter, weight) in adapters {
+        let Some(bias) = adapter.delta_bias()? else { continue };
+        let bias = (bias.to_device(&Device::Cpu)?.to_dtype(DType::F64)? * *weight)?;
+        sum = Some(match sum {
+            None => bias,
+            Some(sum) => (sum + bias)?,
+        });
+    }
+    let is_sum = matches!(how, Combination::Cat | Combination::Svd { .. } | Combination::Linear);
+    if sum.is_some() && !is_sum {
+        let message = "adapters with a bias are combined by Cat, Svd or Linear: others have no rule for it";
+        return Err(Error::Adapters { message: message.into() });
+    }
+    Ok(sum)
 }
 
 /// Makes one embedding of several with adapters over the same table, each with a weight that may be negative, as

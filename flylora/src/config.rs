@@ -67,6 +67,10 @@ pub struct LoraConfig {
     /// `lora_dropout`. It is on only between calls of [`Adapter::set_training`](crate::Adapter::set_training).
     #[serde(skip_serializing_if = "is_default")]
     pub dropout: f64,
+    /// Whether `B` has a bias, trained with it and scaled as the product is; false by default. PEFT's `lora_bias`. For LoRA
+    /// alone, of layers.
+    #[serde(skip_serializing_if = "is_default")]
+    pub bias: bool,
 }
 
 pub(crate) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -76,7 +80,7 @@ pub(crate) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 impl Default for LoraConfig {
     fn default() -> Self {
         let (scaling, init) = (Scaling::default(), LoraInit::default());
-        Self { r: 8, alpha: 8.0, scaling, seed: 0, init, dropout: 0.0 }
+        Self { r: 8, alpha: 8.0, scaling, seed: 0, init, dropout: 0.0, bias: false }
     }
 }
 
@@ -114,6 +118,12 @@ impl LoraConfig {
     /// Sets the share of the input that is dropped in training.
     pub fn with_dropout(mut self, dropout: f64) -> Self {
         self.dropout = dropout;
+        self
+    }
+
+    /// Sets whether `B` has a bias.
+    pub fn with_bias(mut self, bias: bool) -> Self {
+        self.bias = bias;
         self
     }
 
@@ -155,6 +165,18 @@ impl LoraConfig {
         if matches!(self.init, LoraInit::Pissa { .. }) && self.r > in_features.min(out_features) {
             let expected = format!("at most min(in, out) = min({in_features}, {out_features}) for PiSSA");
             return Err(Error::Config { field: "r", expected, got: self.r.to_string() });
+        }
+        Ok(())
+    }
+
+    /// That no bias is asked for where there is none.
+    pub(crate) fn check_no_bias(&self, what: &str) -> Result<()> {
+        if self.bias {
+            return Err(Error::Config {
+                field: "bias",
+                expected: format!("false for {what}"),
+                got: "true".into(),
+            });
         }
         Ok(())
     }

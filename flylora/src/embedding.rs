@@ -63,6 +63,7 @@ impl LoraEmbedding {
         let (vocab, dim) = check_table(&table)?;
         place.check_dtype()?;
         config.validate_for(vocab, dim)?;
+        config.check_no_bias("an embedding")?;
         if config.init != LoraInit::KaimingUniform {
             let expected = "the default for an embedding".into();
             return Err(Error::Config { field: "init", expected, got: format!("{:?}", config.init) });
@@ -96,6 +97,7 @@ impl LoraEmbedding {
         }
         let config = LoraConfig { r, init: LoraInit::default(), ..config.clone() };
         config.validate()?;
+        config.check_no_bias("an embedding")?;
         Ok(Self {
             table: table.detach(),
             a: Var::from_tensor(a)?,

@@ -137,7 +137,7 @@ pub(crate) fn check_merged(weight: &Tensor) -> crate::Result<()> {
     if is_finite(weight)? {
         return Ok(());
     }
-    let message = format!("the merged weight has values that are not finite in {:?}", weight.dtype());
+    let message = format!("the merged layer has values that are not finite in {:?}", weight.dtype());
     Err(Error::Adapters { message })
 }
 
@@ -222,7 +222,7 @@ impl<A: Adapter> AdapterLinear<A> {
     }
 
     /// Adds the adapter to the weight: `W' = W + scale B A`, computed in f32 at least and rounded once to the dtype of
-    /// the base. Until [`unmerge`](Self::unmerge) the layer is one product, and the adapter gets no gradient.
+    /// the base; a bias of the adapter goes into the layer's bias, which it gets where it has none. Until [`unmerge`](Self::unmerge) the layer is one product, and the adapter gets no gradient.
     ///
     /// A merged layer stays as it is; variables that changed since are taken up by unmerging and merging again.
     /// Nothing is merged, and [`Merge::Unsupported`] returned, where no weight gives the same outputs: for kinds that

@@ -1,4 +1,4 @@
-//! Adapters of one layer, put into its weight.
+//! Adapters of one layer, put into its weight, and into its bias where they have one.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -29,7 +29,9 @@ pub(crate) fn nearest(
     sample: &Tensor,
 ) -> crate::Result<(FrozenLinear, f64)> {
     check_input(sample, base.in_features())?;
-    adapters.iter().for_each(|(adapter, _)| adapter.set_training(None)); // the error is that of evaluation
+    for (adapter, _) in adapters {
+        adapter.set_training(None); // the error is that of evaluation
+    }
     let sample = sample.detach().reshape((rows(sample.shape()), base.in_features()))?;
     let merged = changed(base, adapters, |adapter| adapter.delta_weight_for(&sample))?;
     let y = base.forward(&sample)?;
@@ -47,11 +49,20 @@ fn changed(
     change: impl Fn(&dyn Adapter) -> Result<Tensor>,
 ) -> crate::Result<FrozenLinear> {
     let mut weight = base.weight()?;
+    let mut bias = base.bias().cloned();
     for (adapter, share) in adapters {
         weight = added(&weight, &times(change(*adapter)?, *share)?)?;
+        if let Some(own) = adapter.delta_bias()? {
+            let own = times(own, *share)?;
+            bias = Some(match bias {
+                None => own,
+                Some(bias) => added(&bias, &own)?,
+            });
+        }
     }
-    let merged = base.with_weight(&weight)?;
+    let merged = base.with_weight(&weight)?.with_bias(bias.as_ref())?;
     check_merged(&merged.weight()?)?;
+    merged.bias().map_or(Ok(()), check_merged)?;
     Ok(merged)
 }
 

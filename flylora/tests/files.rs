@@ -283,6 +283,19 @@ fn whatever_is_wrong_is_named_and_nothing_changes() {
         ),
         ("alpha in words", |d| edit(d, "lora_alpha", Some(json!("six"))), &["lora_alpha: expected a number"]),
         (
+            "a bias of the adapter",
+            |d| edit(d, "lora_bias", Some(json!(true))),
+            &[Q, "lora_bias is true in the file and false in the adapter"],
+        ),
+        (
+            "a bias beside DoRA",
+            |d| {
+                edit(d, "use_dora", Some(json!(true)));
+                edit(d, "lora_bias", Some(json!(true)));
+            },
+            &["lora_bias = true is not supported"],
+        ),
+        (
             "other scaling",
             |d| edit(d, "use_rslora", Some(json!(true))),
             &["the scale is 3 in the file and 1.5"],

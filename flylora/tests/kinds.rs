@@ -26,6 +26,7 @@ fn kinds() -> Vec<AdapterKind> {
     let masked = MaskedLoraConfig::default().with_lora(lora());
     vec![
         AdapterKind::Lora(lora()),
+        AdapterKind::Lora(lora().with_bias(true)),
         AdapterKind::Lora(lora().with_scaling(Scaling::AlphaOverSqrtR).with_init(LoraInit::Gaussian)),
         AdapterKind::Lora(lora().with_init(LoraInit::Orthogonal)),
         AdapterKind::Lora(lora().with_init(LoraInit::Pissa { iterations: None })),

@@ -6,7 +6,10 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module, VarBuilder, VarMap};
 use common::{awake, base, largest_difference, noise, values, wake};
-use flylora::{Adapter, FrozenLinear, LoraAdapter, LoraConfig, LoraInit, LoraLinear, Merge, Scaling};
+use flylora::{
+    Adapter, AdapterKind, FrozenLinear, LoraAdapter, LoraConfig, LoraEmbedding, LoraInit, LoraLinear,
+    MaskedLoraConfig, Merge, Place, Scaling,
+};
 
 const DTYPES: [(DType, f64); 4] =
     [(DType::F32, 1e-5), (DType::F64, 1e-13), (DType::BF16, 0.03), (DType::F16, 4e-3)];
@@ -103,6 +106,54 @@ fn a_frozen_layer_equals_the_layer_of_candle_nn() {
             );
         }
     }
+}
+
+#[test]
+fn the_bias_of_an_adapter_is_scaled_and_merges_into_that_of_the_layer_which_gets_one_if_it_has_none() {
+    let config = LoraConfig::default().with_r(4).with_alpha(6.0).with_bias(true);
+    for bias in [false, true] {
+        let mut layer = LoraLinear::seeded(base(24, 16, DType::F64, bias), &config, "layer").unwrap();
+        let names: Vec<String> = layer.parameters().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["lora_A.weight", "lora_B.bias", "lora_B.weight"]);
+        wake(layer.adapter(), 3);
+        let own = noise(&[16], 0.7, DType::F64, 4);
+        layer.adapter().bias().unwrap().set(&own).unwrap();
+        // Few rows and many, which go different ways.
+        for rows in [2, 50] {
+            let x = noise(&[rows, 24], 1.0, DType::F64, 8);
+            let (a, b) = (layer.adapter().a().t().unwrap(), layer.adapter().b().t().unwrap());
+            let change = x.matmul(&a).unwrap().matmul(&b).unwrap().broadcast_add(&own).unwrap();
+            let want = (layer.base().forward(&x).unwrap() + (change * 1.5).unwrap()).unwrap();
+            assert!(largest_difference(&layer.forward(&x).unwrap(), &want) < 1e-12);
+            assert_eq!(layer.merge().unwrap(), Merge::Exact);
+            assert!(largest_difference(&layer.forward(&x).unwrap(), &want) < 1e-12, "merged, {bias}");
+            layer.unmerge();
+            assert_eq!(layer.base().bias().is_some(), bias);
+        }
+        let merged = layer.into_merged().unwrap();
+        let mut want = (own * 1.5).unwrap();
+        if let Some(bias) = base(24, 16, DType::F64, bias).bias() {
+            want = (want + bias).unwrap();
+        }
+        assert!(largest_difference(merged.bias().unwrap(), &want) < 1e-15);
+    }
+}
+
+#[test]
+fn kinds_that_have_no_bias_refuse_one() {
+    let config = LoraConfig::default().with_bias(true);
+    let frozen = FrozenLinear::try_from(&base(24, 16, DType::F32, true)).unwrap();
+    let place = Place::alone("layer", DType::F32, &Device::Cpu);
+    let masked = MaskedLoraConfig::default().with_lora(config.clone());
+    for (kind, what) in
+        [(AdapterKind::Dora(config.clone()), "DoRA"), (AdapterKind::MaskedLora(masked), "a masked adapter")]
+    {
+        let want = format!("bias must be false for {what}, got true");
+        assert_eq!(kind.validate().unwrap_err().to_string(), want);
+        assert_eq!(kind.build(&frozen, &place).unwrap_err().to_string(), want);
+    }
+    let error = LoraEmbedding::new(noise(&[9, 6], 1.0, DType::F32, 1), &config, &place).unwrap_err();
+    assert_eq!(error.to_string(), "bias must be false for an embedding, got true");
 }
 
 #[test]
@@ -219,7 +270,7 @@ fn a_sum_that_the_dtype_of_the_base_cannot_hold_is_not_merged() {
     let b = layer.adapter().b();
     b.set(&(b.as_detached_tensor() * 1e6).unwrap()).unwrap();
     let error = layer.merge().unwrap_err().to_string();
-    assert_eq!(error, "the merged weight has values that are not finite in F16");
+    assert_eq!(error, "the merged layer has values that are not finite in F16");
     assert!(!layer.is_merged());
 }
 

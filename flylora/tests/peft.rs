@@ -36,7 +36,7 @@ fn ids() -> Tensor {
 }
 
 /// The directories that PEFT saved.
-const SAVED: [&str; 9] = [
+const SAVED: [&str; 10] = [
     "lora",
     "rslora",
     "dora",
@@ -46,6 +46,7 @@ const SAVED: [&str; 9] = [
     "dora_embedding",
     "wide",
     "adalora_alpha",
+    "lora_bias",
 ];
 
 /// Those with parameters of the model itself.
@@ -253,6 +254,33 @@ fn parameters_of_the_model_beside_the_adapters_are_served_or_named_where_nothing
     assert!(error.contains("layers.0.c_attn.bias of the adapter's file"), "{error}");
 }
 
+#[test]
+fn the_bias_of_an_adapter_goes_into_that_of_the_model_or_is_named_where_there_is_none() {
+    let file = AdapterFile::read(golden("peft/lora_bias")).unwrap();
+    let name = "layers.0.q_proj.bias";
+    let own =
+        file.tensor("base_model.model.layers.0.q_proj.lora_B.bias").unwrap().to_dtype(DType::F64).unwrap();
+    let vb = |weights| VarBuilder::from_tensors(weights, DType::F64, &Device::Cpu);
+    let merged = MergedWeights::new(vb(base()), file.clone()).unwrap();
+    let want = (base()[name].to_dtype(DType::F64).unwrap() + (own * 2.0).unwrap()).unwrap();
+    for got in [merged.var_builder().get(6, name).unwrap(), merged.var_builder().get_unchecked(name).unwrap()]
+    {
+        assert!(largest_difference(&got, &want) < 1e-6);
+    }
+    for module in file.modules() {
+        merged.var_builder().get_unchecked(&format!("{module}.weight")).unwrap();
+    }
+    let error = merged.check_all_used().unwrap_err().to_string();
+    assert_eq!(error, "the bias of the adapter was not used: nothing read layers.0.c_attn.bias");
+    // A model without that bias.
+    let mut weights = base();
+    weights.remove(name);
+    let error = MergedWeights::new(vb(weights), file).err().unwrap().to_string();
+    let want =
+        "the adapter of layers.0.q_proj has a bias, and the model no layers.0.q_proj.bias to add it to";
+    assert_eq!(error, want);
+}
+
 /// Adapters beside a layer that is trained itself.
 fn with_a_parameter(dir: &Path) {
     let config = LoraConfig::default().with_r(2).with_alpha(3.0);
@@ -362,6 +390,7 @@ fn trained() -> Vec<(&'static str, Tiny)> {
         ("rslora", AdapterKind::Lora(lora.clone().with_scaling(Scaling::AlphaOverSqrtR))),
         ("pissa", AdapterKind::Lora(lora.clone().with_init(LoraInit::Pissa { iterations: None }))),
         ("orthogonal", AdapterKind::Lora(lora.clone().with_init(LoraInit::Orthogonal))),
+        ("lora_bias", AdapterKind::Lora(lora.clone().with_bias(true))),
         ("dora", AdapterKind::Dora(lora)),
         ("adalora", AdapterKind::AdaLora(AdaLoraConfig::default().with_init_r(3))),
     ];
@@ -411,7 +440,7 @@ fn write_the_adapters_for_peft() {
 #[test]
 fn adapters_that_flylora_trained_give_in_peft_what_they_give_here() {
     let want = outputs("flylora");
-    assert_eq!(want.len(), 7);
+    assert_eq!(want.len(), 8);
     let plain = Tiny::new(|_, _| None).forward();
     for (name, model) in trained() {
         let dir = golden("flylora").join(name);

@@ -228,6 +228,33 @@ fn cat_and_svd_of_full_rank_are_the_weighted_sum_and_svd_is_the_best_of_its_rank
 }
 
 #[test]
+fn biases_add_up_in_combinations_that_are_sums_and_are_refused_in_others() {
+    let make = |name: &str, seed| {
+        let config = LoraConfig::default().with_r(2).with_alpha(3.0).with_bias(true);
+        let adapter = LoraAdapter::seeded(20, 12, &config, name, DType::F32, &Device::Cpu).unwrap();
+        move_all(adapter.parameters().into_iter().map(|(_, var)| var), 0.5, seed);
+        adapter
+    };
+    let (one, other, plain) = (make("a", 1), make("b", 9), &loras(&[2])[0]);
+    let weighted = [(&one, 0.7), (plain, 2.0), (&other, -1.5)];
+    let x = noise(&[4, 20], 1.0, DType::F32, 3);
+    let mut want = Tensor::zeros((4, 12), DType::F32, &Device::Cpu).unwrap();
+    for (adapter, weight) in weighted {
+        want = (want + (adapter.delta(&x).unwrap() * weight).unwrap()).unwrap();
+    }
+    for how in [Combination::Cat, Combination::Svd { rank: 6 }] {
+        let both = combine(&weighted, how).unwrap();
+        assert!(largest_difference(&both.delta(&x).unwrap(), &want) < 1e-5, "{how:?}");
+    }
+    let sum = combine(&weighted, Combination::Cat).unwrap().delta_bias().unwrap().unwrap();
+    let linear = combine(&weighted, Combination::Linear).unwrap().delta_bias().unwrap().unwrap();
+    assert!(largest_difference(&linear, &sum) < 1e-6);
+    let how = Combination::MagnitudePrune { density: 0.5, over: Over::Factors };
+    assert!(combine(&weighted, how).unwrap_err().to_string().contains("combined by Cat, Svd or Linear"));
+    assert!(combine(&[(plain, 1.0)], Combination::Cat).unwrap().bias().is_none());
+}
+
+#[test]
 fn averaging_factors_is_not_averaging_products() {
     let adapters = loras(&[3, 3]);
     let half = [(&adapters[0], 0.5), (&adapters[1], 0.5)];

@@ -55,12 +55,13 @@ impl DoraAdapter {
     ///
     /// # Errors
     ///
-    /// Those of [`LoraAdapter::over`], and [`Error::Config`] for a start other than Kaiming's or the Gaussian one.
+    /// Those of [`LoraAdapter::over`], and [`Error::Config`] for a bias, or a start other than Kaiming's or the Gaussian one.
     pub fn over(base: &FrozenLinear, config: &LoraConfig, place: &Place<'_>) -> crate::Result<Self> {
         if !matches!(config.init, LoraInit::KaimingUniform | LoraInit::Gaussian) {
             let expected = "kaiming_uniform or gaussian for DoRA".into();
             return Err(Error::Config { field: "init", expected, got: format!("{:?}", config.init) });
         }
+        config.check_no_bias("DoRA")?;
         let lora = LoraAdapter::over(base, config, place)?;
         let base = base.without_bias();
         let squares = row_squares(&base, place.dtype())?;

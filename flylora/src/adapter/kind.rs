@@ -66,7 +66,8 @@ impl AdapterKind {
     /// [`Error::Config`](crate::Error::Config) names the first field that is not in its range.
     pub fn validate(&self) -> Result<()> {
         match self {
-            Self::Lora(config) | Self::Dora(config) => config.validate(),
+            Self::Lora(config) => config.validate(),
+            Self::Dora(config) => config.validate().and_then(|()| config.check_no_bias("DoRA")),
             Self::AdaLora(config) => config.validate(),
             Self::FlyLora(config) => config.validate(),
             Self::MaskedLora(config) => config.validate(),

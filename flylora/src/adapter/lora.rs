@@ -15,12 +15,16 @@ use crate::{Error, FrozenLinear, LoraConfig, LoraInit, Place, svd};
 pub(crate) const A: &str = "lora_A.weight";
 /// The name of `B` below the name of the layer.
 pub(crate) const B: &str = "lora_B.weight";
+/// The name of the bias of `B` below the name of the layer.
+pub(crate) const BIAS: &str = "lora_B.bias";
 
 /// The low-rank update of LoRA on its own, without the layer that it belongs to.
 ///
 /// ```text
 /// delta(x) = scale B (A x)        A: (r, in), B: (out, r), scale = alpha / r
 /// ```
+///
+/// With [`LoraConfig::bias`], `scale (B (A x) + b)`, where b: (out) is 0 at first too.
 ///
 /// `B` is 0 at first, so a new adapter adds nothing; [`LoraInit`] has other starts, with the same effect. `A` is drawn
 /// from the seed of the configuration and the name of the layer. The input is converted to the dtype of the variables
@@ -53,6 +57,8 @@ pub(crate) const B: &str = "lora_B.weight";
 pub struct LoraAdapter {
     a: Var,
     b: Var,
+    /// (out)
+    bias: Option<Var>,
     config: LoraConfig,
     /// What the product starts at, where that is not 0; taken off again.
     origin: Option<Arc<RwLock<Origin>>>,
@@ -117,7 +123,7 @@ impl LoraAdapter {
         Self::build((base.out_features(), base.in_features()), Some(base), config, place)
     }
 
-    /// Makes an adapter of the factors A (r, in) and B (out, r); `r` of the configuration is set to theirs.
+    /// Makes an adapter of the factors A (r, in) and B (out, r); `r` of the configuration is set to theirs. A bias is 0.
     ///
     /// # Errors
     ///
@@ -132,7 +138,10 @@ impl LoraAdapter {
         let config = LoraConfig { r, init: LoraInit::default(), ..config.clone() };
         config.validate()?;
         let dropout = Arc::new(Dropout::new(config.dropout, config.seed, ""));
-        Ok(Self { a: Var::from_tensor(a)?, b: Var::from_tensor(b)?, config, origin: None, dropout })
+        let (a, b) = (Var::from_tensor(a)?, Var::from_tensor(b)?);
+        let zeros = || Var::zeros(out_features, b.dtype(), b.device());
+        let bias = config.bias.then(zeros).transpose()?;
+        Ok(Self { a, b, bias, config, origin: None, dropout })
     }
 
     fn build(
@@ -182,8 +191,9 @@ impl LoraAdapter {
                 (place.var(shape_a, A, || Ok(a))?, place.var(shape_b, B, || Ok(b))?)
             }
         };
+        let bias = config.bias.then(|| place.constant(out_features, BIAS, 0.0)).transpose()?;
         let dropout = Arc::new(Dropout::new(config.dropout, config.seed, place.name()));
-        Ok(Self { a, b, config: config.clone(), origin, dropout })
+        Ok(Self { a, b, bias, config: config.clone(), origin, dropout })
     }
 
     /// `A`: (r, in).
@@ -194,6 +204,11 @@ impl LoraAdapter {
     /// `B`: (out, r).
     pub fn b(&self) -> &Var {
         &self.b
+    }
+
+    /// The bias of `B`, where it has one: (out).
+    pub fn bias(&self) -> Option<&Var> {
+        self.bias.as_ref()
     }
 
     /// The configuration that the adapter was made with.
@@ -243,6 +258,14 @@ impl LoraAdapter {
         }
     }
 
+    /// `y` and what the bias adds to it, y: (..., out).
+    fn with_bias(&self, y: Tensor) -> Result<Tensor> {
+        match &self.bias {
+            None => Ok(y),
+            Some(bias) => y.broadcast_add(&(bias.as_tensor() * self.scale())?.to_dtype(y.dtype())?),
+        }
+    }
+
     /// The change, with gradients for the factors.
     pub(super) fn low_rank(&self) -> Result<LowRank> {
         let origin = match self.origin() {
@@ -277,10 +300,10 @@ impl Adapter for LoraAdapter {
         let flat = x.reshape((rows(x.shape()), self.in_features()))?; // (m, in)
         #[cfg(feature = "cuda")]
         if let Some(delta) = self.low_rank()?.by_kernels(&self.dropout.apply(&flat)?)? {
-            return delta.reshape(with_last(x.shape(), self.out_features()));
+            return self.with_bias(delta.reshape(with_last(x.shape(), self.out_features()))?);
         }
         let flat = flat.to_dtype(self.a.dtype())?;
-        self.product(&self.dropout.apply(&flat)?)?
+        self.with_bias(self.product(&self.dropout.apply(&flat)?)?)?
             .reshape(with_last(x.shape(), self.out_features()))?
             .to_dtype(x.dtype())
     }
@@ -289,7 +312,7 @@ impl Adapter for LoraAdapter {
         if self.dropout.is_on() {
             return Ok(None); // the layer and its change read different inputs
         }
-        self.low_rank()?.layer(base, x)
+        self.low_rank()?.layer(base, x)?.map(|y| self.with_bias(y)).transpose()
     }
 
     fn delta_weight(&self) -> Result<Tensor> {
@@ -297,12 +320,19 @@ impl Adapter for LoraAdapter {
         b.matmul(&(a * self.scale())?)
     }
 
+    fn delta_bias(&self) -> Result<Option<Tensor>> {
+        self.bias.as_ref().map(|bias| bias.as_detached_tensor() * self.scale()).transpose()
+    }
+
     fn merge_quality(&self) -> Merge {
         Merge::Exact
     }
 
     fn parameters(&self) -> Vec<(String, Var)> {
-        vec![(A.to_owned(), self.a.clone()), (B.to_owned(), self.b.clone())]
+        let mut parameters = vec![(A.to_owned(), self.a.clone())];
+        parameters.extend(self.bias.clone().map(|bias| (BIAS.to_owned(), bias)));
+        parameters.push((B.to_owned(), self.b.clone()));
+        parameters
     }
 
     fn set_training(&self, pass: Option<u64>) {
@@ -311,7 +341,9 @@ impl Adapter for LoraAdapter {
 
     fn state(&self) -> crate::Result<Vec<(String, Tensor)>> {
         let (a, b) = self.factors()?;
-        Ok(vec![(A.to_owned(), a), (B.to_owned(), b)])
+        let mut state = vec![(A.to_owned(), a), (B.to_owned(), b)];
+        state.extend(self.bias.as_ref().map(|bias| (BIAS.to_owned(), bias.as_detached_tensor())));
+        Ok(state)
     }
 
     fn load_state<'a>(&'a self, source: &mut StateSource<'_>) -> crate::Result<Vec<Change<'a>>> {
@@ -331,7 +363,12 @@ impl Adapter for LoraAdapter {
                 })
             }
         };
-        Ok(vec![change])
+        let mut changes = vec![change];
+        if let Some(bias) = &self.bias {
+            let value = source.like(BIAS, bias)?;
+            changes.push(Box::new(move || Ok(bias.set(&value)?)));
+        }
+        Ok(changes)
     }
 
     fn as_lora(&self) -> Option<&LoraAdapter> {

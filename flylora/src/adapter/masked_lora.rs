@@ -86,6 +86,7 @@ impl MaskedLoraConfig {
         let fail =
             |field, expected: &str, got: String| Err(Error::Config { field, expected: expected.into(), got });
         self.lora.validate()?;
+        self.lora.check_no_bias("a masked adapter")?;
         if !matches!(self.lora.init, LoraInit::KaimingUniform | LoraInit::Gaussian) {
             // B A must be 0 at first, whatever the mask.
             let expected = "kaiming_uniform or gaussian for a masked adapter";

@@ -25,8 +25,8 @@ pub(crate) use dora::MAGNITUDE;
 pub use fly_config::{FlyLoraConfig, Routing};
 pub use fly_lora::FlyLoraAdapter;
 pub use kind::AdapterKind;
-pub(crate) use lora::B;
 pub use lora::LoraAdapter;
+pub(crate) use lora::{B, BIAS};
 pub use masked_lora::{MaskSelection, MaskedLoraAdapter, MaskedLoraConfig};
 
 /// A change of an adapter that is ready to be made.
@@ -100,6 +100,15 @@ pub trait Adapter: Debug + Send + Sync {
     fn delta_weight_for(&self, sample: &Tensor) -> Result<Tensor> {
         let _ = sample;
         self.delta_weight()
+    }
+
+    /// What merging adds to the layer's bias: (out), in the dtype of the adapter; nothing by default.
+    ///
+    /// # Errors
+    ///
+    /// candle's own.
+    fn delta_bias(&self) -> Result<Option<Tensor>> {
+        Ok(None)
     }
 
     /// What merging by [`delta_weight`](Self::delta_weight) does to the outputs: [`Merge::Exact`], or
@@ -210,6 +219,10 @@ macro_rules! through_a_pointer {
 
             fn delta_weight_for(&self, sample: &Tensor) -> Result<Tensor> {
                 (**self).delta_weight_for(sample)
+            }
+
+            fn delta_bias(&self) -> Result<Option<Tensor>> {
+                (**self).delta_bias()
             }
 
             fn merge_quality(&self) -> Merge {

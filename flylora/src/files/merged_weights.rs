@@ -6,7 +6,7 @@ use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 
 use super::AdapterFile;
-use crate::adapter::{Adapter, Merge};
+use crate::adapter::{self, Adapter, AdapterKind, Merge};
 use crate::linear::{added, at_least_f32, check_merged};
 use crate::{Error, FrozenLinear};
 
@@ -52,9 +52,11 @@ struct Inner {
     weights: VarBuilder<'static>,
     file: AdapterFile,
     modules: BTreeSet<String>,
+    /// What is added to biases of the model, by their names: those of the adapters themselves, scaled.
+    biases: BTreeMap<String, Tensor>,
     /// Parameters that stand for the model's own.
     saved: BTreeMap<String, Tensor>,
-    /// Of the modules and the parameters.
+    /// Of the modules, the biases and the parameters.
     used: Mutex<BTreeSet<String>>,
 }
 
@@ -64,7 +66,8 @@ impl MergedWeights {
     ///
     /// # Errors
     ///
-    /// [`Error::Adapters`] where a module of the file cannot be merged, or the file holds no adapter.
+    /// [`Error::Adapters`] where the file holds no adapter, or one with a bias of its own (PEFT's `lora_bias`) for a module
+    /// that has none to add it to.
     pub fn new(weights: VarBuilder<'static>, file: AdapterFile) -> crate::Result<Self> {
         let modules: BTreeSet<String> = file.modules().into_iter().map(str::to_owned).collect();
         let saved: BTreeMap<String, Tensor> =
@@ -73,8 +76,21 @@ impl MergedWeights {
             let message = format!("{}: there is no adapter in it", file.weights_path().display());
             return Err(Error::Adapters { message });
         }
+        let mut biases = BTreeMap::new();
+        for module in &modules {
+            let own = file.tensor(&super::key(module, adapter::BIAS));
+            if let (AdapterKind::Lora(config), Some(own)) = (file.config().kind(module)?, own) {
+                let name = format!("{module}.bias");
+                if !weights.contains_tensor(&name) && !saved.contains_key(&name) {
+                    let message =
+                        format!("the adapter of {module} has a bias, and the model no {name} to add it to");
+                    return Err(Error::Adapters { message });
+                }
+                biases.insert(name, (own.to_dtype(at_least_f32(own.dtype()))? * config.scale())?);
+            }
+        }
         let (dtype, device) = (weights.dtype(), weights.device().clone());
-        let inner = Inner { weights, file, modules, saved, used: Mutex::default() };
+        let inner = Inner { weights, file, modules, biases, saved, used: Mutex::default() };
         Ok(Self { inner: Arc::new(inner), dtype, device })
     }
 
@@ -94,6 +110,10 @@ impl MergedWeights {
         let used = self.inner.used.lock().unwrap_or_else(PoisonError::into_inner);
         let mut unused = self.inner.modules.iter().filter(|module| !used.contains(*module));
         let Some(first) = unused.next() else {
+            if let Some(name) = self.inner.biases.keys().find(|name| !used.contains(*name)) {
+                let message = format!("the bias of the adapter was not used: nothing read {name}");
+                return Err(Error::Adapters { message });
+            }
             return match self.inner.saved.keys().find(|name| !used.contains(*name)) {
                 None => Ok(()),
                 Some(name) => Err(Error::Adapters {
@@ -141,6 +161,22 @@ impl Inner {
         }
     }
 
+    /// A bias of the model, in the dtype asked for, with that of an adapter added where there is one. `bias` gives the model's
+    /// own in a dtype.
+    fn bias(&self, name: &str, dtype: DType, bias: impl FnOnce(DType) -> Result<Tensor>) -> Result<Tensor> {
+        let Some(own) = self.biases.get(name) else { return bias(dtype) };
+        let bias = bias(at_least_f32(dtype))?;
+        if own.shape() != bias.shape() {
+            let msg = format!("{name}: the bias of its adapter");
+            let (expected, got) = (bias.shape().clone(), own.shape().clone());
+            return Err(candle_core::Error::UnexpectedShape { msg, expected, got }.bt());
+        }
+        let merged = added(&bias, &own.to_device(bias.device())?)?.to_dtype(dtype)?;
+        check_merged(&merged)?;
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
+        Ok(merged)
+    }
+
     fn merge(&self, module: &str, weight: &Tensor, dtype: DType) -> crate::Result<Tensor> {
         let wide = at_least_f32(weight.dtype());
         let weight = weight.to_dtype(wide)?;
@@ -171,37 +207,36 @@ impl Inner {
 
 impl SimpleBackend for MergedWeights {
     fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
-        if let Some(saved) = self.inner.saved(name, dtype, device) {
-            let saved = saved?;
+        let inner = &self.inner;
+        let weights = inner.weights.clone().set_device(device.clone());
+        if let Some(module) = inner.module(name).filter(|_| !inner.saved.contains_key(name)) {
+            let weight = weights.get_with_hints_dtype(shape, name, init, at_least_f32(dtype))?;
+            return Ok(inner.merge(module, &weight, dtype)?);
+        }
+        inner.bias(name, dtype, |dtype| {
+            let Some(saved) = inner.saved(name, dtype, device).transpose()? else {
+                return weights.get_with_hints_dtype(shape, name, init, dtype);
+            };
             if *saved.shape() != shape {
                 let msg = format!("{name} of the adapter's file");
                 let got = saved.shape().clone();
                 return Err(candle_core::Error::UnexpectedShape { msg, expected: shape, got }.bt());
             }
-            return Ok(saved);
-        }
-        let weights = self.inner.weights.clone().set_device(device.clone());
-        match self.inner.module(name) {
-            None => weights.get_with_hints_dtype(shape, name, init, dtype),
-            Some(module) => {
-                let weight = weights.get_with_hints_dtype(shape, name, init, at_least_f32(dtype))?;
-                Ok(self.inner.merge(module, &weight, dtype)?)
-            }
-        }
+            Ok(saved)
+        })
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
-        if let Some(saved) = self.inner.saved(name, dtype, device) {
-            return saved;
+        let inner = &self.inner;
+        let weights = inner.weights.clone().set_device(device.clone());
+        if let Some(module) = inner.module(name).filter(|_| !inner.saved.contains_key(name)) {
+            let weight = weights.get_unchecked_dtype(name, at_least_f32(dtype))?;
+            return Ok(inner.merge(module, &weight, dtype)?);
         }
-        let weights = self.inner.weights.clone().set_device(device.clone());
-        match self.inner.module(name) {
+        inner.bias(name, dtype, |dtype| match inner.saved(name, dtype, device) {
+            Some(saved) => saved,
             None => weights.get_unchecked_dtype(name, dtype),
-            Some(module) => {
-                let weight = weights.get_unchecked_dtype(name, at_least_f32(dtype))?;
-                Ok(self.inner.merge(module, &weight, dtype)?)
-            }
-        }
+        })
     }
 
     fn contains_tensor(&self, name: &str) -> bool {

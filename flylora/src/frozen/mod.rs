@@ -208,6 +208,12 @@ impl FrozenLinear {
         Ok(Self { weight, bias: self.bias.clone() })
     }
 
+    /// The same layer with another bias, in the dtype that it computes in.
+    pub(crate) fn with_bias(&self, bias: Option<&Tensor>) -> Result<Self> {
+        let bias = bias.map(|bias| bias.to_dtype(self.dtype())).transpose()?;
+        Ok(Self { weight: self.weight.clone(), bias: bias.map(|bias| bias.detach()) })
+    }
+
     fn dims(&self) -> &[usize] {
         match &self.weight {
             Weight::Dense(weight) => weight.dims(),

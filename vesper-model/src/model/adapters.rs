@@ -9,6 +9,7 @@ use flylora::files::AdapterFile;
 use flylora::{Adapter, AdapterKind, Error, FrozenLinear, Merge, Place, Targets, save_adapters};
 
 use super::VesperLM;
+use super::projection::is_matrix;
 use crate::quantized::Weight;
 use crate::{Projection, Result};
 
@@ -106,7 +107,7 @@ impl VesperLM {
     }
 
     /// The model with its adapters in the weights, and without adapters; none where one of them chooses by its input, so
-    /// that no weight does what it does. A weight in blocks that has an adapter becomes one in f32.
+    /// that no weight does what it does, or has a bias, which the model's layers have not. A weight in blocks that has an adapter becomes one in f32.
     ///
     /// # Errors
     /// A device that is out of memory.
@@ -126,7 +127,7 @@ impl VesperLM {
 
     /// What merging the adapters does to the outputs: [`Merge::Exact`] or [`Merge::Unsupported`].
     pub fn merge_quality(&self) -> Merge {
-        let exact = self.adapters().iter().all(|(_, adapter)| adapter.merge_quality() == Merge::Exact);
+        let exact = self.adapters().iter().all(|(_, adapter)| is_matrix(adapter));
         if exact { Merge::Exact } else { Merge::Unsupported }
     }
 

@@ -165,7 +165,8 @@ impl Packed {
         self.parts.iter().filter_map(|part| Some((part.projection, part.adapter.as_ref()?)))
     }
 
-    /// The same layer with its adapters in the matrix; none where one of them is no constant matrix. A matrix in blocks
+    /// The same layer with its adapters in the matrix; none where one of them is no constant matrix, or has a bias, for which
+    /// there is no place. A matrix in blocks
     /// that has an adapter becomes one in f32, for the blocks would round away much of what the adapter learned.
     pub(super) fn merged(&self) -> Result<Option<Self>> {
         if !self.is_adapted() {
@@ -179,7 +180,7 @@ impl Packed {
             start += part.width;
             rows.push(match &part.adapter {
                 None => own,
-                Some(adapter) if adapter.merge_quality() == Merge::Exact => {
+                Some(adapter) if is_matrix(adapter) => {
                     let delta = adapter.delta_weight()?;
                     (own.to_dtype(delta.dtype())? + delta)?.to_dtype(weight.dtype())?
                 }
@@ -190,4 +191,9 @@ impl Packed {
         let weight = Weight::Plain(Tensor::cat(&rows, 0)?.detach());
         Ok(Some(Self { weight, parts, tracked: self.tracked }))
     }
+}
+
+/// Whether what an adapter adds is a constant matrix's product.
+pub(super) fn is_matrix(adapter: &Arc<dyn Adapter>) -> bool {
+    adapter.merge_quality() == Merge::Exact && matches!(adapter.delta_bias(), Ok(None))
 }

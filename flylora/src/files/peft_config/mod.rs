@@ -211,6 +211,9 @@ impl PeftConfig {
             }
         }
         match (&file, adapter) {
+            (AdapterKind::Lora(file), AdapterKind::Lora(ours)) if file.bias != ours.bias => {
+                fail("lora_bias", ours.bias.to_string(), file.bias.to_string())
+            }
             (AdapterKind::FlyLora(file), AdapterKind::FlyLora(ours)) if file.routing != ours.routing => {
                 fail("fly_routing", format!("{:?}", ours.routing), format!("{:?}", file.routing))
             }

@@ -151,10 +151,15 @@ impl Reader<'_> {
 
     /// Takes a field that belongs to the kind.
     fn field_of_kind(&self, kind: &mut AdapterKind, field: &str, value: &Value) -> Result<bool> {
+        let dora = matches!(kind, AdapterKind::Dora(_));
         Ok(match kind {
             AdapterKind::Lora(c) | AdapterKind::Dora(c) => match field {
                 "r" | "rank_pattern" | "use_dora" => true,
                 "use_rslora" => self.scaling(field, c)?,
+                "lora_bias" if !dora => {
+                    c.bias = self.flag(field)?;
+                    true
+                }
                 _ => false,
             },
             AdapterKind::AdaLora(c) => match field {

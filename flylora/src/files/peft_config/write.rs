@@ -126,10 +126,14 @@ fn fields_of(kind: &AdapterKind) -> Map<String, Value> {
     if let (Value::Object(fields), Value::Object(more)) = (&mut value, more) {
         fields.extend(more);
     }
-    match value {
+    let mut fields = match value {
         Value::Object(fields) => fields,
         _ => Map::new(),
+    };
+    if matches!(kind, AdapterKind::Lora(c) if c.bias) {
+        fields.insert("lora_bias".into(), json!(true));
     }
+    fields
 }
 
 /// The fields that adapters of one directory must have in common.
