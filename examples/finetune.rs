@@ -146,6 +146,7 @@ struct Comparison {
     steps: u64,
     batch: usize,
     seq: usize,
+    seed: u64,
     train_tokens: usize,
     held_out_tokens: usize,
     /// Held-out loss of the model as it was.
@@ -288,6 +289,7 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         steps: flags.steps,
         batch: flags.batch,
         seq: flags.seq,
+        seed: flags.seed,
         train_tokens: run.train.len(),
         held_out_tokens: run.eval.len(),
         base_loss,

@@ -180,7 +180,7 @@ fn an_update_goes_downhill_on_rosenbrock() {
 #[test]
 fn every_rule_trains_a_small_transformer() {
     for (name, config) in rules() {
-        let (first, last) = Transformer::new(&Device::Cpu).train(name, config);
+        let (first, last) = Transformer::new(&Device::Cpu).train(name, config, 400);
         assert!(last < 0.6 * first, "{name}: {first} to {last}");
     }
 }

@@ -29,6 +29,17 @@ pub(crate) fn gpu(test: &str) -> Option<(MutexGuard<'static, ()>, Device)> {
     Some((guard, device.clone()))
 }
 
+/// Whether `VESPER_CUDA_TESTS` is `brief`: for compute-sanitizer, under which every access of a kernel takes some hundred
+/// times as long. Then the largest inputs are left out or cut.
+fn brief() -> bool {
+    std::env::var_os("VESPER_CUDA_TESTS").is_some_and(|value| value == "brief")
+}
+
+/// `n`, or as many elements as a sanitizer can follow.
+pub(crate) fn most(n: usize) -> usize {
+    if brief() { n.min(9001) } else { n }
+}
+
 pub(crate) fn host(x: &Tensor) -> Vec<f64> {
     values(&x.to_device(&Device::Cpu).unwrap())
 }

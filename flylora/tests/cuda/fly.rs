@@ -4,7 +4,7 @@ use flylora::{
 };
 
 use crate::common::noise;
-use crate::{all, allowed, compare, gpu, host};
+use crate::{all, allowed, compare, gpu, host, rows};
 
 fn layer(config: &FlyLoraConfig, inputs: usize, outputs: usize, dtype: DType, device: &Device) -> AnyLinear {
     let base = FrozenLinear::new(
@@ -56,7 +56,7 @@ fn the_layer_equals_itself_in_f64_on_the_cpu_in_value_and_all_gradients() {
     ];
     for config in configs {
         for (rows, inputs, outputs) in
-            [(1, 64, 72), (3, 67, 129), (300, 768, 130), (1000, 131, 65), (4099, 260, 320)]
+            [(1, 64, 72), (3, 67, 129), (rows(300), 768, 130), (rows(1000), 131, 65), (rows(4099), 260, 320)]
         {
             for dtype in [DType::F32, DType::BF16, DType::F16] {
                 // A distance between scores is only one where x is the same number in every dtype.
@@ -103,7 +103,7 @@ fn counts_move_the_balance_as_on_the_cpu_and_layouts_do_not_change_the_bits() {
         adapter
     };
     let (here, there) = (adapter(&device), adapter(&Device::Cpu));
-    let x = decided(&noise(&[500, 96], 1.0, DType::F32, 8), &config);
+    let x = decided(&noise(&[rows(500), 96], 1.0, DType::F32, 8), &config);
     let on = x.to_device(&device).unwrap();
     for index in 1..=3 {
         let (y, _) = (here.delta(&on).unwrap(), there.delta(&x).unwrap());

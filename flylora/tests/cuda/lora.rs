@@ -5,7 +5,7 @@ use flylora::{
 };
 
 use crate::common::noise;
-use crate::{all, allowed, compare, gpu, host};
+use crate::{all, allowed, brief, compare, gpu, host, rows, runs};
 
 /// A layer with all its parameters away from where they start; weight and x of `dtype`, parameters of `own`.
 fn layer(
@@ -93,7 +93,11 @@ fn every_kind_equals_itself_in_f64_on_the_cpu_in_value_and_all_gradients() {
     let small = &sizes[..4];
     let all_kinds = kinds().into_iter().map(|kind| (kind, &sizes[..]));
     for (kind, sizes) in all_kinds.chain(masked().into_iter().map(|kind| (kind, small))) {
-        for &(rows, inputs, outputs) in sizes {
+        for &(most, inputs, outputs) in sizes {
+            let rows = rows(most);
+            if !runs(rows * inputs * outputs) {
+                continue;
+            }
             for dtype in [DType::F32, DType::BF16, DType::F16] {
                 let bias = rows % 2 == 1;
                 let x = noise(&[rows, inputs], 1.0, dtype, 3);
@@ -132,7 +136,11 @@ fn widths_ranks_and_the_order_of_the_weight_change_no_value() {
         (1000, 40, 4096, 32),
         (1001, 512, 1024, 40),
     ];
-    for (rows, inputs, outputs, r) in sizes {
+    for (most, inputs, outputs, r) in sizes {
+        let rows = rows(most);
+        if !runs(rows * inputs * outputs) {
+            continue;
+        }
         let kind = AdapterKind::Lora(LoraConfig::default().with_r(r).with_alpha(12.0));
         for (dtype, turned) in
             [DType::F32, DType::BF16, DType::F16].into_iter().flat_map(|d| [(d, false), (d, true)])
@@ -189,7 +197,7 @@ fn other_starts_kinds_and_dtypes_of_parameters_go_their_old_way() {
         (AdapterKind::Lora(LoraConfig::default()), DType::BF16, DType::BF16),
         (AdapterKind::Lora(LoraConfig::default()), DType::F64, DType::F64),
     ] {
-        for rows in [3, 500] {
+        for rows in [3, rows(500)] {
             let x = noise(&[rows, 80], 1.0, dtype, 3);
             let there = layer(&kind, (80, 96), (dtype, own), true, &Device::Cpu);
             let want = all(&there, &host(&x), |x| there.forward(x));
@@ -215,7 +223,7 @@ fn the_change_alone_and_with_dropout_equals_itself_in_f64_on_the_cpu() {
         AdapterKind::AdaLora(AdaLoraConfig::default().with_dropout(0.3)),
         AdapterKind::MaskedLora(MaskedLoraConfig::default().with_lora(lora())),
     ] {
-        for (rows, inputs, outputs) in [(3, 67, 65), (400, 96, 72)] {
+        for (rows, inputs, outputs) in [(3, 67, 65), (rows(400), 96, 72)] {
             for dtype in [DType::F32, DType::BF16, DType::F16] {
                 let x = noise(&[rows, inputs], 1.0, dtype, 3);
                 let there = layer(&kind, (inputs, outputs), (dtype, DType::F32), true, &Device::Cpu);
@@ -242,6 +250,9 @@ fn masks_are_those_of_the_cpu_to_the_bit_ties_and_all() {
     // Factors of small whole numbers: products are exact, and most of them equal many others.
     let whole = |shape: &[usize], seed| (noise(shape, 1.6, DType::F32, seed)).round().unwrap();
     for (inputs, outputs) in [(40, 24), (333, 257), (768, 512)] {
+        if brief() && inputs > 400 {
+            continue;
+        }
         for kind in masked() {
             let AdapterKind::MaskedLora(config) = &kind else { continue };
             let make = |device: &Device| {

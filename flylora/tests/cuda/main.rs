@@ -28,6 +28,22 @@ pub(crate) fn gpu(test: &str) -> Option<(MutexGuard<'static, ()>, Device)> {
     Some((guard, device.clone()))
 }
 
+/// Whether `VESPER_CUDA_TESTS` is `brief`: for compute-sanitizer, under which every access of a kernel takes some hundred
+/// times as long. Then the largest inputs are left out or cut.
+pub(crate) fn brief() -> bool {
+    std::env::var_os("VESPER_CUDA_TESTS").is_some_and(|value| value == "brief")
+}
+
+/// `n`, or as many rows as a sanitizer can follow: more than one block of the kernels has.
+pub(crate) fn rows(n: usize) -> usize {
+    if brief() { n.min(130) } else { n }
+}
+
+/// Whether a case of so many products of the frozen layer runs.
+pub(crate) fn runs(products: usize) -> bool {
+    !brief() || products <= 80_000_000
+}
+
 pub(crate) fn host(t: &Tensor) -> Tensor {
     t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap()
 }

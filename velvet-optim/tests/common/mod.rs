@@ -221,7 +221,7 @@ impl Transformer {
     }
 
     /// Trains with a rule of [`rules`]; returns the loss before and after.
-    pub fn train(&self, name: &str, config: VelvetConfig) -> (f64, f64) {
+    pub fn train(&self, name: &str, config: VelvetConfig, steps: u64) -> (f64, f64) {
         let lr = match name {
             name if name.starts_with("sgd") => 0.3,
             name if name.starts_with("lion") => 0.003,
@@ -231,8 +231,8 @@ impl Transformer {
         let config = VelvetConfig { weight_decay: 0.01, ..config.with_lr(lr) };
         let mut opt = Velvet::named(self.vars.clone(), config).unwrap();
         let first = scalar(&self.loss(1_000_000)).unwrap();
-        for step in 0..400 {
-            opt.set_learning_rate(lr * (1.0 - step as f64 / 400.0));
+        for step in 0..steps {
+            opt.set_learning_rate(lr * (1.0 - step as f64 / steps as f64));
             opt.backward_step(&self.loss(step)).unwrap();
             assert_eq!(opt.missing_gradients(), [""; 0], "{name}");
         }

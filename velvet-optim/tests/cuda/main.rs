@@ -36,6 +36,12 @@ fn gpu(test: &str) -> Option<Device> {
     device
 }
 
+/// Whether `VESPER_CUDA_TESTS` is `brief`: for compute-sanitizer, under which every access of a kernel takes some hundred
+/// times as long. Then long runs of rules whose kernels other tests run are cut or left out.
+fn brief() -> bool {
+    std::env::var_os("VESPER_CUDA_TESTS").is_some_and(|value| value == "brief")
+}
+
 fn on(tensor: &Tensor, device: &Device) -> Tensor {
     tensor.to_device(device).unwrap()
 }
