@@ -79,19 +79,11 @@ fn by_rows(
     to: &mut [f32],
 ) -> Result<()> {
     #[cfg(target_arch = "x86_64")]
-    if let Some(level) = super::vectors::level() {
-        use super::{q4_k, q8_0, vectors};
-        let own = match weight.dtype() {
-            GgmlDType::Q8_0 => Some((q8_0::rows(level), q8_0::BYTES)),
-            GgmlDType::Q4K => Some((q4_k::rows(level), q4_k::BYTES)),
-            _ => None,
-        };
-        if let Some((rows, block)) = own {
-            let row = input / weight.dtype().block_size() * block;
-            let vectors = vectors::Vectors::new(x, m);
-            vectors::multiply(rows, (&weight.data()?, row), &vectors, step, to);
-            return Ok(());
-        }
+    if let Some(rows) = super::vectors::rows(weight.dtype()) {
+        let row = weight.dtype().type_size() * (input / weight.dtype().block_size());
+        let vectors = super::vectors::Vectors::new(x, m);
+        super::vectors::multiply(rows, (&weight.data()?, row), &vectors, step, to);
+        return Ok(());
     }
     with_blocks!(weight, blocks => {
         multiply_blocks(blocks, x, (m, input, out), step, to);

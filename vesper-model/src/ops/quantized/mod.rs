@@ -1,8 +1,14 @@
 //! A linear layer whose weight is in GGUF blocks, on the CPU.
 
 mod blocks;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod check;
 #[cfg(target_arch = "x86_64")]
-mod q4_k;
+mod q4_k_q5_k;
+#[cfg(target_arch = "x86_64")]
+mod q4_q5;
+#[cfg(target_arch = "x86_64")]
+mod q6_k;
 #[cfg(target_arch = "x86_64")]
 mod q8_0;
 #[cfg(target_arch = "x86_64")]

@@ -10,6 +10,7 @@
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
+use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 
 /// Values of a vector that share a scale.
@@ -35,6 +36,7 @@ pub(super) fn level() -> Option<Level> {
             && is_x86_feature_detected!("f16c");
         let vnni = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vnni");
         match (avx2, vnni) {
             (true, true) => Some(Level::Vnni),
@@ -42,6 +44,14 @@ pub(super) fn level() -> Option<Level> {
             _ => None,
         }
     })
+}
+
+/// The product with blocks of a type, if this processor has the instructions and the type a product of ours.
+pub(super) fn rows(dtype: GgmlDType) -> Option<Rows> {
+    let level = level()?;
+    [super::q8_0::rows, super::q6_k::rows, super::q4_q5::rows, super::q4_k_q5_k::rows]
+        .iter()
+        .find_map(|of| of(dtype, level))
 }
 
 /// Vectors rounded to blocks of 8 bits.
@@ -143,6 +153,13 @@ pub(super) use in_fours;
 pub(super) fn ask_for(block: &[u8], ahead: usize) {
     // SAFETY: a hint, of any address; every x86-64 has it.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(block.as_ptr().wrapping_add(ahead).cast()) }
+}
+
+/// A number in f16, eight times in f32.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn everywhere(bytes: &[u8]) -> __m256 {
+    _mm256_cvtph_ps(_mm_set1_epi16(i16::from_le_bytes([bytes[0], bytes[1]])))
 }
 
 /// The sums of four products each of x, without signs, and y, with signs.
