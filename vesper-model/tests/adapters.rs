@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Optimizer, SGD, VarMap};
-use flylora::files::{SaveOptions, save_adapters_with};
+use flylora::files::{PeftConfig, SaveOptions, save_adapters_with};
 use flylora::{
     AdaLoraConfig, Adapter, AdapterKind, FlyLoraConfig, LoraConfig, LoraInit, MaskedLoraConfig, Merge,
     Targets,
@@ -232,6 +232,63 @@ fn what_does_not_fit_is_refused_and_the_model_stays_as_it_was() {
 }
 
 /// Adapters that PEFT trained, on a model that VesperLM loads as a Llama.
+#[test]
+fn ranks_and_alphas_of_single_projections_are_kept_in_the_files() {
+    let lora = AdapterKind::Lora(LoraConfig::default().with_r(2).with_alpha(4.0));
+    let targets = Targets::names(["q_proj", "v_proj", "down_proj"]);
+    let config = PeftConfig::new(lora, targets)
+        .with_rank_pattern([("down_proj", 6), (r"layers\.1\..*", 3)])
+        .unwrap()
+        .with_alpha_pattern([(r"layers\.0\.self_attn\.v_proj", 1.0)])
+        .unwrap();
+    let mut adapted = model();
+    adapted.attach_config(&config).unwrap();
+    let ranks = |model: &VesperLM| -> Vec<(String, usize, f64)> {
+        let adapters = model.adapters();
+        let of = |(path, adapter): &(String, std::sync::Arc<dyn Adapter>)| match adapter.kind() {
+            AdapterKind::Lora(config) => {
+                (path.trim_start_matches("model.layers.").into(), config.r, config.alpha)
+            }
+            other => panic!("{other}"),
+        };
+        adapters.iter().map(of).collect()
+    };
+    let want = [
+        ("0.self_attn.q_proj", 2, 4.0),
+        ("0.self_attn.v_proj", 2, 1.0),
+        ("0.mlp.down_proj", 6, 4.0),
+        ("1.self_attn.q_proj", 3, 4.0),
+        ("1.self_attn.v_proj", 3, 4.0),
+        ("1.mlp.down_proj", 6, 4.0),
+    ];
+    assert_eq!(ranks(&adapted), want.map(|(path, r, alpha)| (path.to_owned(), r, alpha)));
+    for (i, (_, var)) in vars(&adapted).iter().enumerate() {
+        let values: Vec<f32> = (0..var.elem_count()).map(|j| ((j * 5 + i) % 7) as f32 * 0.01).collect();
+        var.set(&Tensor::from_vec(values, var.shape(), var.device()).unwrap()).unwrap();
+    }
+    let folder = tempfile::tempdir().unwrap();
+    adapted.save_adapters(folder.path()).unwrap();
+    let mut again = model();
+    again.attach_from(folder.path()).unwrap();
+    assert_eq!(ranks(&again), ranks(&adapted));
+    let got = again.forward(&ids(0)).unwrap();
+    assert_eq!(difference(&got, &adapted.forward(&ids(0)).unwrap()), 0.0);
+    assert!(difference(&got, &model().forward(&ids(0)).unwrap()) > 1e-3);
+
+    // What the file says makes new adapters, too.
+    let mut new = model();
+    new.attach_config(&PeftConfig::read(folder.path()).unwrap()).unwrap();
+    assert_eq!(ranks(&new), ranks(&adapted));
+    let file = folder.path().join("adapter_config.json");
+    let mut fields: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    fields["modules_to_save"] = serde_json::json!(["lm_head"]);
+    std::fs::write(&file, fields.to_string()).unwrap();
+    let mut plain = model();
+    let error = plain.attach_config(&PeftConfig::read(folder.path()).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("modules_to_save") && error.contains("lm_head"), "{error}");
+    assert!(plain.adapters().is_empty());
+}
+
 #[test]
 fn adapters_of_peft_give_their_reference_logits() {
     let Some(data) = std::env::var_os("VESPER_DATA").map(std::path::PathBuf::from) else {

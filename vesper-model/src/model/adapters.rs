@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
-use flylora::files::AdapterFile;
+use flylora::files::{AdapterFile, PeftConfig};
 use flylora::{Adapter, AdapterKind, Error, FrozenLinear, Merge, Place, Targets, save_adapters};
 
 use super::VesperLM;
@@ -42,12 +42,50 @@ impl VesperLM {
     /// # Ok::<(), vesper_model::ModelError>(())
     /// ```
     pub fn attach(&mut self, kind: &AdapterKind, targets: &Targets) -> Result<()> {
+        self.attach_config(&PeftConfig::new(kind.clone(), targets.clone()))
+    }
+
+    /// As [`VesperLM::attach`], with the kind, the targets and the ranks and alphas of single projections (PEFT's
+    /// `rank_pattern` and `alpha_pattern`) of a configuration.
+    ///
+    /// # Errors
+    /// As [`VesperLM::attach`], and a configuration that trains parameters of the model itself, too (PEFT's
+    /// `modules_to_save`). The model is then as it was.
+    ///
+    /// # Examples
+    /// ```
+    /// use vesper_model::candle_core::{DType, Device};
+    /// use vesper_model::candle_nn::VarMap;
+    /// use vesper_model::flylora::files::PeftConfig;
+    /// use vesper_model::flylora::{AdapterKind, LoraConfig, Targets};
+    /// use vesper_model::{VesperConfig, VesperLM};
+    ///
+    /// let config = VesperConfig::preset("nano")?.with_vocab(64);
+    /// let mut model = VesperLM::initialize(&config, &VarMap::new(), 0, DType::F32, &Device::Cpu)?;
+    /// let lora = AdapterKind::Lora(LoraConfig::default().with_r(8));
+    /// let adapters = PeftConfig::new(lora, Targets::all_linear()).with_rank_pattern([("down_proj", 32)])?;
+    /// model.attach_config(&adapters)?;
+    /// let sizes = |path: &str| {
+    ///     let (_, adapter) = model.adapters().into_iter().find(|(p, _)| p == path).unwrap();
+    ///     adapter.parameters()[0].1.dims().to_vec() // lora_A.weight: (r, in)
+    /// };
+    /// assert_eq!(sizes("model.layers.0.mlp.down_proj"), [32, config.intermediate_size]);
+    /// assert_eq!(sizes("model.layers.0.mlp.up_proj"), [8, config.hidden_size]);
+    /// # Ok::<(), vesper_model::ModelError>(())
+    /// ```
+    pub fn attach_config(&mut self, config: &PeftConfig) -> Result<()> {
+        if let Some(name) = config.modules_to_save().first() {
+            let message = format!(
+                "modules_to_save: {name} is a module of the model itself, which is not trained beside adapters"
+            );
+            return Err(Error::Adapters { message }.into());
+        }
         let device = self.device().clone();
         self.attach_each(|path, layer| {
-            if !targets.selects(path) {
+            if !config.targets().selects(path) {
                 return Ok(None);
             }
-            Ok(Some(kind.build(layer, &Place::alone(path, DType::F32, &device))?))
+            Ok(Some(config.kind(path)?.build(layer, &Place::alone(path, DType::F32, &device))?))
         })
     }
 
