@@ -142,7 +142,9 @@ fn benchmark(flags: &Flags) -> Result<ExitCode> {
     }
     let out = flags.out.clone().unwrap_or_else(|| runs::new_folder("benchmark"));
     let preset = VesperConfig::preset(&flags.size)?;
+    let mut folder = files::NewFolder::create(&out)?;
     let data = Data::prepare(&settings, &preset, None, &out.join("cache"))?;
+    folder.keep();
     let mut config = preset.with_vocab(data.tokenizer.vocab_size());
     config.max_position_embeddings = config.max_position_embeddings.max(flags.seq);
     say!(
@@ -341,7 +343,6 @@ fn table(report: &Report, lrs: &[f64]) {
 }
 
 fn write(report: &Report, lrs: &[f64], out: &Path) -> Result<()> {
-    files::create_dir(out)?;
     files::write_json(&out.join("benchmark.json"), report)?;
     let mut lines = Vec::new();
     for arm in Arm::ALL {

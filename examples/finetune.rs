@@ -217,6 +217,12 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
     if base.source.is_file() && flags.method.contains(&Method::Full) {
         bail!("--method full: the weights of {} do not train, adapters over them do", base.source.display());
     }
+    let mut methods =
+        if flags.method.is_empty() { Method::value_variants().to_vec() } else { flags.method.clone() };
+    if base.source.is_file() {
+        methods.retain(|method| *method != Method::Full);
+    }
+    flags.check_adapters(&methods, &base.model)?;
     let settings = settings::Flags {
         steps: Some(flags.steps),
         batch: Some(flags.batch),
@@ -225,8 +231,9 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         device: Some(flags.device.clone()),
         ..settings::Flags::default()
     };
+    let settings = settings.settings()?;
     let out = flags.out.clone().unwrap_or_else(|| runs::new_folder("finetune"));
-    files::create_dir(&out)?;
+    let mut folder = files::NewFolder::create(&out)?;
     let tokenizer = base.text_tokenizer(&out)?;
     let cache = out.join("cache");
     files::create_dir(&cache)?;
@@ -236,7 +243,7 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         let (train, eval) = (train.len(), eval.len());
         bail!("--seq {} is longer than the data: {train} tokens to train on, {eval} held out", flags.seq);
     }
-    let run = Run { settings: settings.settings()?, flags, base, config, tokenizer, device, train, eval };
+    let run = Run { flags, base, config, tokenizer, settings, device, train, eval };
     let source = &run.base.source;
     let base_loss = run.held_out(&run.base.model)?;
     say!(
@@ -247,11 +254,6 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
     );
     let mut rows: Vec<Row> = Vec::new();
     let mut best: Option<(f64, Method, VesperLM)> = None;
-    let mut methods =
-        if flags.method.is_empty() { Method::value_variants().to_vec() } else { flags.method.clone() };
-    if source.is_file() {
-        methods.retain(|method| *method != Method::Full);
-    }
     for method in methods {
         let mut tried = Vec::new();
         let mut winner: Option<(f64, Trained)> = None;
@@ -264,6 +266,7 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
             }
         }
         let Some((lr, trained)) = winner else { continue };
+        folder.keep();
         let merge = run.save(&out.join(method.name()), method, &trained.model)?;
         rows.push(Row {
             method: method.name(),
@@ -317,6 +320,56 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+impl Flags {
+    fn targets(&self) -> Targets {
+        if self.targets.is_empty() {
+            return Targets::all_linear();
+        }
+        Targets::names(self.targets.iter().cloned())
+    }
+
+    /// Whether the adapters of these methods fit the model, before any work: targets that it has, a rank that the largest of
+    /// them can have, and the smallest, too, where an adapter begins with singular directions.
+    fn check_adapters(&self, methods: &[Method], model: &VesperLM) -> Result<()> {
+        let rank = self.rank;
+        if methods.iter().all(|method| *method == Method::Full) {
+            return Ok(());
+        }
+        if rank == 0 {
+            bail!("--rank 0: expected at least 1");
+        }
+        // The sizes of the matrices, by the smallest of adapters on them.
+        let least = AdapterKind::Lora(LoraConfig::default().with_r(1));
+        let with = |targets: &Targets| {
+            let mut small = model.clone();
+            small.attach(&least, targets).map(|()| small)
+        };
+        for target in &self.targets {
+            with(&Targets::names([target.clone()])).with_context(|| format!("--targets {target}"))?;
+        }
+        let small = with(&self.targets())?;
+        let mut sides = Vec::new();
+        for (path, adapter) in small.adapters() {
+            let sizes = adapter.parameters().iter().map(|(_, var)| var.elem_count()).min();
+            sides.extend(sizes.map(|side| (side, path)));
+        }
+        let (Some((side, path)), Some((smallest, narrow))) = (sides.iter().max(), sides.iter().min()) else {
+            return Ok(());
+        };
+        if rank > *side {
+            bail!(
+                "--rank {rank}: {path}, the largest of the targeted matrices, has a rank of {side} at most"
+            );
+        }
+        if methods.contains(&Method::Pissa) && rank > *smallest {
+            bail!(
+                "--rank {rank}: PiSSA begins with so many singular directions, and {narrow} has {smallest}"
+            );
+        }
+        Ok(())
+    }
+}
+
 impl Run<'_> {
     fn held_out(&self, model: &VesperLM) -> Result<f64> {
         held_out_loss(&model.detach(), &self.eval, &self.settings, &self.device, EVAL_TOKENS)
@@ -342,12 +395,7 @@ impl Run<'_> {
                 }
                 Some(kind) => {
                     let mut model = model::weights(&self.base.source, &self.device)?;
-                    let targets = if flags.targets.is_empty() {
-                        Targets::all_linear()
-                    } else {
-                        Targets::names(flags.targets.iter().cloned())
-                    };
-                    model.attach(&kind, &targets)?;
+                    model.attach(&kind, &flags.targets())?;
                     let named = model
                         .adapters()
                         .iter()

@@ -153,7 +153,7 @@ fn metacognition(flags: &Flags) -> Result<ExitCode> {
     let documents = Documents::read(&flags.data, flags.stories, &tokenizer, &folder)?;
     let base = BaseModel::of(&model)?;
     let out = flags.out.clone().unwrap_or_else(|| runs::new_folder("metacognition"));
-    files::create_dir(&out)?;
+    let mut created = files::NewFolder::create(&out)?;
     say!(
         "{}: {} documents, {} left out; results in {}",
         documents.name,
@@ -237,6 +237,7 @@ fn metacognition(flags: &Flags) -> Result<ExitCode> {
         if seed == 0 {
             // What is kept judges answers as they are drawn.
             let answer = answerer.calibrate(&calibrating, &drawn_head.confidence())?;
+            created.keep();
             drawn_head.with_answer(answer).save(out.join("head"))?;
         }
         seeds.push(Seed {

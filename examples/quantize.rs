@@ -79,6 +79,12 @@ fn quantize(flags: &Flags) -> Result<ExitCode> {
     if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
         bail!("--out: there is no folder {}", folder.display());
     }
+    if let Some(out) = flags.out.as_deref().filter(|out| out.is_dir()) {
+        bail!("--out {}: a folder; name a file in it", out.display());
+    }
+    if let Some(record) = flags.record.as_deref().filter(|record| record.exists() && !record.is_dir()) {
+        bail!("--record {}: a file; name a folder", record.display());
+    }
     for (flag, value) in [("--tokens", flags.tokens), ("--seq", flags.seq)] {
         if value == 0 {
             bail!("{flag} 0: expected at least 1");

@@ -43,6 +43,9 @@ fn train(flags: &Flags) -> Result<ExitCode> {
     let device = device::open(&settings.device)?;
     let preset = VesperConfig::preset(&settings.size)?;
 
+    // What is made here goes again where the settings and the text do not fit.
+    let mut folder = files::NewFolder::create(&out)?;
+
     // Text to tokens to batches.
     let tokenizer = stored.is_some().then(|| checkpoint.tokenizer());
     let data = Data::prepare(&settings, &preset, tokenizer.as_deref(), &out.join("cache"))?;
@@ -75,7 +78,7 @@ fn train(flags: &Flags) -> Result<ExitCode> {
         batches.restore(&state.sampler)?;
         (done, seconds) = (state.step, state.seconds);
     }
-    files::create_dir(&out)?;
+    folder.keep();
     let mut log = Log::open(&out.join("log.jsonl"), done)?;
     runs::remember(&out);
     describe(&settings, &config, &data, &out, done);

@@ -1,7 +1,7 @@
 //! Writing small files so that a crash or a full disk leaves the old one.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -70,6 +70,42 @@ pub fn create_dir(path: &Path) -> Result<()> {
     std::fs::create_dir_all(path).with_context(|| format!("cannot create the folder {}", path.display()))
 }
 
+/// A folder that a program begins to fill: until it is kept, an error takes away again what was not there before, so that a
+/// wrong argument leaves nothing.
+#[derive(Debug)]
+pub struct NewFolder {
+    /// The first of the folders that were not there.
+    new: Option<PathBuf>,
+}
+
+impl NewFolder {
+    /// Makes a folder and those above it.
+    ///
+    /// # Errors
+    /// Names the folder.
+    pub fn create(path: &Path) -> Result<Self> {
+        let missing = path.ancestors().take_while(|path| !path.as_os_str().is_empty() && !path.exists());
+        // From here on, what is made of them goes again, and a folder that cannot be made leaves none above it.
+        let folder = Self { new: missing.last().map(Path::to_path_buf) };
+        create_dir(path)?;
+        Ok(folder)
+    }
+
+    /// What is in it is worth keeping, whatever happens.
+    pub fn keep(&mut self) {
+        self.new = None;
+    }
+}
+
+impl Drop for NewFolder {
+    fn drop(&mut self) {
+        if let Some(new) = &self.new {
+            // An error is being reported already.
+            let _ = std::fs::remove_dir_all(new);
+        }
+    }
+}
+
 /// The length of a file, in bytes.
 ///
 /// # Errors
@@ -77,4 +113,31 @@ pub fn create_dir(path: &Path) -> Result<()> {
 pub fn size(path: &Path) -> Result<u64> {
     let about = std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
     Ok(about.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_that_is_not_kept_leaves_what_was_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let (old, new) = (folder.path().join("old"), folder.path().join("old/a/b"));
+        create_dir(&old).unwrap();
+        std::fs::write(old.join("mine"), "text").unwrap();
+        let begun = NewFolder::create(&new).unwrap();
+        std::fs::write(new.join("part"), "text").unwrap();
+        drop(begun);
+        assert!(old.join("mine").is_file() && !old.join("a").exists());
+        drop(NewFolder::create(&old).unwrap());
+        assert!(old.join("mine").is_file());
+        let mut begun = NewFolder::create(&new).unwrap();
+        begun.keep();
+        drop(begun);
+        assert!(new.is_dir());
+        // A file where a folder must be.
+        let error = NewFolder::create(&old.join("mine/c")).unwrap_err();
+        assert!(error.to_string().contains("mine/c"), "{error}");
+        assert!(old.join("mine").is_file());
+    }
 }

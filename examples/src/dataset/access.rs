@@ -11,6 +11,7 @@ use vesper_data::tokenizer::TrainProgress;
 use vesper_data::{CacheBuilder, Documents, ReadReport, Sources, TextTokenizer, TokenCache, TrainConfig};
 
 use crate::dataset::flags::Text;
+use crate::files::NewFolder;
 
 /// Text as tokens.
 #[derive(Debug)]
@@ -119,8 +120,8 @@ pub fn open(text: &Text) -> Result<Opened> {
     let started = Instant::now();
     let sources = sources(text)?;
     let bytes = file_bytes(&sources)?;
+    let mut folder = NewFolder::create(&text.cache)?;
     let tokenizer = tokenizer(text, &sources, bytes)?;
-    crate::files::create_dir(&text.cache)?;
     let bar = bar(bytes, "tokenising");
     let counter = bar.clone();
     let observed = tokenizer.clone().with_observer(move |more| counter.inc(more.bytes));
@@ -129,6 +130,7 @@ pub fn open(text: &Text) -> Result<Opened> {
     let opened = builder.open_or_build(&text.cache, &sources, &observed);
     bar.finish_and_clear();
     let (cache, status) = opened?;
+    folder.keep();
     remark(&sources, &cache, report)?;
     let seconds = started.elapsed().as_secs_f64();
     Ok(Opened { sources, tokenizer, cache, status: status.to_string(), seconds })

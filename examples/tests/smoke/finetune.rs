@@ -1,4 +1,4 @@
-use crate::program::{copy, fails, finished, json, succeeds};
+use crate::program::{copy, data, fails, finished, folder, json, succeeds};
 
 #[test]
 fn methods_are_compared_saved_and_talked_with() {
@@ -108,4 +108,38 @@ fn what_cannot_be_tuned_is_said_in_a_line() {
     let folder = copy(dir);
     let wrong = ["--model", "run", "--adapter", "run", "--prompt", "x"];
     fails("chat", folder.path(), &wrong, &["adapter_config.json"]);
+}
+
+#[test]
+fn ranks_and_targets_that_do_not_fit_are_refused_before_any_work() {
+    let folder = copy(finished());
+    let dir = folder.path();
+    let args = ["--model", "run", "--data", "text.txt", "--steps", "1"];
+    for (more, parts) in [
+        (&["--rank", "100000"][..], &["--rank 100000", "model.layers.", "a rank of 160 at most"][..]),
+        (&["--rank", "18446744073709551615"], &["--rank 18446744073709551615"]),
+        (&["--rank", "0"], &["--rank 0", "at least 1"]),
+        (&["--targets", "q_proj", "nonsense"], &["--targets nonsense", "none of the model's projections"]),
+        (&["--seq", "100000"], &["--seq 100000"]),
+        (&["--batch", "0"], &["--batch 0"]),
+        (&["--dropout", "1"], &["--dropout 1"]),
+    ] {
+        fails("finetune", dir, &[&args[..], more].concat(), parts);
+        fails("finetune", dir, &[&args[..], more, &["--out", "a/b"]].concat(), parts);
+    }
+    // What is wrong with text is known when there are tokens of it.
+    std::fs::write(dir.join("short.txt"), "A word.").unwrap();
+    let args = ["--model", "run", "--data", "short.txt", "--seq", "32", "--out", "a/b"];
+    fails("finetune", dir, &args, &["--seq 32", "longer than the data"]);
+}
+
+#[test]
+fn a_rank_above_that_of_a_narrow_matrix_is_no_start_for_pissa() {
+    let name = "a_rank_above_that_of_a_narrow_matrix_is_no_start_for_pissa";
+    let Some(data) = data(name) else { return };
+    let model = data.join("models/stories260K");
+    let folder = folder();
+    let args = ["--model", model.to_str().unwrap(), "--data", "text.txt", "--rank", "40", "--method", "lora"];
+    let args = [&args[..], &["pissa"]].concat();
+    fails("finetune", folder.path(), &args, &["--rank 40", "PiSSA", "_proj has 32"]);
 }

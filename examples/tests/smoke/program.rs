@@ -39,9 +39,29 @@ pub(crate) fn succeeds(name: &str, dir: &Path, args: &[&str]) -> String {
     output.stdout
 }
 
-/// Runs an example that must fail with exit code 2 and one line on stderr that has all of `parts`.
+/// Runs an example that must fail with exit code 2 and one line on stderr that has all of `parts`, and leave no new file.
 pub(crate) fn fails(name: &str, dir: &Path, args: &[&str], parts: &[&str]) -> String {
+    let before = paths(dir);
+    let line = stops(name, dir, args, parts);
+    let left: Vec<_> = paths(dir).into_iter().filter(|path| !before.contains(path)).collect();
+    assert!(left.is_empty(), "{name} {args:?} left {left:?}");
+    line
+}
+
+/// As [`fails`], of an example that has begun its work, and keeps what there is of it.
+pub(crate) fn stops(name: &str, dir: &Path, args: &[&str], parts: &[&str]) -> String {
     is_one_error(&output(command(name, dir, args)), parts)
+}
+
+/// All that is in a folder.
+fn paths(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries
+        .flat_map(|path| {
+            let within = if path.is_dir() { paths(&path) } else { vec![] };
+            std::iter::once(path).chain(within)
+        })
+        .collect()
 }
 
 pub(crate) fn is_one_error(output: &Output, parts: &[&str]) -> String {

@@ -2,7 +2,7 @@ use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
-use crate::program::{command, copy, fails, files, finished, folder, losses, output, succeeds, tiny};
+use crate::program::{command, copy, fails, files, finished, folder, losses, output, stops, succeeds, tiny};
 
 /// Starts a run and waits until its log has `lines` lines.
 fn start(dir: &Path, args: &[&str], out: &str, lines: usize) -> Child {
@@ -157,7 +157,7 @@ fn changed_data_is_noticed() {
     for changed in [changed, text.clone() + "more"] {
         std::fs::write(&path, changed).unwrap();
         let args = ["--resume", "--out", "run", "--steps", "8"];
-        fails("train", folder.path(), &args, &["text.txt changed since the run began"]);
+        stops("train", folder.path(), &args, &["text.txt changed since the run began"]);
     }
     std::fs::write(&path, &text).unwrap();
     succeeds("train", folder.path(), &["--resume", "--out", "run", "--steps", "8"]);

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::program::{
-    command, copy, data, fails, files, finished, folder, json, log, only, output, succeeds, tiny,
+    command, copy, data, fails, files, finished, folder, json, log, only, output, stops, succeeds, tiny,
 };
 
 fn cut(path: &Path, share: f64) {
@@ -126,7 +126,7 @@ fn a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint() {
     // Weights grow without bound, but not in one step.
     let args =
         tiny(&["--optimizer", "adamw", "--steps", "400", "--lr", "200", "--eval-every", "1", "--out", "run"]);
-    let line = fails("train", folder.path(), &args, &["the run stops at step ", "is kept in", "--lr"]);
+    let line = stops("train", folder.path(), &args, &["the run stops at step ", "is kept in", "--lr"]);
     let run = folder.path().join("run");
     let good = json(&run.join("checkpoint/state.json"))["step"].as_u64().unwrap();
     assert!(good >= 1);
@@ -149,7 +149,7 @@ fn a_model_that_gives_no_number_is_never_a_checkpoint() {
     {
         let folder = folder();
         let args = tiny(&["--optimizer", "adamw", "--lr", "1e40", "--eval-every", interval, "--out", out]);
-        fails("train", folder.path(), &args, &[problem, "no checkpoint yet", "lower --lr", "NaN"]);
+        stops("train", folder.path(), &args, &[problem, "no checkpoint yet", "lower --lr", "NaN"]);
         assert!(!folder.path().join(out).join("checkpoint").exists());
     }
 }
@@ -189,9 +189,7 @@ fn a_full_disk_leaves_what_was_there() {
     // Not even for the token cache.
     let output = limited(1, &tiny(&["--out", "new"]));
     crate::program::is_one_error(&output, &["tokens-"]);
-    let cache = folder.path().join("new/cache");
-    let left: Vec<String> = files(&cache).iter().flat_map(|name| files(&cache.join(name))).collect();
-    assert_eq!(left, ["build.lock"]);
+    assert!(!folder.path().join("new").exists());
     // And with room again the run goes on.
     succeeds("train", folder.path(), &["--resume", "--out", "run", "--steps", "8"]);
     assert!(run.join("checkpoint/model-8.safetensors").is_file());
