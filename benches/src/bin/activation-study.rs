@@ -16,7 +16,7 @@ use vesper_benches::study::shared::Shared;
 #[derive(Debug, Parser)]
 #[command(about)]
 enum Command {
-    /// Make the runs; a record that is there already is gone on with
+    /// Make the runs; a record that is there already is gone on with, and single activations and rates join it
     Run(Box<Run>),
     /// Print a record's tables
     Report {

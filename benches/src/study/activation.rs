@@ -1,7 +1,7 @@
 //! The study of the activations: one model, one text, one optimizer, many activations of the feed-forward, each with the
 //! same budget for its learning rate. What the trained models do with their units is measured on held-out tokens.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_core::{D, DType, Tensor};
 use era_act::Activation;
 use serde::{Deserialize, Serialize};
@@ -123,6 +123,8 @@ pub fn units(activation: Activation, gates: &Tensor) -> Result<Units> {
 /// A study under way.
 pub struct Study<'a> {
     setting: &'a Setting,
+    /// What this call is to run: the record's own plan may hold more.
+    asked: Plan,
     record: Record,
     file: PathBuf,
     until: Instant,
@@ -130,17 +132,18 @@ pub struct Study<'a> {
 
 impl<'a> Study<'a> {
     /// A study that writes its record after every run and starts no run after `limit`. A record that is there already is
-    /// gone on with.
+    /// gone on with: activations, learning rates and seeds may be others, and join those that it has.
     ///
     /// # Errors
-    /// `file` holds a record that cannot be read.
+    /// `file` holds a record that cannot be read, or was run otherwise.
     pub fn new(setting: &'a Setting, mut record: Record, file: &Path, limit: Duration) -> Result<Self> {
+        let asked = record.plan.clone();
         if file.exists() {
             let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
             let old: Record = serde_json::from_str(&text).with_context(|| file.display().to_string())?;
-            record.runs = old.runs;
+            record = joined(old, &record).with_context(|| file.display().to_string())?;
         }
-        Ok(Self { setting, record, file: file.to_owned(), until: Instant::now() + limit })
+        Ok(Self { setting, asked, record, file: file.to_owned(), until: Instant::now() + limit })
     }
 
     /// Makes all runs that there is time for.
@@ -148,7 +151,7 @@ impl<'a> Study<'a> {
     /// # Errors
     /// A run fails, or the record cannot be written.
     pub fn run(mut self) -> Result<Record> {
-        let plan = self.record.plan.clone();
+        let plan = self.asked.clone();
         for &lr in &plan.lrs {
             for &activation in &plan.activations {
                 self.one(activation, lr, 0)?;
@@ -194,6 +197,56 @@ impl<'a> Study<'a> {
             .and_then(|()| std::fs::rename(&part, &self.file))
             .with_context(|| self.file.display().to_string())
     }
+}
+
+/// A record with its plan widened by that of a new one, which must have been run in the same way.
+fn joined(mut old: Record, new: &Record) -> Result<Record> {
+    let how = |record: &Record| {
+        let Record {
+            machine,
+            model,
+            parameters,
+            vocab,
+            data,
+            batch,
+            seq,
+            eval_tokens,
+            unit_tokens,
+            plan,
+            ..
+        } = record;
+        [
+            ("machine", machine.clone()),
+            ("model", model.clone()),
+            ("parameters", parameters.to_string()),
+            ("vocab", vocab.to_string()),
+            ("data", data.clone()),
+            ("batch", batch.to_string()),
+            ("seq", seq.to_string()),
+            ("eval_tokens", eval_tokens.to_string()),
+            ("unit_tokens", unit_tokens.to_string()),
+            ("optimizer", format!("{:?}", plan.optimizer)),
+            ("steps", plan.steps.to_string()),
+        ]
+    };
+    for ((field, before), (_, now)) in how(&old).into_iter().zip(how(new)) {
+        if before != now {
+            bail!("the record has {field} = {before:?}, this study {now:?}: give another file");
+        }
+    }
+    for &activation in &new.plan.activations {
+        if !old.plan.activations.contains(&activation) {
+            old.plan.activations.push(activation);
+        }
+    }
+    for &lr in &new.plan.lrs {
+        if !old.plan.lrs.contains(&lr) {
+            old.plan.lrs.push(lr);
+        }
+    }
+    old.plan.lrs.sort_by(f64::total_cmp);
+    old.plan.seeds = old.plan.seeds.max(new.plan.seeds);
+    Ok(old)
 }
 
 /// The mean over the layers, on the first held-out batch.
@@ -304,6 +357,38 @@ mod tests {
         assert!((undecided.gate_entropy - std::f64::consts::LN_2).abs() < 1e-6);
         assert!((undecided.evenness - 1.0).abs() < 1e-3);
         assert!(silu.evenness < 1.0 && relu.evenness < silu.evenness);
+    }
+
+    #[test]
+    fn a_record_is_gone_on_with_by_single_arms_but_not_in_another_way() {
+        let record = |activations: &[Activation], lrs: &[f64], seeds, steps| Record {
+            machine: "here".into(),
+            model: "small".into(),
+            parameters: 1,
+            vocab: 2,
+            data: "text".into(),
+            batch: 1,
+            seq: 1,
+            eval_tokens: 1,
+            unit_tokens: 1,
+            plan: Plan {
+                activations: activations.to_vec(),
+                optimizer: Arm::Adamw,
+                lrs: lrs.to_vec(),
+                seeds,
+                steps,
+            },
+            runs: Vec::new(),
+        };
+        let old = || record(&[Activation::Silu, Activation::Relu], &[1e-3, 2e-3], 3, 5);
+        let new = record(&[Activation::Relu, Activation::Gelu], &[5e-4, 1e-3], 2, 5);
+        let plan = joined(old(), &new).unwrap().plan;
+        assert_eq!(plan.activations, [Activation::Silu, Activation::Relu, Activation::Gelu]);
+        assert_eq!((plan.lrs, plan.seeds), (vec![5e-4, 1e-3, 2e-3], 3));
+        let error = joined(old(), &record(&[Activation::Relu], &[1e-3], 3, 6)).unwrap_err().to_string();
+        assert_eq!(error, "the record has steps = \"5\", this study \"6\": give another file");
+        let elsewhere = Record { machine: "there".into(), ..new };
+        assert!(joined(old(), &elsewhere).unwrap_err().to_string().contains("machine"));
     }
 
     #[test]
