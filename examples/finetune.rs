@@ -28,6 +28,7 @@ use vesper_data::{BatchSampler, SamplerConfig, Sources, TextTokenizer, TokenCach
 use vesper_examples::evaluate::held_out_loss;
 use vesper_examples::settings::Settings;
 use vesper_examples::{device, export, files, model, printable, runs, say, settings};
+use vesper_model::ops::backward;
 use vesper_model::{VesperConfig, VesperLM, hf, trainable};
 
 /// Held-out tokens that a method is judged by.
@@ -443,7 +444,7 @@ impl Run<'_> {
                 loss = (loss + penalty)?;
             }
             optimizer.set_learning_rate(schedule.lr(lr, index - 1, flags.steps));
-            let grads = loss.backward()?;
+            let grads = backward(&loss)?;
             if index == 1 {
                 flylora::audit(named.iter().map(|(name, var)| (name, var.clone())), &grads)?;
             }

@@ -21,7 +21,7 @@ use vesper_examples::progress::Progress;
 use vesper_examples::settings::{Flags, Optimizer, Settings};
 use vesper_examples::summary::{Summary, describe};
 use vesper_examples::{INTERRUPTED, chart, device, export, files, printable, runs, say};
-use vesper_model::ops::CapturedStep;
+use vesper_model::ops::{CapturedStep, backward};
 use vesper_model::{VesperConfig, VesperLM, hf, trainable};
 
 /// Held-out tokens read at each evaluation, and at the last one.
@@ -86,7 +86,7 @@ fn train(flags: &Flags) -> Result<ExitCode> {
     // One step: the loss of a batch, the gradients, the update. On a GPU it is replayed as a CUDA graph.
     let mut training = CapturedStep::new(optimizer, |optimizer: &mut Velvet, batch: &[Tensor]| {
         let loss = model.loss(&batch[0], &batch[1])?.loss;
-        optimizer.backward_step(&loss)?;
+        optimizer.backward_step_with(&loss, backward)?;
         Ok(loss)
     });
 

@@ -51,6 +51,35 @@ impl Velvet {
         self.apply(found, clip_scale)
     }
 
+    /// As [`backward_step`](Optimizer::backward_step), with another way to the gradients than [`Tensor::backward`], such as
+    /// `vesper_model::ops::backward`, which moves less memory, or one that counts or changes them.
+    ///
+    /// # Errors
+    /// Those of `backward`, and as [`try_step`](Self::try_step).
+    ///
+    /// # Examples
+    /// ```
+    /// use candle_core::{Device, Tensor, Var};
+    /// use velvet_optim::{Velvet, VelvetConfig};
+    /// let w = Var::new(&[1f32, 2.], &Device::Cpu)?;
+    /// let mut optimizer = Velvet::new(vec![w.clone()], VelvetConfig::default())?;
+    /// let loss = w.sqr()?.sum_all()?;
+    /// optimizer.backward_step_with(&loss, Tensor::backward)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn backward_step_with(
+        &mut self,
+        loss: &Tensor,
+        backward: impl FnOnce(&Tensor) -> candle_core::Result<GradStore>,
+    ) -> candle_core::Result<()> {
+        // A loss of several elements is fine for candle's backward (their sum), but is nothing to adapt to.
+        if self.config.observes() {
+            self.observe(loss)?;
+        }
+        let grads = backward(loss)?;
+        self.step(&grads)
+    }
+
     /// The number of the next step: the first is 1.
     fn number(&self) -> Result<u64> {
         let stats = if self.resident.is_some() { self.snapshot()?.stats } else { self.stats };
@@ -252,11 +281,6 @@ impl Optimizer for Velvet {
 
     /// Observes the loss, computes the gradients and takes a step.
     fn backward_step(&mut self, loss: &Tensor) -> candle_core::Result<()> {
-        // A loss of several elements is fine for candle's backward (their sum), but is nothing to adapt to.
-        if self.config.observes() {
-            self.observe(loss)?;
-        }
-        let grads = loss.backward()?;
-        self.step(&grads)
+        self.backward_step_with(loss, Tensor::backward)
     }
 }

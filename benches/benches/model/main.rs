@@ -28,9 +28,9 @@ use serde::Serialize;
 use velvet_optim::{GradClip, Optimizer, Velvet, VelvetConfig};
 use vesper_benches::record;
 use vesper_model::ops::{
-    CapturedStep, CrossEntropy, Heads, Path, Philox, Rope, causal_attention, cuda_device, dropout, embedding,
-    gated_feed_forward, layer_norm, linear, linear_cross_entropy, prepare_cpu, release_unused_memory,
-    residual_layer_norm, residual_rms_norm, rms_norm, self_attention,
+    self, CapturedStep, CrossEntropy, Heads, Path, Philox, Rope, causal_attention, cuda_device, dropout,
+    embedding, gated_feed_forward, layer_norm, linear, linear_cross_entropy, prepare_cpu,
+    release_unused_memory, residual_layer_norm, residual_rms_norm, rms_norm, self_attention,
 };
 use vesper_model::{VesperConfig, VesperLM, trainable};
 
@@ -173,9 +173,9 @@ fn train(
     let loss = || model.loss(&inputs, &targets).map(|out| out.loss).map_err(candle_core::Error::from);
     let first: f32 = loss()?.to_dtype(DType::F32)?.to_scalar()?;
     let forward = clock(device, effort, || loss().map(drop))?;
-    let backward = clock(device, effort, || loss()?.backward().map(drop))?;
+    let backward = clock(device, effort, || ops::backward(&loss()?).map(drop))?;
     let step = clock(device, effort, || {
-        let grads = loss()?.backward()?;
+        let grads = ops::backward(&loss()?)?;
         optimizer.step(&grads)
     })?;
     let last: f32 = loss()?.to_dtype(DType::F32)?.to_scalar()?;
@@ -228,7 +228,7 @@ fn captured(
 ) -> Result<(f64, Option<f64>)> {
     let mut step = CapturedStep::new(optimizer, |optimizer: &mut Velvet, batch: &[Tensor]| {
         let loss = model.loss(&batch[0], &batch[1])?.loss;
-        optimizer.backward_step(&loss)?;
+        optimizer.backward_step_with(&loss, ops::backward)?;
         Ok(loss)
     });
     let effort = Effort { warm: effort.warm.max(3), ..effort };
@@ -282,7 +282,7 @@ fn operations(
                       f: &dyn Fn() -> Result<Tensor>|
      -> Result<()> {
         let seconds = clock(device, effort, || f().map(drop))?;
-        let both = clock(device, effort, || f()?.backward().map(drop))?;
+        let both = clock(device, effort, || ops::backward(&f()?).map(drop))?;
         let at_ceiling = |bound: Bound| match bound {
             Bound::Bytes(bytes) => bytes / copy,
             Bound::Flops(flops) => flops / product,
@@ -421,7 +421,7 @@ fn profile(device: &Device, effort: Effort) -> std::result::Result<(), Box<dyn E
     let rows = ids(effort.batch * effort.t, config.vocab_size, device)?.reshape((effort.batch, effort.t))?;
     kernels::profile(device, || {
         let loss = model.loss(&rows, &rows).map_err(candle_core::Error::from)?.loss;
-        optimizer.backward_step(&loss)
+        optimizer.backward_step_with(&loss, ops::backward)
     })?;
     Ok(())
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use std::time::Instant;
 use velvet_optim::{EntropyLr, NonFinite, Optimizer, Schedule, Span, Velvet, VelvetConfig};
 use vesper_data::{BatchSampler, EvalBatches, SamplerConfig, Tokens};
+use vesper_model::ops::backward;
 use vesper_model::{VesperConfig, VesperLM, trainable};
 
 use super::arm::Arm;
@@ -171,7 +172,7 @@ impl Setting {
             }
             optimizer.set_learning_rate(lr);
             optimizer.observe_with_entropy(&out.loss, &out.entropy)?;
-            optimizer.try_step(&out.loss.backward()?)?;
+            optimizer.try_step(&backward(&out.loss)?)?;
             let loss = out.loss.detach();
             sum = Some(match sum {
                 Some(sum) => (sum + loss)?,

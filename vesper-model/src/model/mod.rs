@@ -16,8 +16,8 @@ use candle_nn::{VarBuilder, VarMap};
 #[cfg(feature = "cuda")]
 use crate::ops::StepWeights;
 use crate::ops::{
-    CpuStep, CrossEntropy, Heads, LossAndEntropy, Path, Rope, cast, checkpoint, embedding, linear,
-    linear_cross_entropy, rms_norm,
+    CpuStep, CrossEntropy, DecoderWeights, Heads, LossAndEntropy, Path, Rope, cast, checkpoint,
+    decoder_blocks, embedding_in, linear, linear_cross_entropy, rms_norm,
 };
 use crate::quantized::Weight;
 use crate::{ModelError, Result, VesperConfig, hf};
@@ -330,13 +330,18 @@ impl VesperLM {
         BatchSession::new(self, rows, capacity)
     }
 
+    /// The blocks' parameters, where no projection has an adapter or is in blocks of numbers.
+    fn plain_blocks(&self) -> Option<Vec<DecoderWeights>> {
+        self.blocks.iter().map(Block::plain).collect()
+    }
+
     /// What a fused decoding step on CUDA reads; none where that takes more than plain weights.
     #[cfg(feature = "cuda")]
     fn step_weights(&self) -> Option<StepWeights> {
         let settings = self.blocks.first().filter(|_| self.path == Path::Fused)?.settings();
         Some(StepWeights {
             embed: self.embed.plain()?.clone(),
-            layers: self.blocks.iter().map(Block::plain).collect::<Option<_>>()?,
+            layers: self.plain_blocks()?,
             norm: self.norm.clone(),
             head: self.output_weight().plain()?.clone(),
             settings,
@@ -360,14 +365,21 @@ impl VesperLM {
     /// ids (batch, t) to the normalised last hidden states (batch, t, hidden)
     fn hidden(&self, ids: &Tensor) -> Result<Tensor> {
         let mut h = self.embedded(ids)?;
-        for block in &self.blocks {
-            h = match self.activations {
-                Activations::Keep => block.forward(&h, &self.rope, self.path)?,
-                Activations::Recompute => {
-                    let (block, rope, path) = (block.clone(), self.rope.clone(), self.path);
-                    checkpoint(move |x| block.forward(&x[0], &rope, path), &[&h])?
+        match (self.activations, self.blocks.first(), self.plain_blocks()) {
+            (Activations::Keep, Some(first), Some(blocks)) => {
+                h = decoder_blocks(&h, &blocks, first.settings(), Some(&self.rope), self.path)?;
+            }
+            (Activations::Keep, ..) => {
+                for block in &self.blocks {
+                    h = block.forward(&h, &self.rope, self.path)?;
                 }
-            };
+            }
+            (Activations::Recompute, ..) => {
+                for block in &self.blocks {
+                    let (block, rope, path) = (block.clone(), self.rope.clone(), self.path);
+                    h = checkpoint(move |x| block.forward(&x[0], &rope, path), &[&h])?;
+                }
+            }
         }
         self.last_norm(&h)
     }
@@ -383,11 +395,10 @@ impl VesperLM {
 
     /// The rows of ids of any shape, in the dtype of the computation.
     fn embed_ids(&self, ids: &Tensor) -> Result<Tensor> {
-        let rows = match &self.embed {
-            Weight::Plain(table) => embedding(table, ids, self.path)?,
-            Weight::Blocks(table) => table.embedding(ids)?,
-        };
-        Ok(cast(&rows, self.compute)?)
+        Ok(match &self.embed {
+            Weight::Plain(table) => embedding_in(table, ids, self.compute, self.path)?,
+            Weight::Blocks(table) => cast(&table.embedding(ids)?, self.compute)?,
+        })
     }
 
     fn last_norm(&self, h: &Tensor) -> Result<Tensor> {

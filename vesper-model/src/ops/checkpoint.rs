@@ -5,6 +5,7 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, Layout, MetalStorage, Result, Shape, Tensor, Var,
 };
 
+use super::backward::backward;
 use super::links::{self, Gradients, scalar};
 
 /// `f(inputs)` without keeping what `f` computes on the way: the backward runs `f` again.
@@ -156,7 +157,7 @@ where
         }
         // A closure may return something that has no gradient at all, such as a sum over a detached input.
         let gradients = if y.track_op() {
-            let mut grads = y.apply_op1(Seed { dy: dy.detach() })?.backward()?;
+            let mut grads = backward(&y.apply_op1(Seed { dy: dy.detach() })?)?;
             // A leaf's gradient holds on to the graph that it came from, which is to go now.
             leaves.iter().map(|leaf| grads.remove(leaf).map(|gradient| gradient.detach())).collect()
         } else {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::backward::deliver;
 use super::gemm::Precision;
 use super::matrix::{Matrix, Target, Threads, Values, new, product};
 use super::real::{self, Operand, Real};
@@ -143,8 +144,7 @@ pub fn linear_cross_entropy(
         Backend::Cpu => {}
         #[cfg(feature = "cuda")]
         Backend::Cuda => {
-            let weight = weight.to_dtype(hidden.dtype())?;
-            return super::cuda::cross_entropy::linear_cross_entropy(hidden, &weight, targets, settings);
+            return super::cuda::cross_entropy::linear_cross_entropy(hidden, weight, targets, settings);
         }
         Backend::Reference => return reference(hidden, &weight.to_dtype(hidden.dtype())?, targets, settings),
     }
@@ -447,6 +447,6 @@ impl CustomOp3 for LinearCrossEntropy {
             }
         };
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok((scaled(&saved.dhidden, hidden)?, scaled(&saved.dweight, weight)?, None))
+        Ok((scaled(&saved.dhidden, hidden)?, deliver(weight, scaled(&saved.dweight, weight)?)?, None))
     }
 }

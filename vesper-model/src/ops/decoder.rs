@@ -1,4 +1,4 @@
-//! A pre-norm decoder block as one operation.
+//! Pre-norm decoder blocks as one operation.
 
 use candle_core::{Result, Tensor, bail};
 use era_act::Activation;
@@ -101,22 +101,81 @@ pub fn decoder_block(
     positions: Option<&Rope>,
     path: Path,
 ) -> Result<Tensor> {
-    let DecoderSettings { heads, activation, eps } = settings;
+    decoder_blocks(x, std::slice::from_ref(weights), settings, positions, path)
+}
+
+/// A stack of blocks, each of which takes what the one before gives: [`decoder_block`] after [`decoder_block`].
+///
+/// ```text
+/// x: (batch, t, d)
+/// y = block_n(.. block_2(block_1(x)))
+/// ```
+///
+/// On CUDA all of them are one node of candle's graph, so that the gradient between two blocks is neither summed with zeros nor
+/// copied. No blocks at all give x. Saves what each block saves; a block without a gradient before or in it saves
+/// nothing.
+///
+/// # Errors
+/// As [`decoder_block`].
+///
+/// # Examples
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use era_act::Activation;
+/// use vesper_model::ops::{DecoderSettings, DecoderWeights, Heads, Path, decoder_blocks};
+/// let heads = Heads { query: 2, kv: 1, dim: 4 };
+/// let ones = |shape: (usize, usize)| Tensor::ones(shape, DType::F32, &Device::Cpu);
+/// let norm = Tensor::ones(6, DType::F32, &Device::Cpu)?;
+/// let block = DecoderWeights {
+///     norm_attention: norm.clone(),
+///     qkv: ones((heads.packed(), 6))?,
+///     out: ones((6, 8))?,
+///     norm_feed_forward: norm,
+///     gate_up: ones((2 * 10, 6))?,
+///     down: ones((6, 10))?,
+/// };
+/// let settings = DecoderSettings { heads, activation: Activation::Silu, eps: 1e-6 };
+/// let x = Tensor::ones((1, 5, 6), DType::F32, &Device::Cpu)?;
+/// let y = decoder_blocks(&x, &[block.clone(), block], settings, None, Path::Fused)?;
+/// assert_eq!(y.dims(), [1, 5, 6]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn decoder_blocks(
+    x: &Tensor,
+    blocks: &[DecoderWeights],
+    settings: DecoderSettings,
+    positions: Option<&Rope>,
+    path: Path,
+) -> Result<Tensor> {
     let (_, _, d) = x.dims3()?;
-    for (name, weight) in [("out", &weights.out), ("down", &weights.down)] {
-        if weight.dims2()?.0 != d {
-            bail!("decoder_block: {name} {:?} for x {:?}", weight.shape(), x.shape());
+    for weights in blocks {
+        for (name, weight) in [("out", &weights.out), ("down", &weights.down)] {
+            if weight.dims2()?.0 != d {
+                bail!("decoder_block: {name} {:?} for x {:?}", weight.shape(), x.shape());
+            }
         }
     }
-    if x.elem_count() == 0 && x.device().is_cuda() {
+    if blocks.is_empty() || (x.elem_count() == 0 && x.device().is_cuda()) {
         return Ok(x.clone()); // candle cannot add nothing to nothing there
     }
     #[cfg(feature = "cuda")]
     if path.backend(x) == Backend::Cuda
-        && let Some(y) = on_cuda(x, weights, settings, positions)?
+        && let Some(y) = on_cuda(x, blocks, settings, positions)?
     {
         return Ok(y);
     }
+    blocks.iter().try_fold(x.clone(), |x, weights| composed(&x, weights, settings, positions, path))
+}
+
+/// A block as its four operations.
+fn composed(
+    x: &Tensor,
+    weights: &DecoderWeights,
+    settings: DecoderSettings,
+    positions: Option<&Rope>,
+    path: Path,
+) -> Result<Tensor> {
+    let DecoderSettings { heads, activation, eps } = settings;
     let n = rms_norm(x, &weights.norm_attention, eps, path)?;
     let attention = self_attention(&n, &weights.qkv, &weights.out, heads, positions, path)?;
     let (sum, n) = residual_rms_norm(x, &attention, &weights.norm_feed_forward, eps, path)?;
@@ -127,27 +186,33 @@ pub fn decoder_block(
 #[cfg(feature = "cuda")]
 fn on_cuda(
     x: &Tensor,
-    weights: &DecoderWeights,
+    blocks: &[DecoderWeights],
     settings: DecoderSettings,
     positions: Option<&Rope>,
 ) -> Result<Option<Tensor>> {
     use super::cuda::{attention, decoder};
     use super::{attention::CausalAttention, check_dtypes, check_sizes};
     let DecoderSettings { heads, activation, .. } = settings;
-    let ((b, t, d), (packed, ffn)) = (x.dims3()?, (heads.packed(), weights.down.dim(1)?));
-    let fits = weights.norm_attention.dims() == [d]
-        && weights.norm_feed_forward.dims() == [d]
-        && weights.qkv.dims() == [packed, d]
-        && weights.out.dims() == [d, heads.query * heads.dim]
-        && weights.gate_up.dims() == [2 * ffn, d];
+    let ((b, t, d), packed) = (x.dims3()?, heads.packed());
     activation.validate()?;
-    if !fits || b * t * d * ffn == 0 || !attention::supports(heads, x.dtype()) {
+    if !attention::supports(heads, x.dtype()) {
         return Ok(None);
     }
-    for weight in weights.all() {
-        check_dtypes("decoder_block", x, &[("weight", weight)])?;
+    for weights in blocks {
+        let ffn = weights.down.dim(1)?;
+        let fits = weights.norm_attention.dims() == [d]
+            && weights.norm_feed_forward.dims() == [d]
+            && weights.qkv.dims() == [packed, d]
+            && weights.out.dims() == [d, heads.query * heads.dim]
+            && weights.gate_up.dims() == [2 * ffn, d];
+        if !fits || b * t * d * ffn == 0 {
+            return Ok(None);
+        }
+        for weight in weights.all() {
+            check_dtypes("decoder_block", x, &[("weight", weight)])?;
+        }
+        check_sizes("decoder_block", &[x.dims(), &[b, t, packed], &[b, t, 2 * ffn]])?;
     }
-    check_sizes("decoder_block", &[x.dims(), &[b, t, packed], &[b, t, 2 * ffn]])?;
     CausalAttention::new(heads, positions, t)?; // checks the positions
-    decoder::decoder_block(x, weights, settings, positions).map(Some)
+    decoder::decoder_blocks(x, blocks, settings, positions).map(Some)
 }

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::backward::deliver;
 use super::real::{self, Real};
 use super::{Backend, Path, as_ids, check_sizes};
 
@@ -35,7 +36,36 @@ use super::{Backend, Path, as_ids, check_sizes};
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn embedding(table: &Tensor, ids: &Tensor, path: Path) -> Result<Tensor> {
+    embedding_in(table, ids, table.dtype(), path)
+}
+
+/// As [`embedding`], with the rows in another dtype: the activations' beside a table in f32 (mixed precision).
+///
+/// ```text
+/// result[i] = table[ids[i]] in `dtype`        dtable[v] = sum of dresult[i] over ids[i] = v, in the table's dtype
+/// ```
+///
+/// On CUDA, from an f32 table, it is one kernel each way, and the sum is not rounded on the way; elsewhere it is the look-up
+/// and a conversion.
+///
+/// # Errors
+/// As [`embedding`]; a `dtype` that is not floating point.
+///
+/// # Examples
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use vesper_model::ops::{Path, embedding_in};
+/// let table = Tensor::new(&[[1f32, 2.], [3., 4.]], &Device::Cpu)?;
+/// let ids = Tensor::new(&[1u32, 0], &Device::Cpu)?;
+/// let rows = embedding_in(&table, &ids, DType::BF16, Path::Fused)?;
+/// assert_eq!((rows.dtype(), rows.dims()), (DType::BF16, &[2, 2][..]));
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn embedding_in(table: &Tensor, ids: &Tensor, dtype: DType, path: Path) -> Result<Tensor> {
     let (_, d) = table.dims2()?;
+    if !dtype.is_float() {
+        bail!("embedding: rows must be floating point, got {dtype:?}");
+    }
     let mut shape = ids.dims().to_vec();
     shape.push(d);
     check_sizes("embedding", &[table.dims(), ids.dims(), &shape])?;
@@ -43,7 +73,11 @@ pub fn embedding(table: &Tensor, ids: &Tensor, path: Path) -> Result<Tensor> {
     let rows = match path.backend(&table) {
         Backend::Cpu => table.apply_op2(&ids.contiguous()?, Gather)?,
         #[cfg(feature = "cuda")]
-        Backend::Cuda => super::cuda::embedding::gather(&table, &ids)?,
+        Backend::Cuda if table.dtype() == DType::F32 && super::cuda::has_kernels(dtype) => {
+            super::cuda::embedding::gather(&table, &ids, dtype)?
+        }
+        #[cfg(feature = "cuda")]
+        Backend::Cuda => super::cuda::embedding::gather(&table, &ids, table.dtype())?,
         Backend::Reference => {
             if ids.device().is_cpu() {
                 // candle's look-up takes the largest u32 for a padding.
@@ -53,7 +87,7 @@ pub fn embedding(table: &Tensor, ids: &Tensor, path: Path) -> Result<Tensor> {
             table.index_select(&ids, 0)?
         }
     };
-    rows.reshape(shape)
+    super::cast(&rows.reshape(shape)?, dtype)
 }
 
 fn check_ids(ids: &[usize], vocab: usize) -> Result<()> {
@@ -106,7 +140,7 @@ impl CustomOp2 for Gather {
             DType::F64 => scatter::<f64>(table, ids, &drows)?,
             _ => scatter::<f32>(table, ids, &drows)?,
         };
-        Ok((Some(dtable), None))
+        Ok((deliver(table, Some(dtable))?, None))
     }
 }
 

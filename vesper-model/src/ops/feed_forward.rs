@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 use era_act::Activation;
 
+use super::backward::deliver;
 use super::gemm::Precision;
 use super::matrix::{Values, times, times_transposed, transposed_times};
 use super::real::{self, Operand, Real};
@@ -204,6 +205,6 @@ impl CustomOp3 for GatedFeedForward {
             DType::F64 => self.backward::<f64>(x, gate_up, down, &dy)?,
             _ => self.backward::<f32>(x, gate_up, down, &dy)?,
         };
-        Ok((dx, dgate_up, ddown))
+        Ok((dx, deliver(gate_up, dgate_up)?, deliver(down, ddown)?))
     }
 }

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::backward::deliver;
 use super::real::{self, Real};
 use super::residual::Normed;
 use super::{Backend, Path, check_dtypes, check_sizes};
@@ -186,7 +187,7 @@ impl LayerNorm {
         inputs: [&Tensor; 3],
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [x, w, _] = inputs;
+        let [x, w, b] = inputs;
         let gradients = real::with_values::<T, _>(x, |xs| {
             real::with_values::<T, _>(w, |ws| {
                 real::with_values::<T, _>(dy, |dys| Ok(self.backward::<T>(xs, ws, dys)))
@@ -199,7 +200,7 @@ impl LayerNorm {
             }
         }
         let [dx, dw, db] = tensors;
-        Ok((dx, dw, db))
+        Ok((dx, deliver(w, dw)?, deliver(b, db)?))
     }
 }
 

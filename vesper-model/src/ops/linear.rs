@@ -5,6 +5,7 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp2, D, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor, bail,
 };
 
+use super::backward::deliver;
 use super::gemm::Precision;
 use super::matrix::{Matrix, new};
 use super::real::{self, Real};
@@ -157,7 +158,7 @@ impl LinearCpu {
             } else {
                 None
             };
-            Ok((dx, dw))
+            Ok((dx, deliver(w, dw)?))
         })
     }
 }
@@ -263,6 +264,6 @@ impl CustomOp2 for Linear {
         let dy = dy.reshape((rows, out))?;
         let dx = if x.track_op() { Some(dy.matmul(&w.detach())?.reshape(dims)?) } else { None };
         let dw = if w.track_op() { Some(dy.t()?.matmul(&x.detach().reshape((rows, input))?)?) } else { None };
-        Ok((dx, dw))
+        Ok((dx, deliver(w, dw)?))
     }
 }

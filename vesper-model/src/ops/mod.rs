@@ -11,7 +11,8 @@
 //! [`Path`] chooses; `Path::Fused` takes the reference where a fused kernel does not exist: on CUDA for f64, and, in
 //! blocks, for attention with heads over 128 (over 64 where the kernels are built for less than 8.0). The CUDA kernels compute in f32, use no atomic additions of floats, and give the same
 //! bits each time. [`cuda_device`] opens a device that is set up for training, [`prepare_cpu`] sets up a process for it,
-//! and [`CapturedStep`] replays a whole training step as a CUDA graph.
+//! [`backward()`] computes the gradients of a loss with less memory moved than `Tensor::backward`, and [`CapturedStep`] replays
+//! a whole training step as a CUDA graph.
 //!
 //! | operation | replaces | saves for the backward |
 //! |---|---|---|
@@ -25,9 +26,9 @@
 //! | [`causal_attention`] | narrow, rope, matmul, softmax, matmul | the packed projection; on CUDA rotated, and a number a row and head |
 //! | [`self_attention`] | the above between its two projections | the same, and the attention's output |
 //! | [`gated_feed_forward`] | two products, an activation, a product | the packed product |
-//! | [`decoder_block`] | a whole pre-norm block of the above | what they save; on CUDA one node of the graph |
+//! | [`decoder_block`], [`decoder_blocks`] | a whole pre-norm block of the above, or a stack of them | what they save; on CUDA one node of the graph |
 //! | [`linear_cross_entropy`] | matmul and `candle_nn::loss::cross_entropy` | the two gradients; on CUDA that of the weight in f32 |
-//! | [`embedding`] | `candle_nn::Embedding` | the ids |
+//! | [`embedding`], [`embedding_in`] | `candle_nn::Embedding` | the ids |
 //! | [`rope`] | `candle_nn::rotary_emb::rope` | what candle's operations save |
 //! | [`checkpoint`] | any part of a model | that part's inputs; it runs again in the backward |
 //!
@@ -44,6 +45,7 @@
 
 mod attention;
 mod attention_composed;
+mod backward;
 mod cached_attention;
 mod captured;
 mod checkpoint;
@@ -72,6 +74,7 @@ mod rope_scaling;
 mod self_attention;
 
 pub use attention::{Heads, causal_attention};
+pub use backward::backward;
 pub(crate) use cached_attention::cached_attention;
 pub use captured::CapturedStep;
 pub use checkpoint::checkpoint;
@@ -81,10 +84,10 @@ pub(crate) use cuda::decode::CudaStep;
 #[cfg(feature = "cuda")]
 pub(crate) use decode::StepWeights;
 pub(crate) use decode::{CpuLayer, CpuStep, Place};
-pub use decoder::{DecoderSettings, DecoderWeights, decoder_block};
+pub use decoder::{DecoderSettings, DecoderWeights, decoder_block, decoder_blocks};
 pub use device::{cuda_device, prepare_cpu, prepare_cuda_device, release_unused_memory};
 pub use dropout::dropout;
-pub use embedding::embedding;
+pub use embedding::{embedding, embedding_in};
 pub use feed_forward::gated_feed_forward;
 pub use flylora::FrozenLinear;
 pub use layer_norm::layer_norm;

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::backward::deliver;
 use super::real::{self, Real};
 use super::residual::Normed;
 use super::{Backend, Path, check_dtypes, check_sizes};
@@ -165,7 +166,7 @@ impl RmsNorm {
         })?;
         let dx = x.track_op().then(|| real::tensor(dx, x.shape(), x.dtype())).transpose()?;
         let dw = w.track_op().then(|| real::tensor(dw, w.shape(), w.dtype())).transpose()?;
-        Ok((dx, dw))
+        Ok((dx, deliver(w, dw)?))
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::attention::CausalAttention;
+use super::backward::deliver;
 use super::gemm::Precision;
 use super::matrix::{times, times_transposed, transposed_times};
 use super::real::{self, Operand, Real};
@@ -192,6 +193,6 @@ impl CustomOp3 for SelfAttention {
             DType::F64 => self.backward::<f64>(x, qkv, out, &dy)?,
             _ => self.backward::<f32>(x, qkv, out, &dy)?,
         };
-        Ok((dx, dqkv, dout))
+        Ok((dx, deliver(qkv, dqkv)?, deliver(out, dout)?))
     }
 }

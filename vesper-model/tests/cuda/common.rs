@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use vesper_model::ops::{Path, cuda_device};
+use vesper_model::ops::{Path, backward, cuda_device};
 
 pub(crate) const HALVES: [DType; 2] = [DType::BF16, DType::F16];
 
@@ -71,16 +71,28 @@ pub(crate) fn value_and_gradients(
     let y = f(&tensors)?;
     // Weights that every dtype holds exactly.
     let weights = ((random(77, y.dims()) * 64.0)?.round()? / 64.0)?.to_dtype(y.dtype())?.to_device(device)?;
-    let grads = (&y * weights)?.sum_all()?.backward()?;
+    let loss = (&y * weights)?.sum_all()?;
+    let grads = backward(&loss)?;
+    // candle's own pass gives the same values.
+    let others = if brief() { None } else { Some(loss.backward()?) };
     let gradients = vars
         .iter()
         .map(|v| {
             let gradient = grads.get(v).unwrap_or_else(|| panic!("no gradient for {:?}", v.shape()));
+            if let Some(other) = others.as_ref().and_then(|grads| grads.get(v)) {
+                assert_eq!(values(&to_f64(gradient)), values(&to_f64(other)));
+            }
             assert_eq!((gradient.dtype(), gradient.dims()), (dtype, v.dims()));
             to_f64(gradient)
         })
         .collect();
     Ok((to_f64(&y), gradients))
+}
+
+/// The values to compare exactly: 0 for -0 and for NaN a bit pattern.
+fn values(x: &Tensor) -> Vec<u64> {
+    let x = x.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    x.into_iter().map(|x| if x.is_nan() { u64::MAX } else { (x + 0.0).to_bits() }).collect()
 }
 
 /// `|a - b| / |b|` in the Euclidean norm (absolute where b is 0); infinite where a is not finite.

@@ -2,7 +2,9 @@
 
 use candle_core::{DType, Tensor, Var};
 use era_act::{Activation, Era};
-use vesper_model::ops::{DecoderSettings, DecoderWeights, Heads, Path, Rope, decoder_block};
+use vesper_model::ops::{
+    DecoderSettings, DecoderWeights, Heads, Path, Rope, backward, decoder_block, decoder_blocks,
+};
 
 use crate::common::{error, gpu, parity, random, rows, same_bits, to_f64};
 
@@ -115,5 +117,49 @@ fn any_part_of_a_block_may_be_frozen_and_weights_may_be_in_f32() {
     for place in 0..7 {
         check(&|i| i == place);
         check(&|i| i != place);
+    }
+}
+
+#[test]
+fn a_stack_of_blocks_is_one_block_after_the_other() {
+    let Some((_lock, device)) = gpu("a_stack_of_blocks_is_one_block_after_the_other") else { return };
+    let (shape, heads) = CASES[0];
+    let settings = settings(heads, Activation::Era(Era::default()));
+    let rope = Rope::new(heads.dim, shape.1, 1e4, &device).unwrap();
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        // x, then the weights of three blocks, in f32 beside x in half precision.
+        let vars: Vec<Var> = std::iter::once(inputs(shape, heads)[0].to_dtype(dtype).unwrap())
+            .chain((0..3).flat_map(|_| inputs(shape, heads).split_off(1)))
+            .map(|x| if x.rank() == 3 { x } else { x.to_dtype(DType::F32).unwrap() })
+            .map(|x| Var::from_tensor(&x.to_device(&device).unwrap()).unwrap())
+            .collect();
+        // Everything trains; the first block does not; nothing but one weight in the middle does.
+        let choices: [&dyn Fn(usize) -> bool; 4] = [&|_| true, &|i| i > 6, &|i| i == 9, &|i| i == 0];
+        for tracked in choices {
+            let x: Vec<Tensor> = vars
+                .iter()
+                .enumerate()
+                .map(|(i, var)| if tracked(i) { var.as_tensor().clone() } else { var.as_detached_tensor() })
+                .collect();
+            let blocks: Vec<DecoderWeights> = (0..3).map(|i| weights(&x[6 * i..6 * i + 7])).collect();
+            let run = |y: Tensor| {
+                let loss = y.to_dtype(DType::F32).unwrap().sqr().unwrap().sum_all().unwrap();
+                let grads = backward(&loss).unwrap();
+                let all: Vec<Option<Tensor>> = vars.iter().map(|var| grads.get(var).map(to_f64)).collect();
+                (to_f64(&y), all)
+            };
+            let stack = decoder_blocks(&x[0], &blocks, settings, Some(&rope), Path::Fused).unwrap();
+            let chain = blocks.iter().fold(x[0].clone(), |x, block| {
+                decoder_block(&x, block, settings, Some(&rope), Path::Fused).unwrap()
+            });
+            let ((y, stack), (wanted, chain)) = (run(stack), run(chain));
+            assert_eq!(error(&y, &wanted), 0.0, "{dtype:?}");
+            for (i, (a, b)) in stack.iter().zip(&chain).enumerate() {
+                assert_eq!((a.is_some(), b.is_some()), (tracked(i), tracked(i)), "{dtype:?} {i}");
+                if let (Some(a), Some(b)) = (a, b) {
+                    assert_eq!(error(a, b), 0.0, "{dtype:?} {i}");
+                }
+            }
+        }
     }
 }

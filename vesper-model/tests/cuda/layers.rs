@@ -1,8 +1,8 @@
 use candle_core::{D, DType, Device, Tensor, Var};
 use era_act::{Activation, Era};
 use vesper_model::ops::{
-    CrossEntropy, DecoderSettings, DecoderWeights, Heads, Path, Philox, Rope, causal_attention,
-    decoder_block, embedding, gated_feed_forward, layer_norm, linear, linear_cross_entropy,
+    CrossEntropy, DecoderSettings, DecoderWeights, Heads, Path, Philox, Rope, backward, causal_attention,
+    decoder_block, embedding, embedding_in, gated_feed_forward, layer_norm, linear, linear_cross_entropy,
     residual_layer_norm, residual_rms_norm, rms_norm, self_attention,
 };
 
@@ -58,6 +58,26 @@ fn embedding_equals_its_reference() {
             &[random(1, &[vocab as usize, d])],
             |x, path| embedding(&x[0], &ids.to_device(x[0].device())?, path),
         );
+    }
+    // Rows in half precision of a table in f32, whose gradient is exact to f32.
+    for ((vocab, d, n), dtype) in [(10u32, 8, 3000), (300, 40, 5), (77, 33, 4000)].into_iter().zip([
+        DType::BF16,
+        DType::F16,
+        DType::BF16,
+    ]) {
+        let table = random(1, &[vocab as usize, d]).to_dtype(DType::F32).unwrap();
+        let ids = ids(n, vocab);
+        let run = |device: &Device, path| {
+            let table = Var::from_tensor(&table.to_device(device).unwrap()).unwrap();
+            let rows = embedding_in(table.as_tensor(), &ids.to_device(device).unwrap(), dtype, path).unwrap();
+            assert_eq!(rows.dtype(), dtype);
+            let loss = rows.sqr().unwrap().sum_all().unwrap();
+            let gradient = to_f64(backward(&loss).unwrap().get(&table).unwrap());
+            (to_f64(&rows), gradient)
+        };
+        let ((rows, gradient), (exact, sums)) = (run(&device, Path::Fused), run(&Device::Cpu, Path::Fused));
+        assert_eq!(error(&rows, &exact), 0.0, "{vocab} {d} {n} {dtype:?}");
+        assert!(error(&gradient, &sums) < 1e-6, "{vocab} {d} {n} {dtype:?}: {}", error(&gradient, &sums));
     }
     // One id everywhere, and every type of id.
     for dtype in [DType::U8, DType::U32, DType::I64] {

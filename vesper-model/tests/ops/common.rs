@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use vesper_model::ops::backward;
 
 /// Values in -1 .. 1 that depend on the seed alone.
 pub(crate) fn random(seed: u64, shape: &[usize]) -> Tensor {
@@ -23,13 +24,15 @@ pub(crate) fn value_and_gradients(
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let y = f(&tensors).unwrap();
     let weights = random(77, y.dims()).to_dtype(y.dtype()).unwrap();
-    let grads = (&y * weights).unwrap().sum_all().unwrap().backward().unwrap();
+    let loss = (&y * weights).unwrap().sum_all().unwrap();
+    let (grads, others) = (backward(&loss).unwrap(), loss.backward().unwrap());
     let gradients = vars
         .iter()
         .map(|v| {
             let gradient = grads.get(v).unwrap_or_else(|| panic!("no gradient for {:?}", v.shape()));
             assert_eq!(gradient.dtype(), dtype);
             assert_eq!(gradient.dims(), v.dims());
+            assert!(error(gradient, others.get(v).unwrap()) < 1e-6, "candle's pass gives another gradient");
             gradient.to_dtype(DType::F64).unwrap()
         })
         .collect();
@@ -39,7 +42,10 @@ pub(crate) fn value_and_gradients(
 /// `|a - b| / |b|` in the Euclidean norm (absolute where b is 0).
 pub(crate) fn error(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.dims(), b.dims());
-    let norm = |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
+    let norm = |t: &Tensor| {
+        let squares = t.to_dtype(DType::F64).unwrap().sqr().unwrap();
+        squares.sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt()
+    };
     let (difference, size) = (norm(&(a - b).unwrap()), norm(b));
     assert!(difference.is_finite(), "not finite");
     if size == 0.0 { difference } else { difference / size }

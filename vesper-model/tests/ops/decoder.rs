@@ -1,6 +1,6 @@
 use candle_core::{Device, Tensor};
 use era_act::{Activation, Era};
-use vesper_model::ops::{DecoderSettings, DecoderWeights, Heads, Path, Rope, decoder_block};
+use vesper_model::ops::{DecoderSettings, DecoderWeights, Heads, Path, Rope, decoder_block, decoder_blocks};
 
 use crate::common::{finite_differences, parity, path, random};
 
@@ -75,4 +75,26 @@ fn weights_that_do_not_fit_are_refused() {
         let result = decoder_block(&x[0], &weights(&x), settings(Activation::Silu), None, Path::Fused);
         assert!(result.is_err(), "weight {place}");
     }
+}
+
+#[test]
+fn a_stack_is_one_block_after_the_other() {
+    let (x, other) = (inputs(2, 5, 6, 8), inputs(2, 5, 6, 3));
+    let rope = Rope::new(HEADS.dim, 9, 1e4, &Device::Cpu).unwrap();
+    let settings = settings(Activation::Silu);
+    let all: Vec<Tensor> = x.iter().chain(&other[1..]).cloned().collect();
+    parity("decoder blocks", &all, |x, fused| {
+        let blocks = [weights(x), weights(&x[6..])];
+        if fused {
+            return decoder_blocks(&x[0], &blocks, settings, Some(&rope), Path::Fused);
+        }
+        let y = decoder_block(&x[0], &blocks[0], settings, Some(&rope), Path::Reference)?;
+        decoder_block(&y, &blocks[1], settings, Some(&rope), Path::Reference)
+    });
+    let none = decoder_blocks(&x[0], &[], settings, None, Path::Fused).unwrap();
+    assert_eq!(none.to_vec3::<f64>().unwrap(), x[0].to_vec3::<f64>().unwrap());
+    let mut wrong = weights(&x);
+    wrong.down = other[6].narrow(0, 0, 5).unwrap();
+    let error = decoder_blocks(&x[0], &[weights(&x), wrong], settings, None, Path::Fused).unwrap_err();
+    assert!(error.to_string().contains("down"), "{error}");
 }

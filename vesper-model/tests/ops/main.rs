@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod attention;
+mod backward;
 mod captured;
 mod checkpoint;
 mod common;

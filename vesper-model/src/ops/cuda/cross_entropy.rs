@@ -7,10 +7,12 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::blas::{Matrix, product};
+use super::cast;
 use super::launch::{
     Element, Held, Module, aligned, allocate, blocks, by_dtype, is_empty, launch, not_here, size, tensor,
     view, wrap, zeros,
 };
+use crate::ops::backward::deliver;
 use crate::ops::{CrossEntropy, LossAndEntropy};
 
 /// At most this many logits are in memory at once (512 MiB in bf16), but at least 128 rows: the products over fewer rows
@@ -59,6 +61,8 @@ struct Saved {
 
 struct LinearCrossEntropy {
     settings: CrossEntropy,
+    /// In the dtype of the activations.
+    weight: Tensor,
     hidden_tracked: bool,
     weight_tracked: bool,
     saved: Arc<Mutex<Saved>>,
@@ -78,12 +82,13 @@ pub(in crate::ops) fn linear_cross_entropy(
     let saved = Arc::new(Mutex::new(Saved::default()));
     let op = LinearCrossEntropy {
         settings,
+        weight: cast::weight(weight, hidden.dtype())?,
         hidden_tracked: hidden.track_op(),
         weight_tracked: weight.track_op(),
         saved: Arc::clone(&saved),
     };
     let targets = targets.to_dtype(DType::U32)?.contiguous()?;
-    let loss = aligned(hidden)?.apply_op3(&aligned(weight)?, &targets, op)?;
+    let loss = aligned(hidden)?.apply_op3(weight, &targets, op)?;
     let entropy = saved.lock().unwrap_or_else(PoisonError::into_inner).entropy.clone();
     match entropy {
         Some(entropy) => Ok(LossAndEntropy { loss, entropy }),
@@ -95,12 +100,11 @@ impl LinearCrossEntropy {
     fn forward<T: Element>(
         &self,
         (hidden, lh): (&CudaStorage, &Layout),
-        (weight, lw): (&CudaStorage, &Layout),
         (targets, lt): (&CudaStorage, &Layout),
     ) -> Result<CudaStorage> {
-        let ((n, d), (vocab, _)) = (lh.shape().dims2()?, lw.shape().dims2()?);
-        let device = hidden.device();
-        let (hidden, weight) = (view::<T>(hidden, lh)?, view::<T>(weight, lw)?);
+        let ((n, d), (vocab, _)) = (lh.shape().dims2()?, self.weight.dims2()?);
+        let (device, held) = (hidden.device(), Held::new(&self.weight));
+        let (hidden, weight) = (view::<T>(hidden, lh)?, held.view::<T>()?);
         let targets = view::<u32>(targets, lt)?;
         // Rows start at multiples of 16 bytes, for the kernel's vectors and cuBLAS's tensor cores.
         let stride = vocab.next_multiple_of(8);
@@ -232,20 +236,19 @@ impl CustomOp3 for LinearCrossEntropy {
         &self,
         hidden: &CudaStorage,
         lh: &Layout,
-        weight: &CudaStorage,
-        lw: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
         targets: &CudaStorage,
         lt: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        let loss =
-            by_dtype!(hidden.dtype(), T => self.forward::<T>((hidden, lh), (weight, lw), (targets, lt))?);
+        let loss = by_dtype!(hidden.dtype(), T => self.forward::<T>((hidden, lh), (targets, lt))?);
         Ok((loss, Shape::from(())))
     }
 
     fn bwd(
         &self,
         hidden: &Tensor,
-        _weight: &Tensor,
+        weight: &Tensor,
         _targets: &Tensor,
         _loss: &Tensor,
         dloss: &Tensor,
@@ -253,10 +256,10 @@ impl CustomOp3 for LinearCrossEntropy {
         let dloss = dloss.contiguous()?;
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(count) = &saved.count else { return Ok((None, None, None)) };
-        let scale = |gradient: &Option<Tensor>| -> Result<Option<Tensor>> {
+        let scale = |gradient: &Option<Tensor>, of: &Tensor| -> Result<Option<Tensor>> {
             let Some(gradient) = gradient else { return Ok(None) };
-            by_dtype!(hidden.dtype(), T => scaled::<T>(gradient, &dloss, count).map(Some))
+            by_dtype!(of.dtype(), T => scaled::<T>(gradient, &dloss, count).map(Some))
         };
-        Ok((scale(&saved.dhidden)?, scale(&saved.dweight)?, None))
+        Ok((scale(&saved.dhidden, hidden)?, deliver(weight, scale(&saved.dweight, weight)?)?, None))
     }
 }

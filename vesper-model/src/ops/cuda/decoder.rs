@@ -1,4 +1,4 @@
-//! A pre-norm decoder block on CUDA: the kernels and products of its operations, without candle's graph between them.
+//! Pre-norm decoder blocks on CUDA: the kernels and products of its operations, without candle's graph between them.
 
 use candle_core::backend::BackendStorage;
 use candle_core::{
@@ -10,37 +10,57 @@ use super::attention::Attention;
 use super::blas::{Matrix, product};
 use super::launch::{Element, Held, aligned, allocate, by_dtype, from_storage, not_here, tensor, wrap};
 use super::residual::ResidualSum;
-use super::{rms_norm, rope};
+use super::{cast, rms_norm, rope};
 use crate::ops::links::{self, Gradients};
 use crate::ops::residual::{Norm, Normed};
 use crate::ops::{DecoderSettings, DecoderWeights, Rope};
 
-/// See [`crate::ops::decoder_block`]; shapes and dtypes have been checked, nothing is empty, and `attention::supports`
-/// holds.
-pub(in crate::ops) fn decoder_block(
+/// See [`crate::ops::decoder_blocks`]; there is one at least, shapes and dtypes have been checked, nothing is empty, and
+/// `attention::supports` holds.
+pub(in crate::ops) fn decoder_blocks(
     x: &Tensor,
-    weights: &DecoderWeights,
+    blocks: &[DecoderWeights],
     settings: DecoderSettings,
     positions: Option<&Rope>,
 ) -> Result<Tensor> {
     let (x, dtype) = (aligned(x)?, x.dtype());
-    let wanted = weights.all().map(|weight| weight.track_op().then(|| weight.dtype()));
-    let block = Block {
-        eps: settings.eps,
-        attention: Attention { heads: settings.heads, rope: positions.cloned() },
-        activation: settings.activation,
-        weights: weights.try_map(|weight| aligned(&weight.detach().to_dtype(dtype)?))?,
-        wanted,
-    };
-    let (y, saved) = by_dtype!(dtype, T => block.forward::<T>(&x.detach())?);
-    if !x.track_op() && wanted.iter().all(Option::is_none) {
-        return Ok(from_storage(y, x.shape()));
-    }
-    let leaves: Vec<&Tensor> = weights.all().into_iter().filter(|weight| weight.track_op()).collect();
-    let (link, gradients) = links::chain(&leaves, x.device())?;
     let result = Normed::default();
-    result.put(y);
-    x.apply_op2(&link, Node { block, saved, result, gradients })
+    let (mut layers, mut input, mut tracked) = (Vec::new(), x.detach(), x.track_op());
+    for (i, weights) in blocks.iter().enumerate() {
+        let wanted = weights.all().map(|weight| weight.track_op().then(|| weight.dtype()));
+        let block = Block {
+            eps: settings.eps,
+            attention: Attention { heads: settings.heads, rope: positions.cloned() },
+            activation: settings.activation,
+            weights: weights.try_map(|weight| cast::weight(weight, dtype))?,
+            wanted,
+        };
+        let (y, saved) = by_dtype!(dtype, T => block.forward::<T>(&input)?);
+        // A block that no gradient goes through keeps nothing.
+        tracked |= wanted.iter().any(Option::is_some);
+        if tracked {
+            layers.push(Layer { block, x: input.clone(), saved });
+        }
+        if i + 1 < blocks.len() {
+            input = from_storage(y, x.shape());
+        } else if tracked {
+            result.put(y);
+        } else {
+            return Ok(from_storage(y, x.shape()));
+        }
+    }
+    let leaves: Vec<&Tensor> =
+        blocks.iter().flat_map(DecoderWeights::all).filter(|weight| weight.track_op()).collect();
+    let (link, gradients) = links::chain(&leaves, x.device())?;
+    x.apply_op2(&link, Node { layers, result, gradients })
+}
+
+/// A block that a gradient goes through.
+struct Layer {
+    block: Block,
+    /// What it was given, (b, t, d).
+    x: Tensor,
+    saved: Saved,
 }
 
 /// The arithmetic, without a graph.
@@ -205,17 +225,17 @@ fn gradient<T: Element>(dy: &Tensor, x: &Tensor, dtype: Option<DType>) -> Result
     })
 }
 
-/// The block as a node of candle's graph.
+/// The blocks as a node of candle's graph.
 struct Node {
-    block: Block,
-    saved: Saved,
+    /// From the first that has a gradient to the last.
+    layers: Vec<Layer>,
     result: Normed<CudaStorage>,
     gradients: Gradients,
 }
 
 impl CustomOp2 for Node {
     fn name(&self) -> &'static str {
-        "vesper-decoder-block-cuda"
+        "vesper-decoder-blocks-cuda"
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
@@ -243,15 +263,19 @@ impl CustomOp2 for Node {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (_, _, d) = x.dims3()?;
-        let dy = aligned(dy)?.reshape(((), d))?;
-        let (dx, gradients) =
-            by_dtype!(x.dtype(), T => self.block.backward::<T>(&x.detach(), &self.saved, &dy)?);
-        if !link.track_op() {
-            return Ok((Some(dx.reshape(x.shape())?), None));
+        let mut dy = aligned(dy)?.reshape(((), d))?;
+        let mut gradients = Vec::new(); // from the last block's to the first's
+        for Layer { block, x, saved } in self.layers.iter().rev() {
+            let (dx, of_block) = by_dtype!(x.dtype(), T => block.backward::<T>(x, saved, &dy)?);
+            let tracked = of_block.into_iter().zip(block.wanted).filter(|(_, wanted)| wanted.is_some());
+            gradients.push(tracked.map(|(gradient, _)| gradient).collect::<Vec<_>>());
+            dy = dx;
         }
-        let tracked = gradients.into_iter().zip(self.block.wanted).filter(|(_, wanted)| wanted.is_some());
-        self.gradients.put(tracked.map(|(gradient, _)| gradient).collect());
-        let dx = if x.track_op() { Some(dx.reshape(x.shape())?) } else { None };
+        let dx = if x.track_op() { Some(dy.reshape(x.shape())?) } else { None };
+        if !link.track_op() {
+            return Ok((dx, None));
+        }
+        self.gradients.put(gradients.into_iter().rev().flatten().collect());
         Ok((dx, Some(link.zeros_like()?)))
     }
 }

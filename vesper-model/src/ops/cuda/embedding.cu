@@ -18,9 +18,16 @@ struct EmbeddingParams {
 };
 static_assert(sizeof(EmbeddingParams) == 16, "the Rust side has the same layout");
 
-// One thread a vector. An id outside the table gives a row of NaN: the host cannot know without waiting.
-template <typename T, int V>
-__device__ void gather(const T *table, const uint32_t *ids, T *rows, EmbeddingParams p) {
+template <typename T, typename S, int V> __device__ __forceinline__ Vec<T, V> convert(const Vec<S, V> &x) {
+    Vec<T, V> y;
+#pragma unroll
+    for (int k = 0; k < V; k++) y.v[k] = from_float<T>(to_float(x.v[k]));
+    return y;
+}
+
+// S: the table, T: the rows. One thread a vector. An id outside the table gives a row of NaN: the host cannot know without waiting.
+template <typename S, typename T, int V>
+__device__ void gather(const S *table, const uint32_t *ids, T *rows, EmbeddingParams p) {
     const uint32_t vectors = p.d / V;
     const uint64_t total = p.n * vectors;
     for (uint64_t i = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x; i < total;
@@ -29,7 +36,7 @@ __device__ void gather(const T *table, const uint32_t *ids, T *rows, EmbeddingPa
         const uint32_t column = (uint32_t)(i - row * vectors) * V, id = ids[row];
         Vec<T, V> x;
         if (id < p.vocab) {
-            x = load<T, V>(table + (size_t)id * p.d + column);
+            x = convert<T>(load<S, V>(table + (size_t)id * p.d + column));
         } else {
 #pragma unroll
             for (int k = 0; k < V; k++) x.v[k] = from_float<T>(__int_as_float(0x7fc00000));
@@ -140,23 +147,23 @@ template <typename T, int V> struct Sum {
         }
     }
 
-    __device__ void write(T *row, uint32_t column, uint32_t d) const {
+    template <typename S> __device__ void write(S *row, uint32_t column, uint32_t d) const {
 #pragma unroll
         for (int j = 0; j < GROUP; j++) {
             const uint32_t c = column + j * 32 * V;
             if (c < d) {
-                Vec<T, V> out;
+                Vec<S, V> out;
 #pragma unroll
-                for (int k = 0; k < V; k++) out.v[k] = from_float<T>(v[j][k]);
-                store<T, V>(row + c, out);
+                for (int k = 0; k < V; k++) out.v[k] = from_float<S>(v[j][k]);
+                store<S, V>(row + c, out);
             }
         }
     }
 };
 
 // Block (x, y): ROWS rows of the table, one a warp, and GROUP * 32 V columns.
-template <typename T, int V>
-__device__ void backward(const T *drows, const uint32_t *places, const uint32_t *first, T *dtable,
+template <typename S, typename T, int V>
+__device__ void backward(const T *drows, const uint32_t *places, const uint32_t *first, S *dtable,
                          EmbeddingParams p) {
     __shared__ uint32_t bounds[ROWS + 1];
     __shared__ float parts[ROWS][GROUP * 32 * V];
@@ -199,19 +206,24 @@ __device__ void backward(const T *drows, const uint32_t *places, const uint32_t 
     }
 }
 
-#define KERNELS(T, NAME, V)                                                                                            \
-    extern "C" __global__ void embedding_forward_##T##_##NAME(const T *table, const uint32_t *ids, T *rows,            \
-                                                              EmbeddingParams p) {                                     \
-        gather<T, V>(table, ids, rows, p);                                                                             \
+// S: the table, T: the rows.
+#define KERNELS(S, T, NAME, V)                                                                                         \
+    extern "C" __global__ void embedding_forward_##S##_##T##_##NAME(const S *table, const uint32_t *ids, T *rows,      \
+                                                                    EmbeddingParams p) {                               \
+        gather<S, T, V>(table, ids, rows, p);                                                                          \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(32 * ROWS) embedding_backward_##T##_##NAME(                           \
-        const T *drows, const uint32_t *places, const uint32_t *first, T *dtable, EmbeddingParams p) {                 \
-        backward<T, V>(drows, places, first, dtable, p);                                                               \
+    extern "C" __global__ void __launch_bounds__(32 * ROWS) embedding_backward_##S##_##T##_##NAME(                     \
+        const T *drows, const uint32_t *places, const uint32_t *first, S *dtable, EmbeddingParams p) {                 \
+        backward<S, T, V>(drows, places, first, dtable, p);                                                            \
     }
 
-KERNELS(f32, wide, WIDE<f32>)
-KERNELS(f32, single, 1)
-KERNELS(bf16, wide, WIDE<bf16>)
-KERNELS(bf16, single, 1)
-KERNELS(f16, wide, WIDE<f16>)
-KERNELS(f16, single, 1)
+KERNELS(f32, f32, wide, WIDE<f32>)
+KERNELS(f32, f32, single, 1)
+KERNELS(bf16, bf16, wide, WIDE<bf16>)
+KERNELS(bf16, bf16, single, 1)
+KERNELS(f16, f16, wide, WIDE<f16>)
+KERNELS(f16, f16, single, 1)
+KERNELS(f32, bf16, wide, WIDE<f32>)
+KERNELS(f32, bf16, single, 1)
+KERNELS(f32, f16, wide, WIDE<f32>)
+KERNELS(f32, f16, single, 1)

@@ -2,12 +2,15 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr, LaunchConfig};
-use candle_core::{CpuStorage, CudaDevice, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail,
+};
 
 use super::launch::{
-    Element, Held, Module, aligned, allocate, blocks, by_dtype, is_empty, is_wide, launch, name, not_here,
-    size, tensor, view, wrap, zeros,
+    Element, Held, Module, aligned, allocate, blocks, by_dtype, is_empty, launch, name, not_here, size,
+    tensor, view, wrap, zeros,
 };
+use crate::ops::backward::deliver;
 
 /// Ids that one block sorts.
 const CHUNK: usize = 1024;
@@ -30,49 +33,79 @@ const _: () = assert!(size_of::<Params>() == 16);
 // SAFETY: plain numbers in the layout of `EmbeddingParams`.
 unsafe impl DeviceRepr for Params {}
 
-/// Rows of a table, (n, d); table: (vocab, d), ids: (n).
-pub(in crate::ops) fn gather(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+/// Rows of a table in `dtype`, (n, d); table: (vocab, d), ids: (n). The dtype is the table's, or the table is in f32.
+pub(in crate::ops) fn gather(table: &Tensor, ids: &Tensor, dtype: DType) -> Result<Tensor> {
     if is_empty(&[table, ids]) {
         let (_, d) = table.dims2()?;
-        return zeros(table.device(), (ids.elem_count(), d), table.dtype());
+        return zeros(table.device(), (ids.elem_count(), d), dtype);
     }
-    aligned(table)?.apply_op2(&ids.to_dtype(DType::U32)?.contiguous()?, Gather)
+    aligned(table)?.apply_op2(&ids.to_dtype(DType::U32)?.contiguous()?, Gather { dtype })
 }
 
-struct Gather;
+struct Gather {
+    /// Of the rows.
+    dtype: DType,
+}
+
+/// Elements of a vector that is read from or written to the table and the rows: none of them over 16 bytes.
+fn vector<S: Element, T: Element>(wide: bool) -> usize {
+    if wide { S::WIDE.min(T::WIDE) } else { 1 }
+}
+
+/// The name of a kernel from a table of `S` to rows of `T`, or back.
+fn kernel<S: Element, T: Element>(pass: &str, wide: bool) -> String {
+    format!("embedding_{pass}_{}", name::<T>(S::NAME, wide))
+}
+
+/// Runs generic code for the dtypes of a table and of its rows.
+macro_rules! by_dtypes {
+    ($table:expr, $rows:expr, $S:ident, $T:ident => $body:expr) => {
+        if $table == $rows {
+            by_dtype!($table, $T => {
+                type $S = $T;
+                $body
+            })
+        } else if $table == DType::F32 {
+            type $S = f32;
+            by_dtype!($rows, $T => $body)
+        } else {
+            bail!("no CUDA kernel for an embedding from {:?} to {:?}", $table, $rows)
+        }
+    };
+}
 
 impl Gather {
-    fn forward<T: Element>(
+    fn forward<S: Element, T: Element>(
         (table, lt): (&CudaStorage, &Layout),
         (ids, li): (&CudaStorage, &Layout),
     ) -> Result<CudaStorage> {
         let (device, (vocab, d), n) = (table.device(), lt.shape().dims2()?, li.shape().elem_count());
         let mut rows = allocate::<T>(device, n * d)?;
         let params = Params { n: n as u64, vocab: size(vocab)?, d: size(d)? };
-        let wide = is_wide::<T>(d, &[lt]);
-        let vectors = n * d / if wide { T::WIDE } else { 1 };
+        let wide = d.is_multiple_of(vector::<S, T>(true)); // the table starts at a multiple of 16 bytes
+        let vectors = n * d / vector::<S, T>(wide);
         let config = blocks(vectors.div_ceil(256).min(1 << 24), 256)?;
-        let name = name::<T>("embedding_forward", wide);
-        let (table, ids) = (view::<T>(table, lt)?, view::<u32>(ids, li)?);
+        let name = kernel::<S, T>("forward", wide);
+        let (table, ids) = (view::<S>(table, lt)?, view::<u32>(ids, li)?);
         launch!(device, Module::Embedding, &name, config, &table, &ids, &mut rows, &params);
         Ok(wrap(rows, device))
     }
 
-    fn backward<T: Element>(table: &Tensor, ids: &Tensor, drows: &Tensor) -> Result<Tensor> {
+    fn backward<S: Element, T: Element>(table: &Tensor, ids: &Tensor, drows: &Tensor) -> Result<Tensor> {
         let ((vocab, d), n) = (table.dims2()?, ids.elem_count());
         let (held, drows) = (Held::new(ids), Held::new(drows));
         let device = held.device()?;
         let (places, first) = sort(device, &held, n, vocab, d)?;
         let params = Params { n: n as u64, vocab: size(vocab)?, d: size(d)? };
-        let wide = is_wide::<T>(d, &[drows.layout()]);
-        let columns = GROUP * 32 * if wide { T::WIDE } else { 1 };
+        let wide = d.is_multiple_of(vector::<S, T>(true)); // drows starts at a multiple of 16 bytes
+        let columns = GROUP * 32 * vector::<S, T>(wide);
         let config = LaunchConfig {
             grid_dim: (size(vocab.div_ceil(ROWS))?, size(d.div_ceil(columns))?, 1),
             block_dim: (32 * ROWS as u32, 1, 1),
             shared_mem_bytes: 0,
         };
-        let name = name::<T>("embedding_backward", wide);
-        let mut dtable = allocate::<T>(device, vocab * d)?;
+        let name = kernel::<S, T>("backward", wide);
+        let mut dtable = allocate::<S>(device, vocab * d)?;
         let drows = drows.view::<T>()?;
         launch!(device, Module::Embedding, &name, config, &drows, &places, &first, &mut dtable, &params);
         Ok(tensor(dtable, device, (vocab, d)))
@@ -197,7 +230,8 @@ impl CustomOp2 for Gather {
         li: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         let (_, d) = lt.shape().dims2()?;
-        let rows = by_dtype!(table.dtype(), T => Self::forward::<T>((table, lt), (ids, li))?);
+        let rows =
+            by_dtypes!(table.dtype(), self.dtype, S, T => Self::forward::<S, T>((table, lt), (ids, li))?);
         Ok((rows, (li.shape().elem_count(), d).into()))
     }
 
@@ -212,7 +246,8 @@ impl CustomOp2 for Gather {
             return Ok((None, None));
         }
         let drows = aligned(drows)?;
-        let dtable = by_dtype!(table.dtype(), T => Self::backward::<T>(table, ids, &drows)?);
-        Ok((Some(dtable), None))
+        let dtable =
+            by_dtypes!(table.dtype(), self.dtype, S, T => Self::backward::<S, T>(table, ids, &drows)?);
+        Ok((deliver(table, Some(dtable))?, None))
     }
 }

@@ -7,6 +7,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Ten
 use era_act::Activation;
 
 use super::launch::{Held, aligned, from_storage, is_empty, not_here, zeros};
+use crate::ops::backward::deliver;
 
 /// See [`crate::ops::gated_feed_forward`]; shapes and dtypes have been checked.
 pub(in crate::ops) fn gated_feed_forward(
@@ -107,6 +108,6 @@ impl CustomOp3 for GatedFeedForward {
         } else {
             None
         };
-        Ok((dx, dgate_up, ddown))
+        Ok((dx, deliver(gate_up, dgate_up)?, deliver(down, ddown)?))
     }
 }

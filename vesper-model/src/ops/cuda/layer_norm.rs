@@ -7,6 +7,7 @@ use super::launch::{
     Element, Held, Module, aligned, allocate, by_dtype, is_empty, launch, not_here, tensor, view, wrap, zeros,
 };
 use super::norms::{Params, a_warp_a_row, kernel, reduce, warps_that_stay};
+use crate::ops::backward::deliver;
 use crate::ops::residual::Normed;
 
 /// See [`crate::ops::layer_norm`]; shapes and dtypes have been checked. `normed` may hold the result already.
@@ -122,6 +123,7 @@ impl CustomOp3 for LayerNorm {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = aligned(dy)?;
-        by_dtype!(x.dtype(), T => self.backward::<T>(x, w, b, &dy))
+        let (dx, dw, db) = by_dtype!(x.dtype(), T => self.backward::<T>(x, w, b, &dy)?);
+        Ok((dx, deliver(w, dw)?, deliver(b, db)?))
     }
 }

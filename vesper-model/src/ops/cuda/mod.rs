@@ -7,6 +7,7 @@ pub(super) mod attention;
 mod attention_backward;
 mod blas;
 pub(super) mod cached_attention;
+mod cast;
 mod chain;
 pub(super) mod cross_entropy;
 pub(super) mod decode;

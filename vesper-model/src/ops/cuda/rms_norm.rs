@@ -8,6 +8,7 @@ use super::launch::{
     Element, Held, Module, aligned, allocate, by_dtype, is_empty, launch, not_here, tensor, view, wrap, zeros,
 };
 use super::norms::{Params, a_warp_a_row, kernel, reduce, warps_that_stay};
+use crate::ops::backward::deliver;
 use crate::ops::residual::Normed;
 
 /// See [`crate::ops::rms_norm`]; shapes and dtypes have been checked.
@@ -131,6 +132,6 @@ impl CustomOp2 for RmsNorm {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (dy, wanted) = (aligned(dy)?, w.track_op().then(|| w.dtype()));
         let (dx, dw) = by_dtype!(x.dtype(), T => backward::<T>(x, w, &dy, None, self.eps, wanted)?);
-        Ok((x.track_op().then_some(dx), dw))
+        Ok((x.track_op().then_some(dx), deliver(w, dw)?))
     }
 }

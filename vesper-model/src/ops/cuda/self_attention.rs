@@ -10,6 +10,7 @@ use super::launch::{
     Element, aligned, by_dtype, from_storage, is_empty, not_here, tensor, view, wrap, zeros,
 };
 use super::rope;
+use crate::ops::backward::deliver;
 use crate::ops::{Heads, Rope};
 
 /// See [`crate::ops::self_attention`]; shapes and dtypes have been checked, and `attention::supports` holds.
@@ -137,6 +138,6 @@ impl CustomOp3 for SelfAttention {
         } else {
             None
         };
-        Ok((dx, dqkv, dout))
+        Ok((dx, deliver(qkv, dqkv)?, deliver(out, dout)?))
     }
 }
