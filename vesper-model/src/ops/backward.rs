@@ -52,9 +52,9 @@ thread_local! {
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn backward(loss: &Tensor) -> Result<GradStore> {
-    let pass = Pass::begin();
+    let _pass = Pass::begin();
     let mut store = loss.backward()?;
-    for (variable, gradient) in pass.end().into_values() {
+    for (variable, gradient) in DELIVERED.take().unwrap_or_default().into_values() {
         let gradient = match store.remove(&variable) {
             Some(other) => (other + gradient)?, // of an operation that delivers nothing
             None => gradient,
@@ -96,10 +96,6 @@ struct Pass {
 impl Pass {
     fn begin() -> Self {
         Self { outer: DELIVERED.replace(Some(Gradients::new())) }
-    }
-
-    fn end(self) -> Gradients {
-        DELIVERED.take().unwrap_or_default()
     }
 }
 
