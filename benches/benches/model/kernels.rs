@@ -8,7 +8,8 @@
 //! ```
 //!
 //! `PROGRAM` is this bench's executable; the first command profiles one step of the medium preset, the second one
-//! reads what it wrote.
+//! reads what it wrote. `profile wide` and `VESPER_BENCH_WIDE_KERNELS` do so for heads of twice the size, of which the kernels
+//! of the attention are recorded.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -34,6 +35,12 @@ pub(crate) struct Kernel {
     tflop_per_s: Option<f64>,
     /// The larger of both rates, each over its ceiling.
     fraction_of_ceiling: f64,
+}
+
+impl Kernel {
+    pub(crate) fn is_of(&self, operation: &str) -> bool {
+        self.name.contains(operation)
+    }
 }
 
 /// Reads the profiler's table; the ceilings are bytes and operations a second.

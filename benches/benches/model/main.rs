@@ -101,6 +101,8 @@ struct Record {
     /// Of one training step of the medium preset.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     kernels: Vec<kernels::Kernel>,
+    /// Those of the attention in a step of the same model with half as many heads of twice the size.
+    attention_kernels_of_wide_heads: Vec<kernels::Kernel>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     products: Vec<Products>,
     /// What other programs printed about themselves in the same session.
@@ -410,9 +412,14 @@ fn products(name: &str, config: &VesperConfig, device: &Device, effort: Effort) 
     Ok(measured)
 }
 
-/// One step of the medium preset under a profiler.
-fn profile(device: &Device, effort: Effort) -> std::result::Result<(), Box<dyn Error>> {
-    let config = VesperConfig::preset("medium")?;
+/// One step of the medium preset under a profiler; `wide`: with half as many heads of twice the size.
+fn profile(device: &Device, effort: Effort, wide: bool) -> std::result::Result<(), Box<dyn Error>> {
+    let mut config = VesperConfig::preset("medium")?;
+    if wide {
+        config.num_attention_heads /= 2;
+        config.num_key_value_heads /= 2;
+        config.head_dim *= 2;
+    }
     let varmap = VarMap::new();
     let model = VesperLM::initialize(&config, &varmap, 42, DType::F32, device)?;
     let model = model.with_compute_dtype(effort.compute).with_path(effort.path);
@@ -459,7 +466,7 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     let batch =
         |name| if device.is_cpu() && !["nano", "tiny", "small"].contains(&name) { 2 } else { effort.batch };
     if has("profile") {
-        return profile(&device, effort);
+        return profile(&device, effort, has("wide"));
     }
     for name in if named.is_empty() && !has("ops") { vec!["small"] } else { named } {
         for &compute in &computes {
@@ -486,6 +493,12 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
         record.operations = operations(&config, &device, effort, ceilings, step_ms)?;
         if let Ok(file) = std::env::var("VESPER_BENCH_KERNELS") {
             record.kernels = kernels::read(file.as_ref(), ceilings)?;
+        }
+        if let Ok(file) = std::env::var("VESPER_BENCH_WIDE_KERNELS") {
+            record.attention_kernels_of_wide_heads = kernels::read(file.as_ref(), ceilings)?
+                .into_iter()
+                .filter(|kernel| kernel.is_of("attention"))
+                .collect();
         }
     }
     if let Ok(path) = std::env::var("VESPER_BENCH_PEERS") {
