@@ -102,6 +102,7 @@ struct Record {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     kernels: Vec<kernels::Kernel>,
     /// Those of the attention in a step of the same model with half as many heads of twice the size.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     attention_kernels_of_wide_heads: Vec<kernels::Kernel>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     products: Vec<Products>,
