@@ -93,7 +93,7 @@ fn differences(a: &Velvet, b: &Velvet) -> Vec<String> {
     let differs = |(name, x): (&String, &Tensor)| {
         let y = &b[name];
         let count = bits(x).iter().zip(bits(y)).filter(|(x, y)| **x != *y).count();
-        let far = values(x).iter().zip(values(y)).map(|(x, y)| (x - y).abs());
+        let far = values(x).into_iter().zip(values(y)).map(|(x, y)| (x - y).abs());
         let far = far.max_by(f64::total_cmp).unwrap_or(0.0);
         (count > 0).then(|| format!("{name}{:?}: {count} of {}, by up to {far:e}", x.dims(), x.elem_count()))
     };
