@@ -60,7 +60,7 @@ impl Velvet {
     /// # Examples
     /// ```
     /// use candle_core::{Device, Tensor, Var};
-    /// use velvet_optim::{Velvet, VelvetConfig};
+    /// use velvet_optim::{Optimizer, Velvet, VelvetConfig};
     /// let w = Var::new(&[1f32, 2.], &Device::Cpu)?;
     /// let mut optimizer = Velvet::new(vec![w.clone()], VelvetConfig::default())?;
     /// let loss = w.sqr()?.sum_all()?;
