@@ -1,25 +1,30 @@
 //! Operations with more inputs than candle's have: a chain of scalars leads from the result to all of its leaves.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, ThreadId};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp2, CustomOp3, DType, Device, Layout, MetalStorage, Result, Shape, Tensor,
+    CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, MetalStorage, Result, Shape, Tensor,
 };
 
 use super::backward::deliver;
 
-/// What the backward of an operation leaves for the links, in the order of the leaves.
+/// What the backward of an operation leaves for the links, in the order of the leaves; of each thread by itself, since several
+/// may be on their way back through the same graph.
 #[derive(Clone, Default)]
-pub(super) struct Gradients(Arc<Mutex<Vec<Option<Tensor>>>>);
+pub(super) struct Gradients(Arc<Mutex<HashMap<ThreadId, Vec<Option<Tensor>>>>>);
 
 impl Gradients {
     pub(super) fn put(&self, gradients: Vec<Option<Tensor>>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = gradients;
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.insert(thread::current().id(), gradients);
     }
 
     fn take(&self, place: usize) -> Option<Tensor> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_mut(place).and_then(Option::take)
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get_mut(&thread::current().id())?.get_mut(place)?.take()
     }
 }
 
@@ -27,14 +32,12 @@ impl Gradients {
 /// the scalar a gradient of zero.
 pub(super) fn chain(leaves: &[&Tensor], device: &Device) -> Result<(Tensor, Gradients)> {
     let gradients = Gradients::default();
-    let mut link = Tensor::zeros((), DType::F32, device)?;
+    let end = Tensor::zeros((), DType::F32, device)?;
+    let mut link = end.clone();
     for (i, leaves) in leaves.chunks(2).enumerate() {
         let next = Link { place: 2 * i, gradients: gradients.clone() };
-        link = match leaves {
-            [one, two] => link.apply_op3(one, two, next)?,
-            [one] => link.apply_op2(one, next)?,
-            _ => link,
-        };
+        let leaf = |i: usize| leaves.get(i).copied().unwrap_or(&end);
+        link = link.apply_op3(leaf(0), leaf(1), next)?;
     }
     Ok((link, gradients))
 }
@@ -49,16 +52,17 @@ where
     Ok((like.device().zeros_impl(&shape, DType::F32)?, shape))
 }
 
-/// One or two leaves on the chain from the result: hands them the gradients that were left from its place on.
+/// Two leaves on the chain from the result, or one and nothing: hands them the gradients that were left from its place on.
 struct Link {
     place: usize,
     gradients: Gradients,
 }
 
 impl Link {
-    const NAME: &'static str = "vesper-link";
-
     fn gradient(&self, place: usize, leaf: &Tensor) -> Result<Option<Tensor>> {
+        if !leaf.track_op() {
+            return Ok(None);
+        }
         let gradient = match self.gradients.take(place) {
             Some(gradient) => gradient,
             // A leaf that the result does not depend on.
@@ -68,55 +72,9 @@ impl Link {
     }
 }
 
-impl CustomOp2 for Link {
-    fn name(&self) -> &'static str {
-        Self::NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        link: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        scalar(link)
-    }
-
-    fn cuda_fwd(
-        &self,
-        link: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        scalar(link)
-    }
-
-    fn metal_fwd(
-        &self,
-        link: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-    ) -> Result<(MetalStorage, Shape)> {
-        scalar(link)
-    }
-
-    fn bwd(
-        &self,
-        link: &Tensor,
-        leaf: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((link.track_op().then(|| grad.clone()), self.gradient(self.place, leaf)?))
-    }
-}
-
 impl CustomOp3 for Link {
     fn name(&self) -> &'static str {
-        Self::NAME
+        "vesper-link"
     }
 
     fn cpu_fwd(

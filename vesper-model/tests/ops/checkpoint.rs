@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, Var};
 use vesper_model::ops::{
@@ -252,5 +252,45 @@ fn a_scaled_loss_and_a_second_backward_are_right() {
     let scaled = gradients(&(&loss * 8.0).unwrap(), &[&x, &w]);
     for (once, scaled) in once.iter().zip(&scaled) {
         assert!(error(&(scaled / 8.0).unwrap(), once) < 1e-14);
+    }
+}
+
+/// The identity, in whose backward two threads wait for each other.
+struct Meet(Arc<Barrier>);
+
+impl CustomOp1 for Meet {
+    fn name(&self) -> &'static str {
+        "meet"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((x.clone(), layout.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        self.0.wait();
+        Ok(Some(dy.clone()))
+    }
+}
+
+#[test]
+fn threads_that_walk_back_through_one_graph_get_their_own_gradients() {
+    let (x, a, b) = (var(1, &[5, 8]), var(2, &[5, 8]), var(3, &[5, 8]));
+    // Both are between two of the gradients that the checkpoint hands over when they meet.
+    let met = b.as_tensor().apply_op1(Meet(Arc::new(Barrier::new(2)))).unwrap();
+    let inputs = [x.as_tensor(), a.as_tensor(), &met];
+    let y = checkpoint(|xs| &xs[0] * (&xs[1] * &xs[2])?, &inputs).unwrap();
+    let of = |factor: f64| {
+        let loss = (&y * factor).unwrap().sum_all().unwrap();
+        gradients(&loss, &[&x, &a, &b])
+    };
+    let (once, twice) = std::thread::scope(|threads| {
+        let other = threads.spawn(|| of(2.0));
+        (of(1.0), other.join().unwrap())
+    });
+    let product = |one: &Var, other: &Var| (one.as_tensor() * other.as_tensor()).unwrap();
+    for (i, want) in [product(&a, &b), product(&x, &b), product(&x, &a)].iter().enumerate() {
+        assert!(error(&once[i], want) < 1e-14, "{i}");
+        assert!(error(&twice[i], &(want * 2.0).unwrap()) < 1e-14, "{i}, twice");
     }
 }
