@@ -84,7 +84,9 @@ impl NewFolder {
     /// # Errors
     /// Names the folder.
     pub fn create(path: &Path) -> Result<Self> {
-        let missing = path.ancestors().take_while(|path| !path.as_os_str().is_empty() && !path.exists());
+        // A link that leads nowhere is there: it would go, too.
+        let there = |path: &Path| path.as_os_str().is_empty() || path.symlink_metadata().is_ok();
+        let missing = path.ancestors().take_while(|path| !there(path));
         // From here on, what is made of them goes again, and a folder that cannot be made leaves none above it.
         let folder = Self { new: missing.last().map(Path::to_path_buf) };
         create_dir(path)?;
@@ -139,5 +141,15 @@ mod tests {
         let error = NewFolder::create(&old.join("mine/c")).unwrap_err();
         assert!(error.to_string().contains("mine/c"), "{error}");
         assert!(old.join("mine").is_file());
+        #[cfg(unix)]
+        {
+            // A link to what is not there is there.
+            std::os::unix::fs::symlink("elsewhere", old.join("link")).unwrap();
+            for path in ["link", "link/c"] {
+                let error = NewFolder::create(&old.join(path)).unwrap_err();
+                assert!(error.to_string().contains(path), "{error}");
+                assert!(old.join("link").is_symlink(), "{path}");
+            }
+        }
     }
 }
