@@ -85,6 +85,17 @@ fn by_rows(
         super::vectors::multiply(rows, (&weight.data()?, row), &vectors, step, to);
         return Ok(());
     }
+    plain(weight, x, (m, input, out), step, to)
+}
+
+/// As [`by_rows`], by candle's product of a row and a vector.
+fn plain(
+    weight: &QTensor,
+    x: &[f32],
+    (m, input, out): (usize, usize, usize),
+    step: usize,
+    to: &mut [f32],
+) -> Result<()> {
     with_blocks!(weight, blocks => {
         multiply_blocks(blocks, x, (m, input, out), step, to);
         Ok(())
@@ -105,6 +116,9 @@ fn multiply_blocks<T: GgmlType>(
     for (x, rounded) in x.chunks_exact(input).zip(rounded.chunks_exact_mut(width)) {
         T::VecDotType::from_float(x, rounded);
     }
+    // What is no number would become one in a block.
+    let broken = |x: &[f32]| T::BLCK_SIZE > 1 && x.iter().any(|x| !x.is_finite());
+    let broken: Vec<bool> = x.chunks_exact(input).map(broken).collect();
     // Three of candle's products want an even number of blocks: what is left of a row is multiplied by itself.
     let pairs = matches!(T::DTYPE, GgmlDType::Q4_1 | GgmlDType::Q5_0 | GgmlDType::Q5_1);
     let whole = if pairs { row / 2 * 2 } else { row };
@@ -117,7 +131,12 @@ fn multiply_blocks<T: GgmlType>(
             if rest > 0 {
                 widen_blocks(&w[whole..], &mut last);
             }
-            for ((rounded, x), to) in rounded.chunks_exact(width).zip(x.chunks_exact(input)).zip(to) {
+            let vectors = rounded.chunks_exact(width).zip(x.chunks_exact(input)).zip(&broken);
+            for (((rounded, x), broken), to) in vectors.zip(to) {
+                if *broken {
+                    *to = f32::NAN;
+                    continue;
+                }
                 let x = &x[input - rest..];
                 let end: f32 = last.iter().zip(x).map(|(w, x)| w * x).sum();
                 let begin = match whole {
@@ -175,4 +194,65 @@ fn cast<T: GgmlType>(data: &[u8]) -> Result<&[T]> {
         bail!("{} bytes are no whole number of {:?} blocks where they stand", data.len(), T::DTYPE);
     }
     Ok(blocks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quantized::BlockType;
+    use candle_core::{Device, Tensor};
+
+    /// Numbers without a pattern, -1 to 1.
+    fn numbers(n: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7919 + 13) % 1009) as f32 / 504.5 - 1.0).collect()
+    }
+
+    /// What runs where the processor has no instructions for a product of ours.
+    #[test]
+    fn candles_products_take_rows_of_any_number_of_blocks() {
+        for block in BlockType::ALL {
+            for (out, blocks, m) in [(1, 1, 1), (5, 3, 2), (4, 4, 1), (13, 5, 8)] {
+                let input = blocks * block.block_size().max(32);
+                let w = Tensor::from_vec(numbers(out * input), (out, input), &Device::Cpu).unwrap();
+                let w = QTensor::quantize(&w, block.ggml()).unwrap();
+                let x: Vec<f32> = numbers(m * input).into_iter().map(|x| 3.0 * x + 0.5).collect();
+                let mut got = vec![f32::NAN; out * m];
+                plain(&w, &x, (m, input, out), 4, &mut got).unwrap();
+                let w = w.dequantize(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+                let (mut off, mut size) = (0.0, 0.0);
+                for (got, (w, x)) in
+                    got.iter().zip(w.iter().flat_map(|w| x.chunks_exact(input).map(move |x| (w, x))))
+                {
+                    let want: f32 = w.iter().zip(x).map(|(w, x)| w * x).sum();
+                    off += (got - want).powi(2);
+                    // In what a product of rounded numbers is near the exact one.
+                    size += w.iter().zip(x).map(|(w, x)| (w * x).powi(2)).sum::<f32>();
+                }
+                assert!(off <= 1e-4 * size, "{block} {out} x {input}: {off:e} of {size:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_vector_with_what_is_no_number_has_no_product() {
+        for block in BlockType::ALL {
+            let input = 2 * block.block_size().max(32);
+            let w = Tensor::from_vec(numbers(3 * input), (3, input), &Device::Cpu).unwrap();
+            let w = QTensor::quantize(&w, block.ggml()).unwrap();
+            for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut x = numbers(2 * input);
+                x[40] = value;
+                for candles in [false, true] {
+                    let mut y = vec![0.0; 6];
+                    if candles {
+                        plain(&w, &x, (2, input, 3), 4, &mut y).unwrap();
+                    } else {
+                        multiply(&w, &x, 2, &mut y).unwrap();
+                    }
+                    let broken = y.iter().filter(|y| !y.is_finite()).count();
+                    assert_eq!(broken, 3, "{block} {value}: {y:?}");
+                }
+            }
+        }
+    }
 }

@@ -105,25 +105,3 @@ macro_rules! product {
 
 product!(rows_vnni, "avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512vnni", dot_vnni, fives_vnni);
 product!(rows_avx2, "avx2,fma,f16c", dot_avx2, fives_avx2);
-
-#[cfg(test)]
-mod tests {
-    use super::super::check;
-    use super::*;
-
-    const TYPES: [GgmlDType; 4] = [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q5_0, GgmlDType::Q5_1];
-
-    #[test]
-    fn every_level_gives_the_product_of_the_rounded_values() {
-        for dtype in TYPES {
-            check::products(dtype, |level| rows(dtype, level));
-        }
-    }
-
-    #[test]
-    fn what_is_no_number_stays_none() {
-        for dtype in TYPES {
-            check::broken(dtype, |level| rows(dtype, level));
-        }
-    }
-}

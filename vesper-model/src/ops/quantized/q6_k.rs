@@ -118,19 +118,3 @@ macro_rules! product {
 
 product!(rows_vnni, "avx2,fma,f16c,avx512f,avx512vl,avx512vnni", dot_vnni);
 product!(rows_avx2, "avx2,fma,f16c", dot_avx2);
-
-#[cfg(test)]
-mod tests {
-    use super::super::check;
-    use super::*;
-
-    #[test]
-    fn every_level_gives_the_product_of_the_rounded_values() {
-        check::products(GgmlDType::Q6K, |level| rows(GgmlDType::Q6K, level));
-    }
-
-    #[test]
-    fn what_is_no_number_stays_none() {
-        check::broken(GgmlDType::Q6K, |level| rows(GgmlDType::Q6K, level));
-    }
-}

@@ -48,7 +48,11 @@ pub(super) fn level() -> Option<Level> {
 
 /// The product with blocks of a type, if this processor has the instructions and the type a product of ours.
 pub(super) fn rows(dtype: GgmlDType) -> Option<Rows> {
-    let level = level()?;
+    rows_of(dtype, level()?)
+}
+
+/// As [`rows`], by the instructions of a level that the processor has.
+pub(super) fn rows_of(dtype: GgmlDType, level: Level) -> Option<Rows> {
     [super::q8_0::rows, super::q6_k::rows, super::q4_q5::rows, super::q4_k_q5_k::rows]
         .iter()
         .find_map(|of| of(dtype, level))
