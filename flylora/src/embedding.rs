@@ -1,6 +1,6 @@
 use candle_core::{Result, Tensor, Var};
 
-use crate::adapter::MAGNITUDE;
+use crate::adapter::{MAGNITUDE, check_factors};
 use crate::init::{generator, normal};
 use crate::linear::{added, at_least_f32, check_merged};
 use crate::{AdapterKind, Error, LoraConfig, LoraInit, Place};
@@ -95,6 +95,7 @@ impl LoraEmbedding {
                 return Err(Error::Shape { name: name.into(), expected, got });
             }
         }
+        check_factors([(A, a), (B, b)])?;
         let config = LoraConfig { r, init: LoraInit::default(), ..config.clone() };
         config.validate()?;
         config.check_no_bias("an embedding")?;

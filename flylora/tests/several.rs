@@ -376,6 +376,22 @@ fn embeddings_combine_and_what_does_not_fit_is_refused() {
     }
 }
 
+#[test]
+fn factors_are_of_one_float_dtype() {
+    let factor = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &Device::Cpu).unwrap();
+    let (table, config) = (noise(&[9, 6], 1.0, DType::F32, 1), LoraConfig::default());
+    for (a, b, end) in [
+        (DType::F32, DType::F64, "B: expected dtype f32, as the other factor has, got F64"),
+        (DType::U32, DType::U32, "A: expected dtype f32, f64, bf16 or f16, got U32"),
+    ] {
+        let (a, b) = (factor(&[2, 9], a), factor(&[6, 2], b));
+        let layer = LoraAdapter::from_factors(&a, &b, &config).unwrap_err().to_string();
+        assert_eq!(layer.replace(".weight", ""), format!("lora_{end}"));
+        let embedding = LoraEmbedding::from_factors(table.clone(), &a, &b, &config).unwrap_err();
+        assert_eq!(embedding.to_string(), format!("lora_embedding_{end}"));
+    }
+}
+
 /// Two layers, of which one has much more to learn.
 #[test]
 fn the_budget_ends_at_its_total_within_its_bounds_and_favours_the_layer_that_learns_more() {

@@ -127,7 +127,8 @@ impl LoraAdapter {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] where the two do not fit each other, and those of [`LoraConfig::validate`].
+    /// [`Error::Shape`] where the two do not fit each other, [`Error::DType`] where they are not of one float dtype, and those
+    /// of [`LoraConfig::validate`].
     pub fn from_factors(a: &Tensor, b: &Tensor, config: &LoraConfig) -> crate::Result<Self> {
         let (r, _) = a.dims2()?;
         let (out_features, width) = b.dims2()?;
@@ -135,6 +136,7 @@ impl LoraAdapter {
             let (expected, got) = (vec![out_features, r], vec![out_features, width]);
             return Err(Error::Shape { name: B.into(), expected, got });
         }
+        check_factors([(A, a), (B, b)])?;
         let config = LoraConfig { r, init: LoraInit::default(), ..config.clone() };
         config.validate()?;
         let dropout = Arc::new(Dropout::new(config.dropout, config.seed, ""));
@@ -279,6 +281,18 @@ impl LoraAdapter {
     fn origin(&self) -> Option<Origin> {
         self.origin.as_ref().map(|origin| origin.read().unwrap_or_else(PoisonError::into_inner).clone())
     }
+}
+
+/// That two factors, with their names, are of one float dtype.
+pub(crate) fn check_factors([(name_a, a), (name_b, b)]: [(&str, &Tensor); 2]) -> crate::Result<()> {
+    let fail = |name: &str, expected: String, got| Err(Error::DType { name: name.into(), expected, got });
+    if !matches!(a.dtype(), DType::F32 | DType::F64 | DType::BF16 | DType::F16) {
+        return fail(name_a, "f32, f64, bf16 or f16".into(), a.dtype());
+    }
+    if b.dtype() != a.dtype() {
+        return fail(name_b, format!("{}, as the other factor has", a.dtype().as_str()), b.dtype());
+    }
+    Ok(())
 }
 
 impl Adapter for LoraAdapter {

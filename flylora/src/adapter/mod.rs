@@ -26,7 +26,7 @@ pub use fly_config::{FlyLoraConfig, Routing};
 pub use fly_lora::FlyLoraAdapter;
 pub use kind::AdapterKind;
 pub use lora::LoraAdapter;
-pub(crate) use lora::{B, BIAS};
+pub(crate) use lora::{B, BIAS, check_factors};
 pub use masked_lora::{MaskSelection, MaskedLoraAdapter, MaskedLoraConfig};
 
 /// A change of an adapter that is ready to be made.
