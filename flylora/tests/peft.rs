@@ -272,8 +272,14 @@ fn the_bias_of_an_adapter_goes_into_that_of_the_model_or_is_named_where_there_is
     }
     let error = merged.check_all_used().unwrap_err().to_string();
     assert_eq!(error, "the bias of the adapter was not used: nothing read layers.0.c_attn.bias");
-    // A model without that bias.
+    // A sum that is not finite in the dtype that is read.
     let mut weights = base();
+    weights.insert(name.into(), Tensor::full(1e30f32, 6, &Device::Cpu).unwrap());
+    let narrow = VarBuilder::from_tensors(weights.clone(), DType::F16, &Device::Cpu);
+    let merged = MergedWeights::new(narrow, file.clone()).unwrap();
+    let error = merged.var_builder().get(6, name).unwrap_err().to_string();
+    assert_eq!(error, format!("{name}: the merged layer has values that are not finite in F16"));
+    // A model without that bias.
     weights.remove(name);
     let error = MergedWeights::new(vb(weights), file).err().unwrap().to_string();
     let want =

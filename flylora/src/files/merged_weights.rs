@@ -172,7 +172,7 @@ impl Inner {
             return Err(candle_core::Error::UnexpectedShape { msg, expected, got }.bt());
         }
         let merged = added(&bias, &own.to_device(bias.device())?)?.to_dtype(dtype)?;
-        check_merged(&merged)?;
+        check_named(name, &merged)?;
         self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
         Ok(merged)
     }
@@ -200,9 +200,14 @@ impl Inner {
         };
         self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(module.to_owned());
         let merged = merged.to_dtype(dtype)?.contiguous()?;
-        check_merged(&merged).map_err(|e| Error::Adapters { message: format!("{module}: {e}") })?;
+        check_named(module, &merged)?;
         Ok(merged)
     }
+}
+
+/// As [`check_merged`], with a name in the message.
+fn check_named(name: &str, merged: &Tensor) -> crate::Result<()> {
+    check_merged(merged).map_err(|e| Error::Adapters { message: format!("{name}: {e}") })
 }
 
 impl SimpleBackend for MergedWeights {
