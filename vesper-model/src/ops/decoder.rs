@@ -148,10 +148,10 @@ pub fn decoder_blocks(
     path: Path,
 ) -> Result<Tensor> {
     let (_, _, d) = x.dims3()?;
-    for weights in blocks {
+    for (i, weights) in blocks.iter().enumerate() {
         for (name, weight) in [("out", &weights.out), ("down", &weights.down)] {
             if weight.dims2()?.0 != d {
-                bail!("decoder_block: {name} {:?} for x {:?}", weight.shape(), x.shape());
+                bail!("decoder_block: {name} {:?} of block {i} for x {:?}", weight.shape(), x.shape());
             }
         }
     }
