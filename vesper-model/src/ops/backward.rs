@@ -25,7 +25,8 @@ thread_local! {
 /// candle adds what an operation's backward gives to a tensor of zeros, for each parameter: 16 bytes moved for each 4 of
 /// gradient. Here the operations of this crate hand the gradients of variables over as they are; where a variable is used
 /// more than once they are added. Everything else is candle's: operations of others, tensors that are no variables,
-/// the order. The values are the same (but that `0 + -0` is `0`), and so is what one does with them:
+/// the order. The values are the same but for the sign of a zero (`0 + -0` is `0`) and, of a variable that operations of
+/// others use too, the order of the sum. So is what one does with them:
 ///
 /// | | |
 /// |---|---|
@@ -35,7 +36,8 @@ thread_local! {
 ///
 /// An operation of your own whose backward calls `Tensor::backward` on a graph with operations of this crate in it must
 /// call this function there, as [`checkpoint`](super::checkpoint()) does: otherwise the gradients of that graph's variables
-/// go to the outer pass.
+/// go to the outer pass. So must tasks in a pool of rayon's that has other passes in it, since a thread that waits within one
+/// may take the next.
 ///
 /// # Errors
 /// Those of the operations' backward.

@@ -154,7 +154,7 @@ macro_rules! launch {
 pub(super) use launch;
 
 /// Shared memory above 48 KiB a block has to be asked for: what a launch adds counts together with what the kernel itself
-/// declares, which is below 32 KiB in all of them.
+/// declares, which is below 32 KiB in all that a launch adds to.
 pub(super) fn allow_shared(
     function: &candle_core::cuda_backend::cudarc::driver::CudaFunction,
     bytes: u32,
