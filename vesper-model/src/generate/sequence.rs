@@ -24,6 +24,8 @@ pub(super) struct Sequence<'a> {
     limit: usize,
     eos: Vec<u32>,
     stops: StopStrings,
+    /// Special tokens that are a stop string: they have no text.
+    stop_tokens: Vec<(u32, String)>,
     needs_text: bool,
     text: Option<TokenStream<'a>>,
     events: VecDeque<Event>,
@@ -53,6 +55,7 @@ impl<'a> Sequence<'a> {
             eos: config.eos_token_id,
             needs_text: !config.stop_strings.is_empty(),
             stops: StopStrings::new(config.stop_strings)?,
+            stop_tokens: Vec::new(),
             text: None,
             events: VecDeque::new(),
             error: None,
@@ -63,6 +66,11 @@ impl<'a> Sequence<'a> {
     /// Gives text from now on, as the continuation of the tokens that are there.
     pub(super) fn set_tokenizer(&mut self, tokenizer: &'a Tokenizer) -> Result<()> {
         self.text = Some(TokenStream::new(tokenizer).with_context(&self.tokens)?);
+        let special = |stop: &String| {
+            let id = tokenizer.token_to_id(stop)?;
+            tokenizer.get_added_vocabulary().is_special_token(stop).then(|| (id, stop.clone()))
+        };
+        self.stop_tokens = self.stops.strings().iter().filter_map(special).collect();
         Ok(())
     }
 
@@ -147,6 +155,10 @@ impl<'a> Sequence<'a> {
     fn accept(&mut self, token: Token) -> Result<()> {
         self.tokens.push(token.id);
         self.events.push_back(Event::Token(token));
+        if let Some((_, stop)) = self.stop_tokens.iter().find(|(id, _)| *id == token.id) {
+            self.finish(StopReason::Stop(stop.clone()));
+            return Ok(());
+        }
         let Some(stream) = &mut self.text else { return Ok(()) };
         let Some(text) = stream.push(token.id)? else { return Ok(()) };
         let Piece { text, stop } = self.stops.push(&text);

@@ -57,6 +57,11 @@ impl StopStrings {
         Ok(Self { stops, withheld: String::new() })
     }
 
+    /// The strings that end a text.
+    pub(super) fn strings(&self) -> &[String] {
+        &self.stops
+    }
+
     /// Takes text and gives what can no longer change. After a stop string begins a new text.
     pub fn push(&mut self, text: &str) -> Piece {
         self.withheld.push_str(text);

@@ -186,7 +186,8 @@ impl<'a> Regulation<'a> {
     ///
     /// # Errors
     /// [`ModelError::EmptyPrompt`], [`ModelError::TokenOutOfRange`] and [`ModelError::SequenceTooLong`] for a prompt that cannot
-    /// be read; those of the model and the confidence.
+    /// be read; [`ModelError::InvalidGeneration`] where `max_new_tokens` or `max_length` leave no room for a token, so that
+    /// there would be nothing to be confident of; those of the model and the confidence.
     pub fn answer<M: Introspective>(
         &mut self,
         mut model: impl FnMut() -> Result<M>,
@@ -212,6 +213,21 @@ impl<'a> Regulation<'a> {
         Ok(Regulated { verdict, drafts: report.drafts, events: report.events })
     }
 
+    /// That a draft has a token: nothing could be said of one without.
+    fn check_length(&self, prompt: usize) -> Result<()> {
+        if self.generation.limit(prompt) > prompt {
+            return Ok(());
+        }
+        let (field, got) = match self.generation.max_length {
+            Some(length) if self.generation.max_new_tokens > 0 => {
+                ("max_length", format!("{length} for a prompt of {prompt}"))
+            }
+            _ => ("max_new_tokens", "0".into()),
+        };
+        let expected = "room for at least one token of a regulated answer";
+        Err(ModelError::InvalidGeneration { field, got, expected })
+    }
+
     fn drafter<'m, M: Introspective>(
         &self,
         model: &'m mut M,
@@ -223,6 +239,7 @@ impl<'a> Regulation<'a> {
     {
         let (vocab, room) = (model.vocab_size(), model.remaining());
         let tokens = first_tokens(prompt.to_vec(), self.generation.bos_token_id, vocab, room)?;
+        self.check_length(tokens.len())?;
         let seed = self.generation.seed.wrapping_add(number as u64);
         let generation = self.generation.clone().with_seed(seed);
         let heat = Heat::new(generation.temperature);
@@ -377,7 +394,10 @@ impl LogitsProcessor for Heat {
             return;
         }
         let Some(max) = scores.iter().copied().max_by(f32::total_cmp) else { return };
-        let Some(best) = scores.iter().position(|score| *score == max) else { return };
+        // Where every token is excluded, that stays an error.
+        let Some(best) = scores.iter().position(|score| *score == max && max > f32::NEG_INFINITY) else {
+            return;
+        };
         for (i, score) in scores.iter_mut().enumerate() {
             // Differences to the largest score: nothing overflows.
             let scaled = if wanted > 0.0 {

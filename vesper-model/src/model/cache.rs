@@ -1,6 +1,6 @@
 //! Keys and values of the tokens seen so far, so that each new token costs one row.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 use crate::ops::{Heads, Path, Place, Rope, cached_attention};
 
@@ -18,6 +18,11 @@ impl LayerCache {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
+        let sizes = [2, rows, heads.kv, capacity, heads.dim, dtype.size_in_bytes()];
+        let bytes = sizes.into_iter().try_fold(1usize, usize::checked_mul);
+        if bytes.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
+            bail!("no memory has room for {rows} sequences of {capacity} tokens");
+        }
         Ok(Self { both: Tensor::zeros((2, rows, heads.kv, capacity, heads.dim), dtype, device)? })
     }
 

@@ -98,10 +98,10 @@ impl Session {
     /// # Ok::<(), vesper_model::ModelError>(())
     /// ```
     pub fn greedy(&mut self, ids: &[u32], n: usize) -> Result<Vec<u32>> {
-        let needed = ids.len() + n.saturating_sub(1);
+        let needed = ids.len().saturating_add(n.saturating_sub(1));
         if needed > self.remaining() {
             let limit = self.len() + self.remaining();
-            return Err(ModelError::SequenceTooLong { got: self.len() + needed, limit });
+            return Err(ModelError::SequenceTooLong { got: self.len().saturating_add(needed), limit });
         }
         let first = argmax(&self.append(ids)?);
         if n > 1

@@ -110,6 +110,8 @@ fn what_does_not_fit_is_refused_and_changes_no_row() {
         assert!(message.contains(words), "{message}");
         assert_eq!([batch.len(0), batch.len(1)], [5, 2]);
     }
+    let error = model.batch_session(usize::MAX / 8, 8).unwrap_err().to_string();
+    assert!(error.contains("no memory has room"), "{error}");
     assert!(batch.reorder(&[0]).unwrap_err().to_string().contains("1 sequences"));
     assert!(batch.reorder(&[0, 2]).unwrap_err().to_string().contains("no sequence 2"));
     assert_eq!((batch.len(7), batch.remaining(7)), (0, 0));

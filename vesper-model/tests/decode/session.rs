@@ -168,6 +168,8 @@ fn greedy_decoding_takes_the_likeliest_token_each_time() {
         assert_eq!(session.greedy(&[1], 0).unwrap(), [0u32; 0]);
         let message = session.greedy(&[1, 2], 30).unwrap_err().to_string();
         assert!(message.contains("40"), "{message}");
+        let message = session.greedy(&[1, 2], usize::MAX).unwrap_err().to_string();
+        assert!(message.contains("40"), "{message}");
         assert_eq!(session.len(), 31);
         assert!(session.greedy(&[], 3).is_err());
     }

@@ -95,6 +95,16 @@ fn a_file_with_a_length_of_the_whole_alone_means_that() {
 }
 
 #[test]
+fn a_file_with_the_fewest_tokens_alone_leaves_room_for_them() {
+    let config = parse(r#"{"min_new_tokens": 300}"#);
+    assert_eq!((config.min_new_tokens, config.max_new_tokens), (300, 300));
+    config.validate().unwrap();
+    assert_eq!(parse(r#"{"min_new_tokens": 3}"#).max_new_tokens, 256);
+    let error = parse(r#"{"min_new_tokens": 300, "max_new_tokens": 20}"#).validate().unwrap_err();
+    assert!(error.to_string().contains("min_new_tokens is 300"), "{error}");
+}
+
+#[test]
 fn settings_out_of_range_are_named() {
     let base = GenerationConfig::default;
     let wrong = [

@@ -143,6 +143,31 @@ fn a_stop_string_of_several_bytes_is_found_across_tokens() {
 }
 
 #[test]
+fn a_stop_string_that_is_a_special_token_ends_the_text_at_that_token() {
+    let tokenizer = bytes_and(&["Yes", ".\n"]);
+    let end = tokenizer.token_to_id("</s>").unwrap();
+    let mut said = ids(&tokenizer, &["Yes", ".\n"]);
+    said.extend([end, said[0]]);
+    let run = |stops: &[&str]| {
+        let config = GenerationConfig::greedy().with_stop_strings(stops.to_vec()).with_max_new_tokens(4);
+        let mut model = Script::new(&said, tokenizer.get_vocab_size(true));
+        let mut generator =
+            Generator::new(&mut model, &[1], &config).unwrap().with_tokenizer(&tokenizer).unwrap();
+        let text: String = generator.pieces().map(|piece| piece.unwrap()).collect();
+        (text, generator.generated().to_vec(), generator.stop_reason().unwrap().clone())
+    };
+    let stopped = |text: &str, tokens: usize, stop: &str| {
+        (text.to_owned(), said[..tokens].to_vec(), StopReason::Stop(stop.into()))
+    };
+    assert_eq!(run(&["no", "</s>"]), stopped("Yes.\n", 3, "</s>"));
+    // One that is complete before it counts, and what only began is given.
+    assert_eq!(run(&["</s>", "s.\n"]), stopped("Ye", 2, "s.\n"));
+    assert_eq!(run(&["</s>", "\n\n"]), stopped("Yes.\n", 3, "</s>"));
+    // Without it the token is nothing that one sees.
+    assert_eq!(run(&["no"]), ("Yes.\nYes".into(), said.clone(), StopReason::MaxTokens));
+}
+
+#[test]
 fn bytes_that_are_no_text_are_replaced_at_the_end() {
     let tokenizer = bytes_and(&[]);
     let said = spell(&tokenizer, "é");

@@ -194,6 +194,42 @@ fn the_length_of_the_whole_ends_a_draft_and_texts_cannot() {
 }
 
 #[test]
+fn an_answer_without_room_for_a_token_is_refused_and_none_that_is_certain() {
+    let confidence = Calibrated::new(Measure::Probability);
+    for (generation, part) in [
+        (tokens(0), "max_new_tokens is 0"),
+        (tokens(0).with_max_length(Some(9)), "max_new_tokens is 0"),
+        (tokens(9).with_max_length(Some(3)), "max_length is 3 for a prompt of 3"),
+        (tokens(9).with_max_length(Some(1)), "max_length is 1 for a prompt of 3"),
+    ] {
+        let mut regulation = Regulation::new(&settings(), &generation, &confidence).unwrap();
+        let error = regulation.answer(script(&[0.6]), &[0, 1, 2]).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn what_the_constraints_exclude_stays_excluded_at_any_temperature() {
+    let confidence = Calibrated::new(Measure::Probability);
+    // The prefix is not in the vocabulary of four; the words are all of it.
+    let prefix = tokens(2).with_forced_prefix([9]);
+    let words = tokens(2).with_bad_words((0..4).map(|id| vec![id]));
+    for (cooled, cool_above) in [(0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (1.0, 0.0)] {
+        for generation in [&prefix, &words] {
+            let settings = RegulatorConfig { cooled, cool_above, ..settings() };
+            let mut regulation = Regulation::new(&settings, generation, &confidence).unwrap();
+            let error = regulation.answer(script(&[0.6]), &[0]).unwrap_err().to_string();
+            assert!(error.contains("every token is excluded"), "{cooled}: {error}");
+        }
+        let generation = tokens(2).with_bad_words([vec![1]]);
+        let settings = RegulatorConfig { cooled, cool_above, ..settings() };
+        let mut regulation = Regulation::new(&settings, &generation, &confidence).unwrap();
+        let report = regulation.answer(script(&[0.6]), &[0]).unwrap();
+        assert!(report.drafts.iter().all(|draft| !draft.ids().contains(&1)), "{cooled}");
+    }
+}
+
+#[test]
 fn ids_beyond_the_tokenizer_are_not_chosen() {
     let confidence = Calibrated::new(Measure::Probability);
     let rows = || Ok(Script { rows: vec![vec![0.0, 0.0, 9.0, 9.0]], read: 0, capacity: 64 });

@@ -65,8 +65,9 @@ pub struct GenerationConfig {
     ///
     /// Hugging Face uses it only where there is no `max_new_tokens`. A file that has it alone is read as it is meant.
     pub max_length: Option<usize>,
-    /// Texts that end the answer, and are no part of it; see [`StopStrings`](super::StopStrings). Stored as one text or as
-    /// a list. Default none. They need a tokenizer.
+    /// Texts that end the answer, and are no part of it; see [`StopStrings`](super::StopStrings). One that is a special token,
+    /// which has no text in the answer, ends it at that token. Stored as one text or as a list. Default none. They need a
+    /// tokenizer.
     pub stop_strings: Vec<String>,
     /// How many continuations [`beam_search`](super::beam_search) follows side by side; nothing else reads it. Default 1.
     pub num_beams: usize,

@@ -127,8 +127,11 @@ impl From<Stored> for GenerationConfig {
             bad_words_ids: stored.bad_words_ids.unwrap_or_default(),
             forced_prefix: stored.forced_prefix.unwrap_or_default(),
             min_new_tokens: stored.min_new_tokens.unwrap_or(0),
-            // No answer is longer than the whole.
-            max_new_tokens: stored.max_new_tokens.or(stored.max_length).unwrap_or(MAX_NEW_TOKENS),
+            // No answer is longer than the whole. Where neither is said, one of the length that is asked for has room.
+            max_new_tokens: stored
+                .max_new_tokens
+                .or(stored.max_length)
+                .unwrap_or(MAX_NEW_TOKENS.max(stored.min_new_tokens.unwrap_or(0))),
             max_length: stored.max_length,
             stop_strings: stored.stop_strings.map(Vec::from).unwrap_or_default(),
             num_beams: stored.num_beams.unwrap_or(1),
