@@ -1,6 +1,6 @@
 use candle_core::{Result, Tensor, Var};
 
-use crate::adapter::{MAGNITUDE, check_factors};
+use crate::adapter::{MAGNITUDE, check_factors, roots};
 use crate::init::{generator, normal};
 use crate::linear::{added, at_least_f32, check_merged};
 use crate::{AdapterKind, Error, LoraConfig, LoraInit, Place};
@@ -136,7 +136,7 @@ impl LoraEmbedding {
             let part = (self.table.narrow(0, start, rows)?.to_dtype(wide)? + change)?; // (rows, dim)
             squares = (squares + part.sqr()?.sum(0)?)?;
         }
-        squares.maximum(f32::MIN_POSITIVE)?.sqrt()?.to_dtype(self.a.dtype())
+        roots(&squares, self.a.dtype())
     }
 
     /// `m / |V|`: (dim), in the dtype of the variables.
@@ -161,8 +161,8 @@ impl LoraEmbedding {
             match self.ratio()? {
                 None => (&rows + delta.to_dtype(rows.dtype())?)?,
                 Some(ratio) => {
-                    let changed = (rows.to_dtype(delta.dtype())? + delta)?;
-                    changed.broadcast_mul(&ratio)?.to_dtype(rows.dtype())?
+                    let changed = added(&rows, &delta)?;
+                    changed.broadcast_mul(&ratio.to_dtype(changed.dtype())?)?.to_dtype(rows.dtype())?
                 }
             }
         } else {
@@ -217,8 +217,9 @@ impl LoraEmbedding {
         match self.ratio()? {
             None => Ok(delta),
             Some(ratio) => {
-                let table = self.table.to_dtype(delta.dtype())?;
-                (&table + delta)?.broadcast_mul(&ratio.detach())? - table
+                let changed = added(&self.table, &delta)?;
+                let changed = changed.broadcast_mul(&ratio.detach().to_dtype(changed.dtype())?)?;
+                (&changed - self.table.to_dtype(changed.dtype())?)?.to_dtype(delta.dtype())
             }
         }
     }

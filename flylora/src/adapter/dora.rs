@@ -1,9 +1,11 @@
 use candle_core::{D, DType, Result, Tensor, Var};
+use half::f16;
 
 use super::{Adapter, AdapterKind, Change, LoraAdapter, Merge};
 use crate::effective::LowRank;
 use crate::files::StateSource;
 use crate::frozen::{check_input, rows, with_last};
+use crate::linear::{added, at_least_f32};
 use crate::{Error, FrozenLinear, LoraConfig, LoraInit, Place};
 
 /// The name of the magnitudes below the name of the layer.
@@ -46,7 +48,7 @@ pub struct DoraAdapter {
     magnitude: Var,
     /// `W`, without the bias of the layer.
     base: FrozenLinear,
-    /// The squared norms of the rows of `W`: (out), in the dtype of the variables.
+    /// The squared norms of the rows of `W`: (out), in f32 (f64 for variables of f64).
     squares: Tensor,
 }
 
@@ -64,7 +66,7 @@ impl DoraAdapter {
         config.check_no_bias("DoRA")?;
         let lora = LoraAdapter::over(base, config, place)?;
         let base = base.without_bias();
-        let squares = row_squares(&base, place.dtype())?;
+        let squares = row_squares(&base, at_least_f32(place.dtype()))?;
         let magnitude = place.var(base.out_features(), MAGNITUDE, || {
             // As |V| will be computed, so that their ratio is 1 to the bit.
             Ok(squares.sqrt()?)
@@ -90,14 +92,14 @@ impl DoraAdapter {
         if let Some(norms) = crate::cuda::norms(&self.base, &a, &b, &self.squares, s)? {
             return Ok(norms);
         }
-        let dtype = a.dtype();
+        let wide = self.squares.dtype();
         // |w + s A^T b|^2 = |w|^2 + 2 s b . (A w) + s^2 b . (A A^T) b for each row w of W and b of B.
-        let wa = self.base.forward(&a.to_dtype(self.base.dtype())?)?.t()?.to_dtype(dtype)?; // (out, r)
+        let wa = self.base.forward(&a.to_dtype(self.base.dtype())?)?.t()?.to_dtype(wide)?; // (out, r)
+        let (a, b, dtype) = (a.to_dtype(wide)?, b.to_dtype(wide)?, a.dtype());
         let ba = b.matmul(&a.matmul(&a.t()?)?)?; // (out, r)
         let cross = ((wa * (2.0 * s))? + (ba * (s * s))?)?;
         let squares = (&self.squares + (cross * b)?.sum(D::Minus1)?)?;
-        // Rounding may take a square below 0 where the update cancels the weight.
-        squares.maximum(f32::MIN_POSITIVE)?.sqrt()
+        roots(&squares, dtype)
     }
 
     /// The change, from `W x`: (m, out), without the bias, and x: (m, in), both in the dtype of the variables.
@@ -107,10 +109,17 @@ impl DoraAdapter {
     }
 }
 
-/// The squared norm of each row, a few rows at a time.
-fn row_squares(base: &FrozenLinear, dtype: DType) -> Result<Tensor> {
+/// Norms in a dtype, from their squares in f32 at least; never 0, to be divided by.
+pub(crate) fn roots(squares: &Tensor, dtype: DType) -> Result<Tensor> {
+    // Rounding may take a square below 0 where the update cancels the weight.
+    let norms = squares.maximum(f32::MIN_POSITIVE)?.sqrt()?.to_dtype(dtype)?;
+    // The root of the smallest f32 is 0 in f16.
+    if dtype == DType::F16 { norms.maximum(f16::MIN_POSITIVE_SUBNORMAL.to_f64()) } else { Ok(norms) }
+}
+
+/// The squared norm of each row in f32 or f64, a few rows at a time.
+fn row_squares(base: &FrozenLinear, wide: DType) -> Result<Tensor> {
     let weight = base.weight()?;
-    let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let rows = weight.dim(0)?;
     let step = ((1 << 20) / weight.dim(1)?).clamp(1, rows);
     let mut parts = Vec::with_capacity(rows.div_ceil(step));
@@ -118,7 +127,7 @@ fn row_squares(base: &FrozenLinear, dtype: DType) -> Result<Tensor> {
         let part = weight.narrow(0, start, step.min(rows - start))?.to_dtype(wide)?;
         parts.push(part.sqr()?.sum(D::Minus1)?);
     }
-    Tensor::cat(&parts, 0)?.to_dtype(dtype)
+    Tensor::cat(&parts, 0)
 }
 
 impl Adapter for DoraAdapter {
@@ -175,9 +184,11 @@ impl Adapter for DoraAdapter {
     }
 
     fn delta_weight(&self) -> Result<Tensor> {
-        let weight = self.base.weight()?.to_dtype(self.magnitude.dtype())?;
+        let weight = self.base.weight()?;
         let ratio = self.magnitude.as_detached_tensor().div(&self.norms()?)?.unsqueeze(1)?; // (out, 1)
-        (&weight + self.lora.delta_weight()?)?.broadcast_mul(&ratio)? - weight
+        let changed = added(&weight, &self.lora.delta_weight()?)?;
+        let changed = changed.broadcast_mul(&ratio.to_dtype(changed.dtype())?)?;
+        (&changed - weight.to_dtype(changed.dtype())?)?.to_dtype(self.magnitude.dtype())
     }
 
     fn merge_quality(&self) -> Merge {

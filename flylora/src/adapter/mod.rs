@@ -21,7 +21,7 @@ mod masked_lora;
 pub use ada_lora::{AdaLoraAdapter, AdaLoraConfig};
 pub use budget::{RankBudget, RankBudgetConfig};
 pub use dora::DoraAdapter;
-pub(crate) use dora::MAGNITUDE;
+pub(crate) use dora::{MAGNITUDE, roots};
 pub use fly_config::{FlyLoraConfig, Routing};
 pub use fly_lora::FlyLoraAdapter;
 pub use kind::AdapterKind;
