@@ -10,7 +10,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
 use candle_nn::{Optimizer, SGD, VarBuilder};
 use common::{largest_difference, values};
-use flylora::files::{AdapterFile, MergedWeights, SaveOptions, WEIGHTS_FILE, save_adapters_with};
+use flylora::files::{AdapterFile, MergedWeights, SaveOptions, Stored, WEIGHTS_FILE, save_adapters_with};
 use flylora::{
     AdaLoraAdapter, AdaLoraConfig, Adapter, AdapterKind, AdapterLinear, AnyLinear, Combination, FrozenLinear,
     LoraAdapter, LoraConfig, LoraEmbedding, LoraInit, MajoritySign, Over, Place, RankBudget,
@@ -285,6 +285,45 @@ fn the_bias_of_an_adapter_goes_into_that_of_the_model_or_is_named_where_there_is
     let want =
         "the adapter of layers.0.q_proj has a bias, and the model no layers.0.q_proj.bias to add it to";
     assert_eq!(error, want);
+}
+
+#[test]
+fn a_table_and_an_output_layer_of_a_resized_vocabulary_come_from_the_file() {
+    // As PEFT saves them where the vocabulary has grown: below the adapters, which are of the new size.
+    let (table, head) =
+        (common::noise(&[13, 8], 1.0, DType::F32, 80), common::noise(&[13, 8], 1.0, DType::F32, 81));
+    let config = LoraConfig::default().with_r(2).with_alpha(3.0);
+    let place = |name| Place::alone(name, DType::F32, &Device::Cpu);
+    let embedding = LoraEmbedding::new(table.clone(), &config, &place("embed_tokens")).unwrap();
+    common::move_all(embedding.parameters().into_iter().map(|(_, var)| var), 0.4, 82);
+    let adapter = LoraAdapter::seeded(8, 13, &config, "lm_head", DType::F32, &Device::Cpu).unwrap();
+    common::wake(&adapter, 83);
+    let dir = tempfile::tempdir().unwrap();
+    let named: [(&str, &dyn Stored); 2] = [("embed_tokens", &embedding), ("lm_head", &adapter)];
+    flylora::save_adapters(dir.path(), &named).unwrap();
+    let path = dir.path().join(WEIGHTS_FILE);
+    let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+    for (module, weight) in [("embed_tokens", &table), ("lm_head", &head)] {
+        tensors.insert(format!("base_model.model.{module}.base_layer.weight"), weight.clone());
+    }
+    candle_core::safetensors::save(&tensors, &path).unwrap();
+    // The model has the old vocabulary, and no output layer of its own.
+    let file = AdapterFile::read(dir.path()).unwrap();
+    let merged =
+        MergedWeights::new(VarBuilder::from_tensors(base(), DType::F32, &Device::Cpu), file).unwrap();
+    let vb = merged.var_builder();
+    assert!(vb.contains_tensor("lm_head.weight"));
+    let wants = [
+        ("embed_tokens.weight", (&table + embedding.delta_table().unwrap()).unwrap()),
+        ("lm_head.weight", (&head + adapter.delta_weight().unwrap()).unwrap()),
+    ];
+    for (name, want) in wants {
+        assert!(largest_difference(&vb.get((13, 8), name).unwrap(), &want) < 1e-6, "{name}");
+        assert!(largest_difference(&vb.get_unchecked(name).unwrap(), &want) < 1e-6, "{name}");
+    }
+    merged.check_all_used().unwrap();
+    let error = vb.get((11, 8), "embed_tokens.weight").unwrap_err().to_string();
+    assert!(error.contains("embed_tokens.base_layer.weight of the adapter's file"), "{error}");
 }
 
 /// Adapters beside a layer that is trained itself.

@@ -45,8 +45,9 @@ impl AdapterFile {
     /// # Errors
     ///
     /// Those of [`PeftConfig::read`], and [`Error::Io`] and [`Error::Format`] for the weights: missing, truncated or
-    /// something else; [`Error::UnexpectedKey`] for a tensor that is no part of an adapter. The copy of an embedding
-    /// table or an output layer that PEFT puts beside its adapter (`base_layer.weight`) is passed over.
+    /// something else; [`Error::UnexpectedKey`] for a tensor that is no part of an adapter. The embedding table or output
+    /// layer that PEFT puts below its adapter (`base_layer.weight`) is passed over: [`MergedWeights`](super::MergedWeights)
+    /// alone takes it, and [`tensor`](Self::tensor) gives it.
     pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref().to_owned();
         let config = PeftConfig::read(&dir)?;

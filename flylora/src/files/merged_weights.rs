@@ -14,7 +14,9 @@ use crate::{Error, FrozenLinear};
 ///
 /// A model of candle-transformers that loads from a `VarBuilder` runs with the adapters and knows nothing of them. Each
 /// weight is computed in f32 and rounded once. Where a model uses its embedding table as its output layer too, an adapter of
-/// the table, or a table that the file holds in full, changes both, as PEFT does with `ensure_weight_tying`. Afterwards [`check_all_used`](Self::check_all_used) tells whether every
+/// the table, or a table that the file holds in full, changes both, as PEFT does with `ensure_weight_tying`. Where the file
+/// holds the table or the output layer below an adapter too (`base_layer.weight`, as PEFT saves them, which a resized vocabulary
+/// makes others than the model's), it stands for the model's own. Afterwards [`check_all_used`](Self::check_all_used) tells whether every
 /// adapter found its weight.
 ///
 /// # Examples
@@ -143,6 +145,11 @@ impl Inner {
         Some(tensor.to_device(device).and_then(|t| t.to_dtype(dtype)))
     }
 
+    /// The weight below the adapter of a module, where the file has it.
+    fn below(&self, module: &str) -> Option<&Tensor> {
+        self.file.tensor(&super::key(module, "base_layer.weight"))
+    }
+
     /// Whether the weight is (in, out), as Conv1D keeps it: by the sizes of the adapter's factors, since PEFT goes by the
     /// module and lets the configuration be wrong; by the configuration where in and out are equal.
     fn is_turned(&self, module: &str, weight: &Tensor) -> bool {
@@ -215,7 +222,16 @@ impl SimpleBackend for MergedWeights {
         let inner = &self.inner;
         let weights = inner.weights.clone().set_device(device.clone());
         if let Some(module) = inner.module(name).filter(|_| !inner.saved.contains_key(name)) {
-            let weight = weights.get_with_hints_dtype(shape, name, init, at_least_f32(dtype))?;
+            let wide = at_least_f32(dtype);
+            let weight = match inner.below(module) {
+                Some(own) if *own.shape() == shape => own.to_device(device)?.to_dtype(wide)?,
+                Some(own) => {
+                    let msg = format!("{module}.base_layer.weight of the adapter's file");
+                    let got = own.shape().clone();
+                    return Err(candle_core::Error::UnexpectedShape { msg, expected: shape, got }.bt());
+                }
+                None => weights.get_with_hints_dtype(shape, name, init, wide)?,
+            };
             return Ok(inner.merge(module, &weight, dtype)?);
         }
         inner.bias(name, dtype, |dtype| {
@@ -235,7 +251,11 @@ impl SimpleBackend for MergedWeights {
         let inner = &self.inner;
         let weights = inner.weights.clone().set_device(device.clone());
         if let Some(module) = inner.module(name).filter(|_| !inner.saved.contains_key(name)) {
-            let weight = weights.get_unchecked_dtype(name, at_least_f32(dtype))?;
+            let wide = at_least_f32(dtype);
+            let weight = match inner.below(module) {
+                Some(own) => own.to_device(device)?.to_dtype(wide)?,
+                None => weights.get_unchecked_dtype(name, wide)?,
+            };
             return Ok(inner.merge(module, &weight, dtype)?);
         }
         inner.bias(name, dtype, |dtype| match inner.saved(name, dtype, device) {
@@ -245,6 +265,7 @@ impl SimpleBackend for MergedWeights {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.inner.saved.contains_key(name) || self.inner.weights.contains_tensor(name)
+        let below = self.inner.module(name).is_some_and(|module| self.inner.below(module).is_some());
+        below || self.inner.saved.contains_key(name) || self.inner.weights.contains_tensor(name)
     }
 }
