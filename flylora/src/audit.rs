@@ -45,7 +45,13 @@ pub fn audit<S: AsRef<str>>(parameters: impl IntoIterator<Item = (S, Var)>, grad
     let name = |entry: &(S, bool)| entry.0.as_ref().to_owned();
     let parameter = parameters.get(first).map(name).unwrap_or_default();
     let why = match next.map(name) {
-        None => "no parameter from there on has one: the loss is cut off behind all of them".to_owned(),
+        None if first == 0 => {
+            "no parameter has one: the loss is cut off behind all of them, or uses none of them".to_owned()
+        }
+        None => {
+            "those before it have one, and none from there on: the layer is not used, or its own path is cut"
+                .to_owned()
+        }
         Some(next) => format!(
             "{next}, which comes after it, has one: an op without a backward pass lies between the two, or the layer is \
              not used"

@@ -120,12 +120,10 @@ pub enum Combination {
 pub fn combine(adapters: &[(&LoraAdapter, f64)], how: Combination) -> Result<LoraAdapter> {
     let parts = adapters
         .iter()
-        .map(|(adapter, weight)| {
-            let (a, b) = adapter.factors()?;
-            Ok(Part { a, b, scale: adapter.scale(), weight: *weight })
-        })
+        .map(|(adapter, weight)| Part::new(adapter.factors()?, adapter.scale(), *weight))
         .collect::<Result<Vec<_>>>()?;
-    let (a, b, config) = combined(&parts, how)?;
+    let (first, _) = adapters.first().ok_or_else(none)?;
+    let (a, b, config) = combined(&parts, how, first.a())?;
     let bias = bias(adapters, how)?;
     let combined = LoraAdapter::from_factors(&a, &b, &config.with_bias(bias.is_some()))?;
     if let (Some(own), Some(bias)) = (combined.bias(), bias) {
@@ -189,16 +187,16 @@ pub fn combine_embeddings(adapters: &[(&LoraEmbedding, f64)], how: Combination) 
                     message: format!("{kind} of an embedding cannot be combined"),
                 });
             }
-            let (a, b) = (embedding.a().as_detached_tensor(), embedding.b().as_detached_tensor());
-            Ok(Part { a, b, scale: embedding.config().scale(), weight: *weight })
+            let factors = (embedding.a().as_detached_tensor(), embedding.b().as_detached_tensor());
+            Part::new(factors, embedding.config().scale(), *weight)
         })
         .collect::<Result<Vec<_>>>()?;
-    let (a, b, config) = combined(&parts, how)?;
+    let (a, b, config) = combined(&parts, how, first.a())?;
     LoraEmbedding::from_factors(first.table().clone(), &a, &b, &config)
 }
 
-/// `A` and `B` of the combination, like those of the first adapter, and their configuration, of scale 1.
-fn combined(parts: &[Part], how: Combination) -> Result<(Tensor, Tensor, LoraConfig)> {
+/// `A` and `B` of the combination, in the dtype and on the device of `like`, and their configuration, of scale 1.
+fn combined(parts: &[Part], how: Combination, like: &Tensor) -> Result<(Tensor, Tensor, LoraConfig)> {
     check(parts)?;
     let (b, a) = match how {
         Combination::Cat => side_by_side(parts)?,
@@ -223,14 +221,14 @@ fn combined(parts: &[Part], how: Combination) -> Result<(Tensor, Tensor, LoraCon
             Rule { density, drop: Drop::Random(seed), elect: Some(sign) }.run(parts, over)?
         }
     };
-    let first = &parts.first().ok_or_else(none)?.a;
-    let like = |t: Tensor| t.to_device(first.device())?.to_dtype(first.dtype());
-    let (a, b) = (like(a)?, like(b)?);
+    let as_like = |t: Tensor| t.to_device(like.device())?.to_dtype(like.dtype());
+    let (a, b) = (as_like(a)?, as_like(b)?);
     let r = a.dim(0)?;
     Ok((a, b, LoraConfig::default().with_r(r).with_alpha(r as f64)))
 }
 
-/// An adapter's factors, its change `scale B A`, and what that counts for.
+/// An adapter's factors, in f64 on the CPU since those of others may be of another dtype or elsewhere, its change
+/// `scale B A`, and what that counts for.
 struct Part {
     a: Tensor,
     b: Tensor,
@@ -239,6 +237,11 @@ struct Part {
 }
 
 impl Part {
+    fn new((a, b): (Tensor, Tensor), scale: f64, weight: f64) -> Result<Self> {
+        let wide = |t: Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64);
+        Ok(Self { a: wide(a)?, b: wide(b)?, scale, weight })
+    }
+
     /// What the product of the factors counts for.
     fn factor(&self) -> f64 {
         self.weight * self.scale
@@ -369,7 +372,7 @@ fn over_factors(parts: &[Part], rule: &Rule) -> Result<(Tensor, Tensor)> {
 }
 
 fn values(t: &Tensor) -> Result<Vec<f64>> {
-    Ok(t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
+    Ok(t.flatten_all()?.to_vec1()?)
 }
 
 /// The share of values of largest size, else 0; of equal sizes the first.

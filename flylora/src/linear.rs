@@ -248,7 +248,8 @@ impl<A: Adapter> AdapterLinear<A> {
     ///
     /// # Errors
     ///
-    /// Those of [`merge`](Self::merge), and [`Error::Shape`] for a sample that does not fit; the layer is then not merged.
+    /// Those of [`merge`](Self::merge), [`Error::Shape`] for a sample that does not fit, and [`Error::Adapters`] for one without
+    /// rows; the layer is then not merged.
     pub fn merge_for(&mut self, sample: &Tensor) -> crate::Result<Merge> {
         if let Merge::Exact = self.merge()? {
             return Ok(Merge::Exact);

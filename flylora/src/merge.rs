@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor};
 
 use crate::frozen::{check_input, rows};
 use crate::linear::{added, check_merged};
-use crate::{Adapter, FrozenLinear, Merge};
+use crate::{Adapter, Error, FrozenLinear, Merge};
 
 /// Adapters of a layer, with what each counts for.
 pub(crate) type Weighted<'a> = [(&'a dyn Adapter, f64)];
@@ -29,6 +29,10 @@ pub(crate) fn nearest(
     sample: &Tensor,
 ) -> crate::Result<(FrozenLinear, f64)> {
     check_input(sample, base.in_features())?;
+    if sample.elem_count() == 0 {
+        let message = "a sample without rows measures nothing".into();
+        return Err(Error::Adapters { message });
+    }
     for (adapter, _) in adapters {
         adapter.set_training(None); // the error is that of evaluation
     }

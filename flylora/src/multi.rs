@@ -243,7 +243,8 @@ impl MultiLinear {
     ///
     /// # Errors
     ///
-    /// Those of [`merge`](Self::merge), and [`Error::Shape`] for a sample that does not fit; the layer is then as it was.
+    /// Those of [`merge`](Self::merge), [`Error::Shape`] for a sample that does not fit, and [`Error::Adapters`] for one without rows;
+    /// the layer is then as it was.
     pub fn merge_for(&mut self, sample: &Tensor) -> crate::Result<Merge> {
         if let Merge::Exact = self.merge()? {
             return Ok(Merge::Exact);

@@ -283,8 +283,9 @@ impl Targets {
     }
 }
 
-const TRAINED: &str = r"^(?:|.*\.){}(?:$|\.)";
-const LAYER_AFTER: &str = r"^(?:|.*?\.){}\.(?<idx>\d+)\.";
+// As PEFT has them, from the start of the path on: an alternative in the middle (`a|b`) takes the whole apart there too.
+const TRAINED: &str = r"^(?:(?:^|.*\.){}(?:$|\..*))";
+const LAYER_AFTER: &str = r"^(?:(?:^|.*?\.){}\.(?<idx>\d+)\.)";
 const LAYER_ANYWHERE: &str = r"^.*?\.[^.]*\.(?<idx>\d+)\.";
 
 #[cfg(test)]
@@ -353,6 +354,9 @@ mod tests {
         let targets = targets.with_layers_pattern(["experts"]).unwrap();
         assert!(targets.selects("model.layers.0.experts.1.w1"));
         assert!(!targets.selects("model.layers.1.experts.0.w1"));
+        // PEFT matches from the start of the path, and takes an alternative for all that stands beside it.
+        let targets = Targets::names(["w1"]).in_layers([1]).with_layers_pattern(["block|layers"]).unwrap();
+        assert!(targets.selects("layers.1.w1") && !targets.selects("model.layers.1.w1"));
     }
 
     #[test]

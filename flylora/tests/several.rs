@@ -156,6 +156,8 @@ fn merging_for_a_sample_says_how_far_all_together_are_off_it_and_unmerging_gives
     let (y, base) = (layer.forward(&x).unwrap(), layer.base().forward(&x).unwrap());
     let error = layer.merge_for(&noise(&[4, 19], 1.0, DType::F32, 6)).unwrap_err().to_string();
     assert!(error.contains("expected shape [4, 20], got [4, 19]") && !layer.is_merged(), "{error}");
+    let error = layer.merge_for(&x.narrow(0, 0, 0).unwrap()).unwrap_err().to_string();
+    assert!(error == "a sample without rows measures nothing" && !layer.is_merged(), "{error}");
     let Merge::Approximate { relative_error } = layer.merge_for(&x).unwrap() else { panic!() };
     let norm = |t: Tensor| values(&t).iter().map(|v| v * v).sum::<f64>().sqrt();
     let off = norm((layer.forward(&x).unwrap() - &y).unwrap()) / norm((&y - base).unwrap());
@@ -225,6 +227,43 @@ fn cat_and_svd_of_full_rank_are_the_weighted_sum_and_svd_is_the_best_of_its_rank
     assert!(three < norm(&(delta(&adapters[0]) * 0.7).unwrap().sub(&want).unwrap()));
     let pruned = Combination::MagnitudePrune { density: 1.0, over: Over::Product { rank: 5 } };
     assert!(error(pruned).0 < 1e-5, "pruning nothing is the weighted sum");
+}
+
+#[test]
+fn adapters_of_different_dtypes_combine_into_that_of_the_first() {
+    let make = |name: &str, dtype| {
+        let config = LoraConfig::default().with_r(2).with_alpha(3.0);
+        let adapter = LoraAdapter::seeded(20, 12, &config, name, dtype, &Device::Cpu).unwrap();
+        adapter.b().set(&noise(&[12, 2], 0.6, dtype, 50)).unwrap();
+        adapter
+    };
+    let over = Over::Product { rank: 4 };
+    for (first, second, bound) in [
+        (DType::F32, DType::BF16, 1e-5),
+        (DType::F64, DType::F32, 1e-5),
+        (DType::BF16, DType::F32, 0.02),
+        (DType::F16, DType::BF16, 0.02),
+    ] {
+        let (a, b) = (make("a", first), make("b", second));
+        let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+        let delta = |t: &LoraAdapter| (wide(t.b()).matmul(&wide(t.a())).unwrap() * t.scale()).unwrap();
+        let want = ((delta(&a) * 0.7).unwrap() - (delta(&b) * 0.4).unwrap()).unwrap();
+        for how in [
+            Combination::Cat,
+            Combination::Svd { rank: 4 },
+            Combination::MagnitudePrune { density: 1.0, over },
+        ] {
+            let both = combine(&[(&a, 0.7), (&b, -0.4)], how).unwrap();
+            assert_eq!((both.a().dtype(), both.b().dtype()), (first, first), "{how:?}");
+            let error = largest_difference(&both.delta_weight().unwrap(), &want);
+            assert!(error < bound, "{how:?} of {first:?} and {second:?}: {error}");
+        }
+        for how in
+            [Combination::Linear, Combination::DareLinear { density: 0.5, seed: 1, over: Over::Factors }]
+        {
+            assert_eq!(combine(&[(&a, 0.7), (&b, -0.4)], how).unwrap().a().dtype(), first);
+        }
+    }
 }
 
 #[test]
@@ -495,6 +534,51 @@ fn the_audit_names_the_first_variable_that_is_cut_off_and_where() {
     ];
     let error = flylora::trace(&x, &stages).unwrap_err().to_string();
     assert!(error.starts_with("the input of norm has no gradient"), "{error}");
+}
+
+#[test]
+fn the_audit_tells_a_layer_that_is_not_used_from_a_loss_that_is_cut_off() {
+    let square = FrozenLinear::new(noise(&[20, 20], 0.3, DType::F32, 1), None).unwrap();
+    let names = ["a", "b", "c"];
+    let layers: Vec<Arc<dyn Adapter>> = names
+        .iter()
+        .map(|name| lora(2).build(&square, &Place::alone(*name, DType::F32, &Device::Cpu)).unwrap())
+        .collect();
+    let parameters: Vec<(String, Var)> = names
+        .iter()
+        .zip(&layers)
+        .flat_map(|(name, a)| a.parameters().into_iter().map(move |(p, var)| (format!("{name}.{p}"), var)))
+        .collect();
+    let x = noise(&[4, 20], 1.0, DType::F32, 9);
+    let audited = |used: &[usize], cut: bool| {
+        let mut y = x.clone();
+        for i in used {
+            y = (&y + layers[*i].delta(&y).unwrap()).unwrap();
+        }
+        let y = if cut {
+            y.detach() + Var::zeros(1, DType::F32, &Device::Cpu).unwrap().broadcast_as((4, 20))
+        } else {
+            Ok(y)
+        };
+        flylora::audit(parameters.clone(), &y.unwrap().sqr().unwrap().sum_all().unwrap().backward().unwrap())
+            .map_err(|e| e.to_string())
+    };
+    // B is 0, so A's gradient is zeros: that is not a missing one.
+    assert_eq!(audited(&[0, 1, 2], false), Ok(()));
+    for (used, cut, name, why) in [
+        (&[1, 2][..], false, "a.lora_A.weight", "b.lora_A.weight, which comes after it, has one"),
+        (&[0, 2], false, "b.lora_A.weight", "c.lora_A.weight, which comes after it, has one"),
+        (
+            &[0, 1],
+            false,
+            "c.lora_A.weight",
+            "those before it have one, and none from there on: the layer is not used",
+        ),
+        (&[0, 1, 2], true, "a.lora_A.weight", "no parameter has one: the loss is cut off behind all of them"),
+    ] {
+        let error = audited(used, cut).unwrap_err();
+        assert!(error.starts_with(&format!("{name} has no gradient: {why}")), "{error}");
+    }
 }
 
 #[test]
