@@ -324,6 +324,11 @@ impl VesperConfig {
                 let expected = "the default here; VesperLM::attach takes every start".into();
                 return bad("adapter.lora.init", format!("{:?}", adapter.lora.init), expected);
             }
+            if adapter.lora.bias {
+                // The configuration's parameters have none, and so neither training nor files.
+                let expected = "false here; VesperLM::attach takes one".into();
+                return bad("adapter.lora.bias", "true".into(), expected);
+            }
             for (i, target) in adapter.targets.iter().enumerate() {
                 if adapter.targets[..i].contains(target) {
                     return bad("adapter.targets", target.path().into(), "each projection once".into());

@@ -227,7 +227,7 @@ fn a_seed_gives_the_same_model_and_another_seed_another() {
 #[test]
 fn impossible_configurations_are_refused_by_field() {
     type Change = fn(&mut VesperConfig);
-    let changes: [(&str, Change); 6] = [
+    let changes: [(&str, Change); 7] = [
         ("num_key_value_heads", |c| c.num_key_value_heads = 3),
         ("head_dim", |c| c.head_dim = 5),
         ("hidden_size", |c| c.hidden_size = 0),
@@ -236,6 +236,12 @@ fn impossible_configurations_are_refused_by_field() {
         ("adapter.lora.r", |c| {
             let mut adapter = lora();
             adapter.lora.r = 25;
+            c.adapter = Some(adapter);
+        }),
+        // It would be no parameter of the configuration's: neither trained nor saved.
+        ("adapter.lora.bias", |c| {
+            let mut adapter = lora();
+            adapter.lora.bias = true;
             c.adapter = Some(adapter);
         }),
     ];

@@ -43,7 +43,7 @@ fn merge(out: &Tensor) -> Result<Tensor> {
 }
 
 /// In what the scores of activations of a dtype are.
-fn compute(dtype: DType) -> DType {
+pub(super) fn compute(dtype: DType) -> DType {
     if dtype == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
@@ -55,9 +55,15 @@ pub(super) fn reference(qkv: &Tensor, heads: Heads, positions: Option<&Rope>) ->
         return qkv.narrow(D::Minus1, 0, heads.query * heads.dim); // candle's maximum refuses empty tensors
     }
     let [q, k, v] = split(qkv, heads, positions)?;
-    let mask: Vec<f32> = (0..t * t).map(|k| if k % t > k / t { f32::NEG_INFINITY } else { 0.0 }).collect();
-    let mask = Tensor::from_vec(mask, (t, t), qkv.device())?.to_dtype(compute(qkv.dtype()))?;
-    merge(&attend(&q, &k, &v, &mask)?)
+    merge(&attend(&q, &k, &v, &mask(0, t, qkv.device(), compute(qkv.dtype()))?)?)
+}
+
+/// (n, before + n), to be added to scores: row i sees positions up to before + i.
+pub(super) fn mask(before: usize, n: usize, device: &Device, dtype: DType) -> Result<Tensor> {
+    let width = before + n;
+    let seen = |k: usize| k % width <= before + k / width;
+    let mask: Vec<f32> = (0..n * width).map(|k| if seen(k) { 0.0 } else { f32::NEG_INFINITY }).collect();
+    Tensor::from_vec(mask, (n, width), device)?.to_dtype(dtype)
 }
 
 /// As [`reference`], a block of query rows at a time, each computed again in the backward: the scores of a block are in

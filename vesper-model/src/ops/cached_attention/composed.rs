@@ -1,7 +1,8 @@
 //! As candle's operations: the reference, and the path of what has no kernel.
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{D, Result, Tensor};
 
+use crate::ops::attention_composed::{compute, mask};
 use crate::ops::{Heads, Place, Rope, rope};
 
 /// Queries whose scores are in memory at once.
@@ -47,7 +48,7 @@ fn attend(q: &Tensor, keys: &Tensor, values: &Tensor, before: usize) -> Result<T
     // The query heads of a group share their keys: one product a group.
     let group = query / kv;
     let q = q.contiguous()?.reshape((1, kv, group * n, dim))?;
-    let compute = if q.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let compute = compute(q.dtype());
     let scores = q.matmul(&keys.t()?)?.to_dtype(compute)?;
     let scores = (scores / (dim as f64).sqrt())?.reshape((1, kv, group, n, end))?;
     let scores =
@@ -56,13 +57,4 @@ fn attend(q: &Tensor, keys: &Tensor, values: &Tensor, before: usize) -> Result<T
     let weights = weights.reshape((1, kv, group * n, end))?.to_dtype(values.dtype())?;
     let out = weights.matmul(&values.contiguous()?)?; // (1, kv, group n, dim)
     out.reshape((1, query, n, dim))?.transpose(1, 2)?.reshape((1, n, query * dim))
-}
-
-/// (n, before + n): row i sees positions up to before + i.
-fn mask(before: usize, n: usize, device: &Device, dtype: DType) -> Result<Tensor> {
-    let width = before + n;
-    let mask: Vec<f32> = (0..n * width)
-        .map(|k| if k % width > before + k / width { f32::NEG_INFINITY } else { 0.0 })
-        .collect();
-    Tensor::from_vec(mask, (n, width), device)?.to_dtype(dtype)
 }
