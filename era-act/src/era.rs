@@ -5,6 +5,8 @@ use crate::Error;
 use crate::pointwise::Visitor;
 use crate::pointwise::gate_entropy::GateEntropy;
 use crate::pointwise::gelu_softplus::GeluSoftplus;
+use crate::pointwise::gelu_tanh::GeluTanh;
+use crate::pointwise::silu::Silu;
 
 /// ERA, an activation that adds an entropy term to a smooth gate.
 ///
@@ -52,6 +54,9 @@ pub enum Era {
     },
 }
 
+/// The range of the temperature.
+pub(crate) const TEMPERATURES: [f64; 2] = [1e-6, 1e6];
+
 fn default_temperature() -> f64 {
     1.0
 }
@@ -88,7 +93,8 @@ impl Era {
         };
         match *self {
             Self::GateEntropy { temperature, strength } => {
-                if !(1e-6..=1e6).contains(&temperature) {
+                let [least, most] = TEMPERATURES;
+                if !(least..=most).contains(&temperature) {
                     return Err(Error::Parameter {
                         activation: "gate_entropy",
                         parameter: "temperature",
@@ -127,6 +133,9 @@ impl Era {
 
     pub(crate) fn visit<V: Visitor>(&self, visitor: V) -> V::Output {
         match *self {
+            // Without their terms they are these to the bit, the sign of a zero and infinities among them.
+            Self::GateEntropy { temperature: 1.0, strength: 0.0 } => visitor.visit(Silu),
+            Self::GeluSoftplus { gamma: 0.0 } => visitor.visit(GeluTanh),
             Self::GateEntropy { temperature, strength } => {
                 visitor.visit(GateEntropy { temperature, strength })
             }

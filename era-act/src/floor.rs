@@ -151,7 +151,8 @@ impl candle_nn::Module for DiscreteFloor {
     }
 }
 
-/// The entropy of the softmax of logits, in nats: (..., classes) to (...).
+/// The entropy of the softmax of logits, in nats: (..., classes) to (...). A class with the logit minus infinity, which is
+/// ruled out, adds nothing.
 ///
 /// # Errors
 ///
@@ -161,6 +162,8 @@ pub fn entropy(logits: &Tensor) -> Result<Tensor> {
         return wide(logits)?.sum(D::Minus1);
     }
     let log_p = candle_nn::ops::log_softmax(&wide(logits)?, D::Minus1)?;
+    // 0 times minus infinity is NaN: a probability of 0 has a finite logarithm here, below that of any other.
+    let log_p = log_p.maximum(-1e3)?;
     (log_p.exp()? * &log_p)?.sum(D::Minus1)?.neg()
 }
 

@@ -3,6 +3,7 @@ use candle_nn::{Init, VarBuilder};
 
 #[cfg(feature = "cuda")]
 use crate::cuda;
+use crate::era::TEMPERATURES;
 use crate::layout::elements;
 use crate::op::{by_dtype, check_dtype, gated_width, halved, storage};
 use crate::pointwise::gate_entropy::GateEntropy;
@@ -117,7 +118,8 @@ impl LearnedEra {
             |t: &Tensor| -> Result<f64> { Ok(f64::from(t.to_dtype(DType::F32)?.to_scalar::<f32>()?)) };
         let era = match &self.form {
             Form::GateEntropy { log_temperature, strength } => {
-                Era::GateEntropy { temperature: value(log_temperature)?.exp(), strength: value(strength)? }
+                let temperature = from_logarithm(value(log_temperature)?);
+                Era::GateEntropy { temperature, strength: value(strength)? }
             }
             Form::GeluSoftplus { gamma } => Era::GeluSoftplus { gamma: value(gamma)? },
         };
@@ -229,6 +231,14 @@ impl candle_nn::Module for LearnedEra {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         LearnedEra::forward(self, x)
     }
+}
+
+/// The temperature of a logarithm in f32, whose rounding may put either end of the range a little outside of it.
+fn from_logarithm(log_temperature: f64) -> f64 {
+    let (temperature, slack) = (log_temperature.exp(), 1e-6);
+    let [least, most] = TEMPERATURES;
+    let near = (least * (1.0 - slack)..=most * (1.0 + slack)).contains(&temperature);
+    if near { temperature.clamp(least, most) } else { temperature }
 }
 
 struct Forward<P>(P);

@@ -158,13 +158,18 @@ fn zero_strength_is_silu_and_zero_gamma_is_gelu_bit_for_bit() {
         (Era::GeluSoftplus { gamma: 0.0 }, Activation::GeluTanh),
     ];
     for (era, plain) in cases {
+        // The sign of a zero too: both are -0 far to the left.
+        let bits = |t: &Tensor| values(t).into_iter().map(f64::to_bits).collect::<Vec<_>>();
         for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
-            let x = tensor(&points(), dtype);
+            let points: Vec<f64> = points().into_iter().chain([f64::INFINITY, f64::NEG_INFINITY]).collect();
+            let x = tensor(&points, dtype);
             let dy = tensor(&noise(x.elem_count(), 1.0, 5), dtype);
             let (y, dx) = with_gradient(&x, &dy, |x| era.forward(x));
             let (want_y, want_dx) = with_gradient(&x, &dy, |x| plain.forward(x));
-            assert_eq!(values(&y), values(&want_y), "{plain} in {dtype:?}");
-            assert_eq!(values(&dx), values(&want_dx), "gradient of {plain} in {dtype:?}");
+            assert_eq!(bits(&y), bits(&want_y), "{plain} in {dtype:?}");
+            assert_eq!(bits(&dx), bits(&want_dx), "gradient of {plain} in {dtype:?}");
+            let packed = Tensor::stack(&[&x, &dy], 1).unwrap();
+            assert_eq!(bits(&era.gated(&packed).unwrap()), bits(&plain.gated(&packed).unwrap()));
         }
     }
 }

@@ -124,6 +124,26 @@ fn the_sum_of_log_deviations_is_never_below_the_floor_and_each_is_in_its_range()
 }
 
 #[test]
+fn a_class_that_is_ruled_out_adds_nothing_to_the_entropy() {
+    for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
+        let out = f64::NEG_INFINITY;
+        let masked = tensor(&[0.5, out, -1.0, out, 0.25, out], dtype).reshape((2, 3)).unwrap();
+        let masked = Var::from_tensor(&masked).unwrap();
+        let h = entropy(&masked).unwrap();
+        let p = 1.0 / (1.0 + (-1.5f64).exp());
+        let want = -p * p.ln() - (1.0 - p) * (1.0 - p).ln();
+        let [two, one] = values(&h)[..] else { panic!() };
+        assert!((two - want).abs() < 1e-6 && one == 0.0, "{dtype:?}: {two} and {want}, {one} and 0");
+        // Large weights of the entropy too.
+        let grads = (h * 100.0).unwrap().sum_all().unwrap().backward().unwrap();
+        assert!(values(grads.get(&masked).unwrap()).iter().all(|g| g.is_finite()), "{dtype:?}");
+        let floor = DiscreteFloor::new(3, 0.5).unwrap();
+        let held = floor.forward(&masked).unwrap();
+        assert!(values(&entropy(&held).unwrap()).iter().all(|h| *h > 0.49));
+    }
+}
+
+#[test]
 fn an_empty_batch_gives_an_empty_result() {
     for shape in [vec![0, 4], vec![2, 0, 4]] {
         let x = Tensor::zeros(shape.as_slice(), DType::F32, &Device::Cpu).unwrap();

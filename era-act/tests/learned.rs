@@ -50,6 +50,27 @@ fn values_are_those_of_the_fixed_form_to_the_bit() {
 }
 
 #[test]
+fn both_ends_of_the_range_of_the_temperature_are_in_it() {
+    // The logarithm of either is rounded to a number whose exponential is a little outside.
+    for temperature in [1e-6, 1e6] {
+        let era = Era::GateEntropy { temperature, strength: 0.1 };
+        let learned = LearnedEra::alone(era, &Device::Cpu).unwrap();
+        let Era::GateEntropy { temperature: now, .. } = learned.era().unwrap() else { panic!() };
+        assert_eq!(now, temperature);
+        let x = tensor(&points(), DType::F32);
+        assert!(values(&learned.forward(&x).unwrap()).iter().all(|y| y.is_finite()));
+    }
+    let map = VarMap::new();
+    let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu);
+    let learned = LearnedEra::new(Era::default(), vb).unwrap();
+    let far = Tensor::new((1.0001e6f64).ln() as f32, &Device::Cpu).unwrap();
+    map.data().lock().unwrap()["log_temperature"].set(&far).unwrap();
+    assert!(
+        learned.era().unwrap_err().to_string().contains("temperature must be from 1e-6 to 1e6, got 1000")
+    );
+}
+
+#[test]
 fn gradients_equal_those_of_the_composition_over_the_whole_range() {
     for era in forms() {
         let learned = LearnedEra::alone(era, &Device::Cpu).unwrap();
