@@ -25,7 +25,7 @@ use vesper_model::{VesperConfig, VesperLM, trainable};
 
 /// Compare candle's AdamW with Velvet on the same budget.
 #[derive(Debug, Parser)]
-#[command(name = "benchmark", version, about, long_about = None)]
+#[command(name = "benchmark", version, long_about = None)]
 struct Flags {
     /// Model size
     #[arg(long, default_value = "nano")]

@@ -20,7 +20,7 @@ use vesper_examples::interrupt::Interrupt;
 
 /// Chat with a trained model: it answers, or continues what you write.
 #[derive(Debug, Parser)]
-#[command(name = "chat", version, about, long_about = None)]
+#[command(name = "chat", version, long_about = None)]
 struct Flags {
     #[command(flatten)]
     source: Source,

@@ -14,9 +14,9 @@ use vesper_model::generate::GenerationConfig;
 use vesper_model::hf;
 use vesper_model::quantized::Gguf;
 
-/// Writes a model for others: in Python, in another dtype, with its adapters merged.
+/// Write a model for others: in Python, in another dtype, with its adapters merged.
 #[derive(Debug, Parser)]
-#[command(name = "export", version, about, long_about = None)]
+#[command(name = "export", version, long_about = None)]
 struct Flags {
     /// Folder of a run or of a model, or a GGUF file, whose blocks become numbers again [default: the last trained run]
     #[arg(long, value_name = "DIR")]

@@ -38,7 +38,7 @@ const EVAL_SHARE: f64 = 0.1;
 
 /// Fine-tune a trained model on other text with each kind of adapter, and compare them.
 #[derive(Debug, Parser)]
-#[command(name = "finetune", version, about, long_about = None)]
+#[command(name = "finetune", version, long_about = None)]
 struct Flags {
     /// Folder of a run or of a model, or a GGUF file, which stays quantised [default: the last trained run]
     #[arg(long, value_name = "DIR")]

@@ -29,7 +29,7 @@ use vesper_model::{VesperLM, hf};
 
 /// Train a head that foresees a model's errors, and measure what it is worth.
 #[derive(Debug, Parser)]
-#[command(name = "metacognition", version, about, long_about = None)]
+#[command(name = "metacognition", version, long_about = None)]
 struct Flags {
     /// Folder of a run or of a model [default: the last trained run]
     #[arg(long, value_name = "DIR")]

@@ -19,7 +19,7 @@ use vesper_model::quantized::{BlockType, Gguf, GgufExtras, Policy, Report, save}
 
 /// Write a trained model as a GGUF file of small integers, and measure what that costs.
 #[derive(Debug, Parser)]
-#[command(name = "quantize", version, about, long_about = None)]
+#[command(name = "quantize", version, long_about = None)]
 struct Flags {
     /// Folder of a run or of a model [default: the last trained run]
     #[arg(long, value_name = "DIR")]

@@ -55,7 +55,7 @@ impl Dtype {
 
 /// Train a VesperLM: with no flags a nano model on the embedded corpus, on the CPU, in a few minutes.
 #[derive(Debug, Clone, Default, Parser)]
-#[command(name = "train", version, about, long_about = None)]
+#[command(name = "train", version, long_about = None)]
 pub struct Flags {
     /// Model size: nano, tiny, small, medium or large [default: nano]
     #[arg(long)]

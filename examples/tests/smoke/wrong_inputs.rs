@@ -150,3 +150,21 @@ fn help_is_for_people() {
         }
     }
 }
+
+#[test]
+fn help_begins_with_what_the_program_does() {
+    let folder = folder();
+    for (name, what) in [
+        ("train", "Train a VesperLM"),
+        ("chat", "Chat with a trained model"),
+        ("finetune", "Fine-tune a trained model"),
+        ("quantize", "Write a trained model as a GGUF file"),
+        ("export", "Write a model for others"),
+        ("benchmark", "Compare candle's AdamW with Velvet"),
+        ("metacognition", "Train a head that foresees a model's errors"),
+        ("data", "Look at text as a model will see it"),
+    ] {
+        let output = output(command(name, folder.path(), &["--help"]));
+        assert!(output.stdout.starts_with(what), "{name}: {}", output.stdout);
+    }
+}
