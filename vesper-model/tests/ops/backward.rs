@@ -1,8 +1,10 @@
 use std::collections::HashSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, TensorId, Var};
 use candle_nn::VarMap;
+use rayon::prelude::*;
 use vesper_model::ops::{Path, backward, checkpoint, embedding, linear, rms_norm};
 use vesper_model::{Activations, VesperConfig, VesperLM};
 
@@ -103,8 +105,10 @@ fn passes_do_not_mix() {
     }
 }
 
-/// An operation whose backward fails.
-struct Fails;
+/// An operation whose backward fails, or panics.
+struct Fails {
+    panics: bool,
+}
 
 impl CustomOp1 for Fails {
     fn name(&self) -> &'static str {
@@ -116,6 +120,7 @@ impl CustomOp1 for Fails {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        assert!(!self.panics, "on purpose");
         candle_core::bail!("on purpose")
     }
 }
@@ -123,11 +128,36 @@ impl CustomOp1 for Fails {
 #[test]
 fn a_pass_that_fails_leaves_nothing_behind() {
     let (x, w) = (var(1, &[5, 8]), var(2, &[8, 8]));
-    let before = (x.as_tensor() * 1.0).unwrap().apply_op1(Fails).unwrap();
-    let broken = linear(&before, w.as_tensor(), Path::Fused).unwrap().sum_all().unwrap();
-    assert!(backward(&broken).unwrap_err().to_string().contains("on purpose"));
-    let loss = linear(x.as_tensor(), w.as_tensor(), Path::Fused).unwrap().sum_all().unwrap();
-    // Were the failed pass still open, candle's own would miss the gradient of w.
-    assert!(loss.backward().unwrap().get(&w).is_some());
-    same(&loss, &[x, w]);
+    for panics in [false, true] {
+        let before = (x.as_tensor() * 1.0).unwrap().apply_op1(Fails { panics }).unwrap();
+        let broken = linear(&before, w.as_tensor(), Path::Fused).unwrap().sum_all().unwrap();
+        match catch_unwind(AssertUnwindSafe(|| backward(&broken))) {
+            Ok(result) => assert!(!panics && result.unwrap_err().to_string().contains("on purpose")),
+            Err(_) => assert!(panics),
+        }
+        let loss = linear(x.as_tensor(), w.as_tensor(), Path::Fused).unwrap().sum_all().unwrap();
+        // Were the failed pass still open, candle's own would miss the gradient of w.
+        assert!(loss.backward().unwrap().get(&w).is_some());
+        same(&loss, &[x.clone(), w.clone()]);
+    }
+}
+
+#[test]
+fn passes_in_one_pool_of_threads_keep_apart() {
+    // A thread that waits for its part of one pass takes up another in between.
+    let run = |seed: u64| {
+        let (x, w, norm) = (random(seed, &[700, 40]), var(seed + 100, &[40, 40]), var(seed + 200, &[40]));
+        let layer = {
+            let w = w.as_tensor().clone();
+            move |x: &[Tensor]| linear(&x[0], &w, Path::Fused)
+        };
+        let y = checkpoint(layer, &[&rms_norm(&x, norm.as_tensor(), 1e-5, Path::Fused).unwrap()]).unwrap();
+        let grads = backward(&y.sqr().unwrap().sum_all().unwrap()).unwrap();
+        [values(grads.get(&w).unwrap()), values(grads.get(&norm).unwrap())]
+    };
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+    let got: Vec<_> = pool.install(|| (0..24).into_par_iter().map(run).collect());
+    for (seed, got) in got.into_iter().enumerate() {
+        assert!(got == run(seed as u64), "{seed}");
+    }
 }
