@@ -73,6 +73,12 @@ def cases():
          "min_new_tokens": 3, "length_penalty": 0.6, "num_return_sequences": 6, **several},
         {"num_beams": 2, "max_new_tokens": 1, "num_return_sequences": 2, **eos},
         {"num_beams": 3, "max_length": 9, "num_return_sequences": 3, **several},
+        # What every sequence begins with counts as it does elsewhere, so that longer ones gain by it or lose.
+        {"num_beams": 3, "max_new_tokens": 10, "forced_prefix": [4], "num_return_sequences": 3, **several},
+        {"num_beams": 4, "max_new_tokens": 9, "forced_prefix": [20, 13, 7], "length_penalty": 2.0,
+         "num_return_sequences": 4, **several},
+        {"num_beams": 4, "max_new_tokens": 9, "forced_prefix": [20, 13, 7], "length_penalty": 0.5,
+         "early_stopping": "never", "num_return_sequences": 4, **several},
     ]
     return [(setting, prompt) for setting in settings for prompt in prompts]
 
@@ -88,16 +94,19 @@ def main():
             row[end] = round(row[end] + 1.0, 3)
     model = Table(TableConfig(), last, before).eval()
     out = []
-    for setting, prompt in cases():
+    for case, prompt in cases():
+        setting = dict(case)
+        prefix, start = setting.pop("forced_prefix", None), len(prompt)
         # Nothing but what the case names: the defaults of both are other ones.
         config = GenerationConfig(do_sample=False, use_cache=False, pad_token_id=0, return_dict_in_generate=True,
                                   output_scores=True, **setting)
         found = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                               generation_config=config)
+                               generation_config=config, prefix_allowed_tokens_fn=prefix and (
+                                   lambda _, ids: prefix[len(ids) - start:][:1] or list(range(VOCAB))))
         # One beam index a token, -1 where a sequence has ended before.
         lengths = (found.beam_indices >= 0).sum(-1).tolist()
         out.append({
-            "config": setting, "prompt": prompt,
+            "config": case, "prompt": prompt,
             "found": [{"ids": row[len(prompt):len(prompt) + length].tolist(), "score": round(score, 6)}
                       for row, length, score in zip(found.sequences, lengths, found.sequences_scores.tolist())],
         })
