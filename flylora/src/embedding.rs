@@ -156,7 +156,9 @@ impl LoraEmbedding {
         let table = self.merged.as_ref().filter(|_| self.enabled).unwrap_or(&self.table);
         let rows = table.index_select(&ids, 0)?; // (n, dim)
         let rows = if self.enabled && self.merged.is_none() {
-            let low = (self.a.index_select(&ids, 1)?.t()? * self.config.scale())?; // (n, r)
+            // The gradients of one id add up in f32 at least.
+            let columns = self.a.to_dtype(at_least_f32(self.a.dtype()))?.index_select(&ids, 1)?; // (r, n)
+            let low = (columns.t()?.to_dtype(self.a.dtype())? * self.config.scale())?; // (n, r)
             let delta = low.matmul(&self.b.t()?)?;
             match self.ratio()? {
                 None => (&rows + delta.to_dtype(rows.dtype())?)?,

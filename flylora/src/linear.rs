@@ -113,6 +113,13 @@ pub(crate) fn at_least_f32(dtype: DType) -> DType {
     }
 }
 
+/// `y * row`, in f32 at least, in the dtype of y. candle adds up the rows of a gradient in their own dtype, and in half types a
+/// sum stops growing.
+pub(crate) fn times_row(y: &Tensor, row: &Tensor) -> Result<Tensor> {
+    let wide = at_least_f32(y.dtype());
+    y.to_dtype(wide)?.broadcast_mul(&row.to_dtype(wide)?)?.to_dtype(y.dtype())
+}
+
 /// `weight + delta`, computed in f32 at least.
 pub(crate) fn added(weight: &Tensor, delta: &Tensor) -> Result<Tensor> {
     let dtype = match (at_least_f32(weight.dtype()), at_least_f32(delta.dtype())) {

@@ -9,8 +9,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Optimizer, SGD, VarBuilder, VarMap};
 use common::{assert_slopes, largest_difference, move_all, noise, values};
 use flylora::{
-    AdaLoraConfig, Adapter, AdapterKind, AnyLinear, FlyLoraConfig, FrozenLinear, LoraConfig, LoraInit,
-    MaskSelection, MaskedLoraConfig, Merge, Place, Routing, Scaling, Step, load_adapters, save_adapters,
+    AdaLoraConfig, Adapter, AdapterKind, AnyLinear, FlyLoraConfig, FrozenLinear, LoraConfig, LoraEmbedding,
+    LoraInit, MaskSelection, MaskedLoraConfig, Merge, Place, Routing, Scaling, Step, load_adapters,
+    save_adapters,
 };
 
 const IN: usize = 20;
@@ -123,6 +124,58 @@ fn gradients_equal_central_differences() {
                 continue;
             }
             assert_slopes(&format!("{kind:?}: {name}"), grads.get(&var), &var, loss, 1e-6);
+        }
+    }
+}
+
+/// `|a - b| / |b|`
+fn relative(a: &Tensor, b: &Tensor) -> f64 {
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let (a, b) = (values(a), values(b));
+    norm(&mut a.iter().zip(&b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied())
+}
+
+// A sum in bf16 stops growing at 256 of its terms.
+#[test]
+fn gradients_over_many_rows_are_those_of_f32_in_half_precision_too() {
+    let rows = noise(&[3000, IN], 1.0, DType::BF16, 9).abs().unwrap();
+    for kind in kinds() {
+        let layers = [DType::BF16, DType::F32].map(|dtype| build(&kind, "layer", dtype, dtype));
+        let gradients = |layer: &AnyLinear| {
+            move_all(layer.vars(), 0.3, 5);
+            let y = layer.forward(&rows.to_dtype(layer.base().dtype()).unwrap()).unwrap();
+            y.to_dtype(DType::F32).unwrap().sum_all().unwrap().backward().unwrap()
+        };
+        let [got, want] = layers.each_ref().map(gradients);
+        let [half, whole] = layers.map(|layer| layer.parameters());
+        for ((name, one), (_, other)) in half.iter().zip(&whole) {
+            let off = relative(got.get(one).unwrap(), want.get(other).unwrap());
+            assert!(off < 0.02, "{kind} {name}: off by {off}");
+        }
+    }
+}
+
+#[test]
+fn gradients_of_an_id_that_comes_often_are_those_of_f32_in_half_precision_too() {
+    let ids: Vec<u32> = (0..3000).map(|i| i / 1000).collect();
+    let ids = Tensor::new(ids, &Device::Cpu).unwrap();
+    for dora in [false, true] {
+        let [got, want] = [DType::BF16, DType::F32].map(|dtype| {
+            let (table, place) = (noise(&[9, 6], 1.0, dtype, 1), Place::alone("embed", dtype, &Device::Cpu));
+            let make = if dora { LoraEmbedding::dora } else { LoraEmbedding::new };
+            let embedding = make(table, &lora(), &place).unwrap();
+            move_all(embedding.parameters().into_iter().map(|(_, var)| var), 0.3, 5);
+            let y = embedding.forward(&ids).unwrap().to_dtype(DType::F32).unwrap();
+            let grads = y.sum_all().unwrap().backward().unwrap();
+            embedding
+                .parameters()
+                .into_iter()
+                .map(|(name, var)| (name, grads.get(&var).unwrap().clone()))
+                .collect::<Vec<_>>()
+        });
+        for ((name, got), (_, want)) in got.iter().zip(&want) {
+            let off = relative(got, want);
+            assert!(off < 0.02, "{name}: off by {off}");
         }
     }
 }

@@ -140,6 +140,28 @@ fn the_bias_of_an_adapter_is_scaled_and_merges_into_that_of_the_layer_which_gets
 }
 
 #[test]
+fn the_gradient_of_a_bias_is_the_sum_of_all_rows_in_half_precision_too() {
+    let config = LoraConfig::default().with_r(2).with_alpha(2.0).with_bias(true);
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let adapter = LoraAdapter::seeded(8, 6, &config, "layer", dtype, &Device::Cpu).unwrap();
+        adapter.bias().unwrap().set(&noise(&[6], 1.0, dtype, 1)).unwrap();
+        for rows in [3, 1000] {
+            let x = noise(&[2, rows, 8], 1.0, dtype, 2);
+            let y = adapter.delta(&x).unwrap().to_dtype(DType::F32).unwrap();
+            // B is 0: what there is is the bias.
+            let want =
+                adapter.bias().unwrap().to_dtype(DType::F32).unwrap().broadcast_as((2, rows, 6)).unwrap();
+            assert_eq!(values(&y), values(&want));
+            let grads = y.sum_all().unwrap().backward().unwrap();
+            let got = values(grads.get(adapter.bias().unwrap()).unwrap());
+            assert_eq!(got, [2.0 * rows as f64; 6], "{dtype:?}");
+        }
+        let none = Tensor::zeros((0, 8), dtype, &Device::Cpu).unwrap();
+        assert_eq!(adapter.delta(&none).unwrap().dims(), [0, 6]);
+    }
+}
+
+#[test]
 fn kinds_that_have_no_bias_refuse_one() {
     let config = LoraConfig::default().with_bias(true);
     let frozen = FrozenLinear::try_from(&base(24, 16, DType::F32, true)).unwrap();

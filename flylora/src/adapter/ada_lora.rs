@@ -10,6 +10,7 @@ use crate::effective::LowRank;
 use crate::files::StateSource;
 use crate::frozen::{check_input, rows, with_last};
 use crate::init::{generator, normal};
+use crate::linear::times_row;
 use crate::{Error, FrozenLinear, Place};
 
 pub(super) const A: &str = "lora_A";
@@ -257,7 +258,7 @@ impl Adapter for AdaLoraAdapter {
         let flat = flat.to_dtype(self.a.dtype())?;
         let weights = (self.e.squeeze(D::Minus1)? * self.config.scale())?; // (r)
         let flat = self.dropout.apply(&flat)?;
-        let low = flat.matmul(&self.a.t()?)?.broadcast_mul(&weights)?; // (m, r)
+        let low = times_row(&flat.matmul(&self.a.t()?)?, &weights)?; // (m, r)
         low.matmul(&self.b.t()?)?.reshape(with_last(x.shape(), self.out_features()))?.to_dtype(x.dtype())
     }
 

@@ -5,7 +5,7 @@ use super::{Adapter, AdapterKind, Change, LoraAdapter, Merge};
 use crate::effective::LowRank;
 use crate::files::StateSource;
 use crate::frozen::{check_input, rows, with_last};
-use crate::linear::{added, at_least_f32};
+use crate::linear::{added, at_least_f32, times_row};
 use crate::{Error, FrozenLinear, LoraConfig, LoraInit, Place};
 
 /// The name of the magnitudes below the name of the layer.
@@ -105,7 +105,7 @@ impl DoraAdapter {
     /// The change, from `W x`: (m, out), without the bias, and x: (m, in), both in the dtype of the variables.
     fn change(&self, x: &Tensor, wx: &Tensor) -> Result<Tensor> {
         let ratio = self.magnitude.div(&self.norms()?)?; // (out)
-        wx.broadcast_mul(&(&ratio - 1.0)?)? + self.lora.product(x)?.broadcast_mul(&ratio)?
+        times_row(wx, &(&ratio - 1.0)?)? + times_row(&self.lora.product(x)?, &ratio)?
     }
 }
 

@@ -262,10 +262,14 @@ impl LoraAdapter {
 
     /// `y` and what the bias adds to it, y: (..., out).
     fn with_bias(&self, y: Tensor) -> Result<Tensor> {
-        match &self.bias {
-            None => Ok(y),
-            Some(bias) => y.broadcast_add(&(bias.as_tensor() * self.scale())?.to_dtype(y.dtype())?),
+        let Some(bias) = &self.bias else { return Ok(y) };
+        let bias = (bias.as_tensor() * self.scale())?.to_dtype(y.dtype())?;
+        if !matches!(y.dtype(), DType::BF16 | DType::F16) || y.elem_count() == 0 {
+            return y.broadcast_add(&bias);
         }
+        // candle adds up the rows of a gradient in the half type, where a sum stops growing at 256; a product adds in f32.
+        let ones = (Tensor::zeros((rows(y.shape()), 1), y.dtype(), y.device())? + 1.0)?;
+        &y + ones.matmul(&bias.unsqueeze(0)?)?.reshape(y.shape())?
     }
 
     /// The change, with gradients for the factors.
