@@ -72,12 +72,20 @@ pub(crate) fn dtype(param: DType) -> DType {
     if param == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
+impl SlotSpec {
+    /// Whether the array of such a parameter is kept in blocks of 8 bits where that is chosen.
+    fn fits_blocks(&self, param: &Var) -> bool {
+        let len: usize = self.shape.iter().product();
+        dtype(param.dtype()) == DType::F32 && self.kind != SlotKind::Other && len >= SMALLEST_QUANTISED
+    }
+}
+
 impl Slot {
     /// An array of zeros for a parameter; a master copy has the parameter's values.
     pub(crate) fn new(spec: SlotSpec, param: &Var, place: Place) -> Result<Self> {
         let dtype = dtype(param.dtype());
         let len = spec.shape.iter().product();
-        let quantised = || dtype == DType::F32 && spec.kind != SlotKind::Other && len >= SMALLEST_QUANTISED;
+        let quantised = || spec.fits_blocks(param);
         let zeros = || Blockwise::zeros(len, spec.kind == SlotKind::Signed);
         let data = match place {
             // Some devices refuse to convert nothing.
@@ -97,6 +105,25 @@ impl Slot {
             Place::Host(_) => Data::F32(vec![0.0; len]),
         };
         Ok(Self { spec, data })
+    }
+
+    /// Keeps the array in the format of a new one in its place from now on.
+    pub(crate) fn reformat(&mut self, param: &Var, place: Place) -> Result<()> {
+        let (Place::Host(format) | Place::Tensors(format)) = place;
+        if format == StateFormat::Full || !self.spec.fits_blocks(param) {
+            return self.widen();
+        }
+        let signed = self.spec.kind == SlotKind::Signed;
+        match &self.data {
+            Data::F32(x) => self.data = Data::Blockwise(Blockwise::from_slice(x, signed)),
+            Data::Tensor(t) => {
+                let values: Vec<f32> = t.flatten_all()?.to_device(&Device::Cpu)?.to_vec1()?;
+                let blocks = Blockwise::from_slice(&values, signed);
+                self.data = Data::TensorBlocks(TensorBlocks::new(&blocks, t.device())?);
+            }
+            Data::F64(_) | Data::Blockwise(_) | Data::TensorBlocks(_) => {}
+        }
+        Ok(())
     }
 
     /// Keeps the array in full precision from now on.

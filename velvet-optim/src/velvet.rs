@@ -5,7 +5,7 @@ use crate::backend::{self, Resident};
 use crate::config::VelvetConfig;
 use crate::error::{Error, Result};
 use crate::group::{self, Training};
-use crate::options::{GradClip, SparseRows};
+use crate::options::GradClip;
 use crate::parameter::{self, Naming, Parameter, UpdateSize};
 use crate::state::Slot;
 use crate::stats::Stats;
@@ -393,12 +393,12 @@ impl Velvet {
         self.pull()?;
         for ((parameter, plan), fresh) in self.parameters.iter_mut().zip(plans).zip(fresh) {
             parameter.plan = plan;
-            if parameter.plan.sparse_rows == SparseRows::Skip {
-                parameter.slots.iter_mut().try_for_each(Slot::widen)?; // rows do not begin where blocks of 8 bits do
-            }
             if let Some(slots) = fresh {
                 (parameter.slots, parameter.beta_products, parameter.size) = (slots, [1.0; 2], None);
             }
+            // Rows that are left out do not begin where blocks of 8 bits do.
+            let Parameter { slots, var, plan, .. } = parameter;
+            backend::reformat(slots, var, plan, &config)?;
         }
         self.adaptive = Adaptive::new(&config, self.adaptive.averages());
         self.config = config;

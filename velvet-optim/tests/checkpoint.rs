@@ -366,6 +366,27 @@ fn with_element(bytes: &[u8], key: &str, element: &[u8]) -> Vec<u8> {
 }
 
 #[test]
+fn an_array_that_no_parameter_has_is_refused_by_its_key() {
+    let vars = named(&[&[3, 4], &[70, 65]], DType::F32);
+    let mut opt = Velvet::named(vars.clone(), config().with_state_format(StateFormat::Blockwise8)).unwrap();
+    opt.set_mask("w0", Some(&Tensor::ones((3, 4), DType::U8, &Device::Cpu).unwrap())).unwrap();
+    train(&mut opt, &vars, 1, 2);
+    let bytes = opt.to_bytes().unwrap();
+    opt.load_bytes(&bytes).unwrap();
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let data = [0u8; 12];
+    for key in ["w2.exp_avg", "w0.momentum_buffer", "w0.exp_avg.codes.more", "w2.mask", "notes"] {
+        let whole = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let mut tensors: Vec<_> = whole.tensors();
+        let extra = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![3], &data).unwrap();
+        tensors.push((key.to_owned(), extra));
+        let more = safetensors::serialize(tensors, header.metadata().clone()).unwrap();
+        let error = refused(&mut opt, &more);
+        assert_eq!(error, format!("state bytes: `{key}`: no parameter of the state has this array"));
+    }
+}
+
+#[test]
 fn values_that_no_run_writes_are_refused_by_key() {
     let vars = named(&[&[3, 4], &[5]], DType::F32);
     let mut opt = Velvet::named(vars.clone(), adaptive()).unwrap();

@@ -258,6 +258,27 @@ fn rows_can_be_left_out_from_the_middle_of_a_run_on() {
 }
 
 #[test]
+fn rows_that_are_updated_again_are_kept_in_the_format_that_was_chosen() {
+    let config =
+        |sparse_rows| VelvetConfig { sparse_rows, ..config().with_state_format(StateFormat::Blockwise8) };
+    let vars = named(&[&[70, 65]], DType::F32);
+    let mut opt = Velvet::named(vars.clone(), config(SparseRows::Skip)).unwrap();
+    train(&mut opt, &vars, 1, 2);
+    assert_eq!(opt.state_bytes(), 2 * 4 * 70 * 65);
+    opt.set_config(config(SparseRows::Off)).unwrap();
+    assert!(opt.state_bytes() < 2 * 70 * 65 + 400, "{}", opt.state_bytes());
+    // So that a run that is resumed here goes on with the same bits.
+    let bytes = opt.to_bytes().unwrap();
+    let copy = vec![("w0".to_owned(), Var::from_tensor(&vars[0].1.copy().unwrap()).unwrap())];
+    let mut resumed = Velvet::named(copy.clone(), config(SparseRows::Off)).unwrap();
+    resumed.load_bytes(&bytes).unwrap();
+    assert!(resumed.to_bytes().unwrap() == bytes);
+    train(&mut opt, &vars, 3, 3);
+    train(&mut resumed, &copy, 3, 3);
+    assert!(all_bits(&opt) == all_bits(&resumed));
+}
+
+#[test]
 fn sparse_rows_have_the_same_bits_on_both_back_ends() {
     for dtype in [DType::F32, DType::BF16, DType::F64] {
         for half in [HalfParameters::Nearest, HalfParameters::Master] {

@@ -116,16 +116,26 @@ pub(crate) fn empty_state(param: &Var, plan: &Plan, config: &VelvetConfig) -> Re
     if half && config.half_parameters == HalfParameters::Master {
         specs.push(SlotSpec { name: MASTER, shape: param.dims().to_vec(), kind: SlotKind::Other });
     }
+    let place = place(param, plan, config);
+    specs.into_iter().map(|spec| Slot::new(spec, param, place)).collect()
+}
+
+/// Brings state arrays to the format in which the configuration keeps those of such a parameter.
+pub(crate) fn reformat(slots: &mut [Slot], param: &Var, plan: &Plan, config: &VelvetConfig) -> Result<()> {
+    let place = place(param, plan, config);
+    slots.iter_mut().try_for_each(|slot| slot.reformat(param, place))
+}
+
+fn place(param: &Var, plan: &Plan, config: &VelvetConfig) -> Place {
     let sparse = plan.sparse_rows == SparseRows::Skip; // rows do not begin where blocks do
     let format = if sparse { StateFormat::Full } else { config.state_format };
-    let place = if is_fused(param.device(), plan.rule, config.backend) {
+    if is_fused(param.device(), plan.rule, config.backend) {
         Place::Host(format)
     } else if has_kernels(param.device(), plan.rule, config.backend) {
         Place::Tensors(format)
     } else {
         Place::Tensors(StateFormat::Full)
-    };
-    specs.into_iter().map(|spec| Slot::new(spec, param, place)).collect()
+    }
 }
 
 /// The sum of squares of each tensor, in f64, in the order given.

@@ -13,7 +13,7 @@ use crate::stats::Stats;
 use crate::velvet::Velvet;
 use candle_core::{DType, Device, Tensor, Var};
 use safetensors::{Dtype, SafeTensors};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::Path;
 
 /// The key under which messages name the header.
@@ -61,6 +61,7 @@ impl Velvet {
         let reader = Reader { origin };
         let (header, tensors) = reader.open(bytes)?;
         let order = self.match_parameters(&reader, &header, &tensors)?;
+        reader.check_keys(&header, &tensors)?;
         // Everything is read and checked before anything is replaced.
         let products = reader.products(&tensors, header.parameters.len())?;
         let sizes = reader.sizes(&tensors, header.parameters.len())?;
@@ -323,17 +324,27 @@ impl Reader<'_> {
         Ok(view.data())
     }
 
+    /// That every array belongs to a parameter of the header.
+    fn check_keys(&self, header: &Header, tensors: &SafeTensors<'_>) -> Result<()> {
+        let mut known = HashSet::from([PRODUCTS_KEY.to_owned(), SIZES_KEY.to_owned()]);
+        for entry in &header.parameters {
+            known.extend(entry.slots.iter().flat_map(|slot| keys(entry, slot)));
+            known.insert(format!("{}.{MASK}", entry.name));
+        }
+        let mut names = tensors.names();
+        names.sort_unstable();
+        match names.into_iter().find(|name| !known.contains(*name)) {
+            None => Ok(()),
+            Some(key) => Err(self.format(key, "no parameter of the state has this array")),
+        }
+    }
+
     /// Whether two rows of the header have the same state, bit for bit.
     fn same_state(&self, tensors: &SafeTensors<'_>, header: &Header, rows: &[usize]) -> bool {
         let state = |row: usize| {
             let entry = header.parameters.get(row)?;
             let array = |key: String| tensors.tensor(&key).ok().map(|view| view.data());
-            let slots: Vec<_> = entry
-                .slots
-                .iter()
-                .flat_map(|slot| ["", ".codes", ".scales"].map(|part| format!("{}.{slot}{part}", entry.name)))
-                .map(array)
-                .collect();
+            let slots: Vec<_> = entry.slots.iter().flat_map(|slot| keys(entry, slot)).map(array).collect();
             let mask = array(format!("{}.{MASK}", entry.name));
             let count = header.parameters.len();
             let products = self.products(tensors, count).ok()?.get(row)?.map(f64::to_bits);
@@ -439,6 +450,11 @@ impl Reader<'_> {
         }
         Ok(values)
     }
+}
+
+/// The keys that a state array may have, whole or in blocks.
+fn keys(entry: &Entry, slot: &str) -> [String; 3] {
+    ["", ".codes", ".scales"].map(|part| format!("{}.{slot}{part}", entry.name))
 }
 
 /// Whether the saved run has what the parameter's rule needs; a master copy can be made.
