@@ -16,10 +16,12 @@ pub struct Progress {
 impl Progress {
     /// A bar of `steps`, of which `done` are behind.
     pub fn new(steps: u64, done: u64) -> Self {
-        let bar = ProgressBar::new(steps).with_position(done).with_finish(ProgressFinish::AndClear);
+        let bar = ProgressBar::new(steps).with_finish(ProgressFinish::AndClear);
         if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}, {eta} left") {
             bar.set_style(style);
         }
+        // The steps of an earlier run took none of this one's time: the estimate begins when it has seen them.
+        bar.update(|state| state.set_pos(done));
         bar.reset_eta();
         Self { bar, tokens_per_second: None }
     }
@@ -52,5 +54,22 @@ impl Progress {
         } else {
             self.bar.println(text);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn the_time_that_is_left_does_not_count_the_steps_of_an_earlier_run() {
+        let progress = Progress::new(1000, 900);
+        assert_eq!(progress.bar.position(), 900);
+        std::thread::sleep(Duration::from_millis(50));
+        progress.bar.set_position(901);
+        // A step in 50 ms leaves 5 s for 99 of them; 901 steps in 50 ms would leave 5 ms.
+        assert!(progress.bar.eta() > Duration::from_secs(1), "{:?}", progress.bar.eta());
     }
 }

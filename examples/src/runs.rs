@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::checkpoint::{Checkpoint, State};
 use crate::files;
@@ -77,22 +77,29 @@ pub fn last() -> Option<PathBuf> {
 pub fn model_folder(named: Option<&Path>) -> Result<PathBuf> {
     if let Some(named) = named {
         let inside = named.join("model");
-        if named.join("config.json").is_file() || !inside.is_dir() {
-            return Ok(named.into());
+        if !named.join("config.json").is_file() && inside.is_dir() {
+            return Ok(inside);
         }
-        return Ok(inside);
+        if !named.join("config.json").is_file() && Checkpoint::of(named).exists() {
+            return Err(unfinished("the run", named));
+        }
+        return Ok(named.into());
     }
     let Some(run) = last() else {
         bail!("there is no trained model yet: train one with `cargo run --release --example train`");
     };
     let model = run.join("model");
     if !model.join("config.json").is_file() {
-        bail!(
-            "the last run, {}, has no model yet: finish it with `cargo run --release --example train -- --resume --out {}`",
-            run.display(),
-            run.display()
-        );
+        return Err(unfinished("the last run,", &run));
     }
     crate::note!("Using the last trained model, {}.", model.display());
     Ok(model)
+}
+
+/// A run that was stopped: its checkpoint is no model.
+fn unfinished(which: &str, run: &Path) -> anyhow::Error {
+    let run = run.display();
+    anyhow!(
+        "{which} {run} has no model yet: finish it with `cargo run --release --example train -- --resume --out {run}`"
+    )
 }

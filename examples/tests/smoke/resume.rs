@@ -65,6 +65,11 @@ fn ctrl_c_stops_a_run_that_can_go_on() {
     let mut child = start(folder.path(), &args("parts"), "parts", 4);
     interrupt(&child);
     assert_eq!(child.wait().unwrap().code(), Some(130));
+    // What has no model yet says how it gets one.
+    let chat =
+        |args: &[&str]| fails("chat", folder.path(), args, &["parts has no model yet", "--resume --out"]);
+    chat(&["--model", "parts", "--prompt", "x"]);
+    chat(&["--prompt", "x"]);
     // Without --out the last run goes on.
     let mut child = start(folder.path(), &["--resume"], "parts", 12);
     interrupt(&child);
