@@ -139,6 +139,23 @@ fn merging_for_a_sample_measures_its_error_and_beats_the_plain_product() {
 }
 
 #[test]
+fn what_is_fitted_to_many_rows_in_half_precision_is_what_f32_fits() {
+    let config = FlyLoraConfig::default();
+    for dtype in [DType::BF16, DType::F16] {
+        let (half, whole) = (adapter(64, 40, &config, dtype), adapter(64, 40, &config, DType::F32));
+        whole.b().set(&half.b().to_dtype(DType::F32).unwrap()).unwrap();
+        // Of a size whose squares f16 has not got.
+        for scale in [1.0, 1e-3] {
+            let sample = noise(&[4000, 64], scale, DType::F32, 7);
+            let [got, want] = [&half, &whole].map(|a| values(&a.delta_weight_for(&sample).unwrap()));
+            let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+            let off = norm(&mut got.iter().zip(&want).map(|(a, b)| a - b)) / norm(&mut want.iter().copied());
+            assert!(off < 0.02, "{dtype:?}, {scale}: off by {off}");
+        }
+    }
+}
+
+#[test]
 fn files_hold_a_seed_and_places_and_a_place_that_the_seed_does_not_give_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let adapter = adapter(30, 20, &FlyLoraConfig::default(), DType::F32);

@@ -9,6 +9,7 @@ use crate::cuda;
 use crate::files::StateSource;
 use crate::frozen::{check_input, rows, with_last};
 use crate::init::fnv1a;
+use crate::linear::at_least_f32;
 use crate::sparse::{Route, Selection, SparseMatrix, project, routed_layer, routed_product, top_k};
 use crate::{FrozenLinear, Place};
 
@@ -375,10 +376,11 @@ impl Adapter for FlyLoraAdapter {
         let flat = sample.reshape((rows(sample.shape()), self.in_features))?.to_dtype(self.b.dtype())?;
         let a = self.projection().dense(flat.dtype(), flat.device())?;
         let y = a.forward(&flat)?.detach();
-        let mask = self.mask(&self.scores(&y)?)?.to_dtype(y.dtype())?;
-        let squares = y.sqr()?;
-        let c = ((&squares * mask)?.sum(0)? / (squares.sum(0)? + f64::from(f32::MIN_POSITIVE))?)?; // (r)
-        let b = self.b.as_detached_tensor().broadcast_mul(&c)?;
+        let mask = self.mask(&self.scores(&y)?)?;
+        let squares = y.to_dtype(at_least_f32(y.dtype()))?.sqr()?;
+        let used = (&squares * mask.to_dtype(squares.dtype())?)?.sum(0)?;
+        let c = (used / (squares.sum(0)? + f64::from(f32::MIN_POSITIVE))?)?; // (r)
+        let b = self.b.as_detached_tensor().broadcast_mul(&c.to_dtype(self.b.dtype())?)?;
         b.matmul(&(a.weight()? * self.config.scale())?)
     }
 

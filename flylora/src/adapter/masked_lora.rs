@@ -228,7 +228,7 @@ impl MaskedLoraAdapter {
         let product = self.product()?;
         let mask = self.mask_of(&product)?;
         let (size, slope) = (product.abs()?.to_dtype(DType::F32)?, gradient.abs()?.to_dtype(DType::F32)?);
-        let ones = mask.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()? as usize;
+        let ones = mask.ne(0.0)?.to_dtype(DType::U32)?.sum_all()?.to_scalar::<u32>()? as usize;
         let moved = (fraction * ones as f64) as usize;
         // Below any size where it is masked, so that what is kept comes from the mask.
         let none = (size.ones_like()? * -1.0)?;
