@@ -155,6 +155,35 @@ fn a_gradient_that_is_no_number_changes_nothing() {
 }
 
 #[test]
+fn a_gradient_that_is_no_number_and_not_looked_at_does_the_same_on_both_back_ends() {
+    for (name, config) in rules() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let run = |backend| {
+                let config = config.clone().with_non_finite(NonFinite::Unchecked).with_backend(backend);
+                let (mut opt, vars) = optimizer(&config, DType::F32);
+                train(&mut opt, &vars, 1, 2);
+                let mut grads = store(vars.iter().map(|(_, var)| (var, var.as_tensor().copy().unwrap())));
+                let mut values = common::noise(3, 13);
+                values[4] = bad;
+                let one = Tensor::from_vec(values, 13, &Device::Cpu).unwrap();
+                let grad = Tensor::zeros((7, 13), DType::F32, &Device::Cpu).unwrap();
+                grads.insert(&vars[0].1, grad.broadcast_add(&one).unwrap());
+                opt.try_step(&grads).unwrap();
+                // One NaN is as good as another.
+                let canonical = |(name, bits): (String, Vec<u64>)| {
+                    let nan = |b: &u64| f32::from_bits(*b as u32).is_nan();
+                    (name, bits.iter().map(|b| if nan(b) { u64::MAX } else { *b }).collect::<Vec<_>>())
+                };
+                all_bits(&opt).into_iter().map(canonical).collect::<Vec<_>>()
+            };
+            for (fused, plain) in run(BackendChoice::Auto).iter().zip(&run(BackendChoice::Plain)) {
+                assert!(fused == plain, "{name}, {bad}: {} differs", fused.0);
+            }
+        }
+    }
+}
+
+#[test]
 fn gradients_that_are_views_are_read_as_their_elements() {
     for (name, config) in rules() {
         let base = tensor(5, &[6, 40], DType::F32);

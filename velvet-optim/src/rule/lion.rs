@@ -120,6 +120,8 @@ impl Elementwise for LionStep {
         // candle's sign is 0 at 0 as well; written out so that it does not depend on a device's kernel.
         let positive = mixed.gt(0.0)?.to_dtype(mixed.dtype())?;
         let u = (positive - mixed.lt(0.0)?.to_dtype(mixed.dtype())?)?;
+        // A NaN is neither: it stays one, as in the loop.
+        let u = mixed.eq(&mixed)?.where_cond(&u, &mixed)?;
         *m = ((&*m * self.beta2)? + (g * (1.0 - self.beta2))?)?;
         decayed_plain(p, &u, self.keep, self.cautious_decay)? - (u * self.lr)?
     }
