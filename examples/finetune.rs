@@ -253,6 +253,10 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         run.config.num_parameters(),
         run.train.len()
     );
+    let runs = methods.len() * rates.len();
+    if runs > 1 {
+        say!("{runs} trainings of {} steps follow; --method and --lr name fewer", flags.steps);
+    }
     let mut rows: Vec<Row> = Vec::new();
     let mut best: Option<(f64, Method, VesperLM)> = None;
     for method in methods {
@@ -260,7 +264,8 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         let mut winner: Option<(f64, Trained)> = None;
         for &lr in &rates {
             let trained = run.train(method, lr).with_context(|| format!("{} with lr {lr}", method.name()))?;
-            say!("  {:8} lr {lr:<8} held-out loss {:.4}", method.name(), trained.loss);
+            let (name, loss, seconds) = (method.name(), trained.loss, trained.seconds);
+            say!("  {name:8} lr {lr:<8} held-out loss {loss:.4}, {seconds:.0} s");
             tried.push((lr, trained.loss));
             if winner.as_ref().is_none_or(|(_, w)| trained.loss < w.loss) {
                 winner = Some((lr, trained));

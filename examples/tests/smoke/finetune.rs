@@ -10,6 +10,7 @@ fn methods_are_compared_saved_and_talked_with() {
     let result = json(&dir.join("tuned/finetune.json"));
     let rows = result["methods"].as_array().unwrap();
     assert_eq!(rows.len(), 8);
+    assert!(table.contains("16 trainings of 4 steps follow; --method and --lr name fewer"), "{table}");
     let of = |name: &str| rows.iter().find(|row| row["method"] == name).unwrap();
     for row in rows {
         let name = row["method"].as_str().unwrap();
