@@ -40,5 +40,5 @@ pub use frozen::FrozenLinear;
 pub use linear::{AdapterLinear, AnyLinear, LoraLinear};
 pub use multi::MultiLinear;
 pub use place::Place;
-pub use report::{AdapterReport, Baseline, BaselineReport, ParameterReport};
+pub use report::{AdapterReport, Baseline, BaselineReport, Counted, Counts, ParameterReport};
 pub use targets::Targets;

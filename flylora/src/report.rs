@@ -2,7 +2,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::Adapter;
+use crate::{Adapter, AdapterLinear, LoraEmbedding};
 
 /// How many parameters adapters train, and what that is compared with.
 ///
@@ -37,6 +37,52 @@ pub struct ParameterReport {
     pub frozen: Option<usize>,
     /// What the trainable values are compared with.
     pub baseline: Option<BaselineReport>,
+}
+
+/// What a [`ParameterReport`] counts: an [`Adapter`], an [`AdapterLinear`] or a [`LoraEmbedding`].
+pub trait Counted {
+    /// The numbers.
+    fn counted(&self) -> Counts;
+}
+
+/// The numbers of one adapter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counts {
+    /// The name of its kind.
+    pub kind: String,
+    /// The rows and columns of the weight that it is beside: (out, in), or (vocab, dim).
+    pub weight: (usize, usize),
+    /// Values that training changes.
+    pub trainable: usize,
+    /// Of these, what one token makes use of.
+    pub active_per_token: usize,
+}
+
+impl<A: Adapter + ?Sized> Counted for A {
+    fn counted(&self) -> Counts {
+        Counts {
+            kind: self.kind().to_string(),
+            weight: (self.out_features(), self.in_features()),
+            trainable: self.parameters().iter().map(|(_, var)| var.elem_count()).sum(),
+            active_per_token: self.active_parameters(),
+        }
+    }
+}
+
+impl<A: Adapter> Counted for AdapterLinear<A> {
+    fn counted(&self) -> Counts {
+        self.adapter().counted()
+    }
+}
+
+impl Counted for LoraEmbedding {
+    /// A token makes use of one column of `A`, and of all else.
+    fn counted(&self) -> Counts {
+        let trainable = self.parameters().iter().map(|(_, var)| var.elem_count()).sum();
+        let weight = self.table().dims2().unwrap_or_default();
+        let active_per_token = trainable - self.a().elem_count() + self.config().r;
+        Counts { kind: self.kind().to_string(), weight, trainable, active_per_token }
+    }
 }
 
 /// One adapter of a [`ParameterReport`].
@@ -82,8 +128,9 @@ pub struct BaselineReport {
 }
 
 impl ParameterReport {
-    /// Counts; `frozen` is the number of parameters of the frozen model.
-    pub fn new<'a, A: Adapter + ?Sized + 'a, S: Into<String>>(
+    /// Counts; `frozen` is the number of parameters of the frozen model. Layers and embeddings together are given as
+    /// `&dyn Counted`.
+    pub fn new<'a, A: Counted + ?Sized + 'a, S: Into<String>>(
         adapters: impl IntoIterator<Item = (S, &'a A)>,
         frozen: Option<usize>,
         baseline: Option<Baseline>,
@@ -92,18 +139,13 @@ impl ParameterReport {
         let adapters: Vec<AdapterReport> = adapters
             .into_iter()
             .map(|(module, adapter)| {
-                let (inputs, outputs) = (adapter.in_features(), adapter.out_features());
+                let Counts { kind, weight: (rows, columns), trainable, active_per_token } = adapter.counted();
                 sizes += match baseline {
-                    Some(Baseline::Lora { r }) => r * (inputs + outputs),
-                    Some(Baseline::FullWeights) => inputs * outputs,
+                    Some(Baseline::Lora { r }) => r * (rows + columns),
+                    Some(Baseline::FullWeights) => rows * columns,
                     None => 0,
                 };
-                AdapterReport {
-                    module: module.into(),
-                    kind: adapter.kind().to_string(),
-                    trainable: adapter.parameters().iter().map(|(_, var)| var.elem_count()).sum(),
-                    active_per_token: adapter.active_parameters(),
-                }
+                AdapterReport { module: module.into(), kind, trainable, active_per_token }
             })
             .collect();
         let name = baseline.map(|baseline| match baseline {
@@ -119,9 +161,10 @@ impl ParameterReport {
         }
     }
 
-    /// The share of all parameters, frozen and trained, that is trained: in percent.
+    /// The share of all parameters, frozen and trained, that is trained: in percent; none of no parameters.
     pub fn percent(&self) -> Option<f64> {
-        self.frozen.map(|frozen| 100.0 * self.trainable as f64 / (frozen + self.trainable) as f64)
+        let all = self.frozen.map(|frozen| frozen + self.trainable).filter(|all| *all > 0)?;
+        Some(100.0 * self.trainable as f64 / all as f64)
     }
 
     /// By how many percent fewer parameters are trained than by the baseline; less than 0 where there are more.

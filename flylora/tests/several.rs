@@ -9,9 +9,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use common::{largest_difference, move_all, noise, values};
 use flylora::{
-    AdaLoraAdapter, AdaLoraConfig, Adapter, AdapterKind, Baseline, Combination, Error, FlyLoraConfig,
-    FrozenLinear, LoraAdapter, LoraConfig, LoraEmbedding, MajoritySign, Merge, MultiLinear, Over,
-    ParameterReport, Place, RankBudget, RankBudgetConfig, Step, combine, combine_embeddings,
+    AdaLoraAdapter, AdaLoraConfig, Adapter, AdapterKind, Baseline, Combination, Counted, Error,
+    FlyLoraConfig, FrozenLinear, LoraAdapter, LoraConfig, LoraEmbedding, MajoritySign, Merge, MultiLinear,
+    Over, ParameterReport, Place, RankBudget, RankBudgetConfig, Step, combine, combine_embeddings,
 };
 
 fn frozen() -> FrozenLinear {
@@ -599,4 +599,20 @@ fn the_report_counts_and_names_what_it_compares_with() {
     );
     assert!(of(Baseline::lora(1)).to_string().contains("more than LoRA of rank 1"));
     assert_eq!(of(Baseline::FullWeights).baseline.unwrap().trainable, 2 * 240);
+    let none: [(&str, &LoraAdapter); 0] = [];
+    assert_eq!(ParameterReport::new(none, Some(0), None).percent(), None);
+    // Embeddings beside layers: of A a token makes use of its own column.
+    let table = noise(&[9, 6], 1.0, DType::F32, 1);
+    let place = Place::alone("embed", DType::F32, &Device::Cpu);
+    let config = LoraConfig::default().with_r(2);
+    let embedding = LoraEmbedding::new(table.clone(), &config, &place).unwrap();
+    let dora = LoraEmbedding::dora(table, &config, &place).unwrap();
+    let q = flylora::AnyLinear::from_parts(frozen(), Arc::clone(&adapters[0].1)).unwrap();
+    let all: [(&str, &dyn Counted); 3] = [("q", &q), ("embed", &embedding), ("other", &dora)];
+    let report = ParameterReport::new(all, None, Some(Baseline::FullWeights));
+    let of = |i: usize| (report.adapters[i].trainable, report.adapters[i].active_per_token);
+    assert_eq!((of(1), of(2)), ((2 * (9 + 6), 2 * (1 + 6)), (2 * (9 + 6) + 6, 2 * (1 + 6) + 6)));
+    assert_eq!(report.adapters[2].kind, "DoRA");
+    assert_eq!(report.trainable, 4 * 32 + 2 * 30 + 6);
+    assert_eq!(report.baseline.unwrap().trainable, 240 + 2 * 54);
 }
