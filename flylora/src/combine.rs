@@ -16,7 +16,7 @@ pub enum Over {
     /// On the products `B A`, then brought to a rank by singular values: PEFT's `ties_svd` and so on. Exact up to what
     /// the rank leaves out, at the cost of a decomposition of the size of the weight.
     Product {
-        /// The rank of the result.
+        /// The rank of the result; no more than the layer's smaller side.
         rank: usize,
     },
 }
@@ -41,7 +41,7 @@ pub enum Combination {
     /// The weighted sum of the changes, brought to a rank by its largest singular values. Exact where the rank is the
     /// sum of the ranks, else the nearest there is.
     Svd {
-        /// The rank of the result.
+        /// The rank of the result; no more than the adapters have together.
         rank: usize,
     },
     /// The weighted sums of the factors by themselves. The product of sums is not the sum of products, so the result has
