@@ -62,6 +62,10 @@ impl UpdateSize {
         // A gradient of zeros tells nothing about the update that the next gradient will make.
         let known = last.map_or(Self::FIRST_CHANGE, |last| last.change);
         let change = if measured.descent == 0.0 { known.max(moved / lr) } else { moved / lr };
+        // What is no number (gradients that are none and were not looked at) says nothing of a size either.
+        if !(change.is_finite() && weight.is_finite()) {
+            return None;
+        }
         Some(Self { change, weight, ratio: moved / weight })
     }
 }

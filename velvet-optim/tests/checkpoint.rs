@@ -446,6 +446,25 @@ fn saving_into_a_folder_that_is_not_there_names_the_file() {
 }
 
 #[test]
+fn a_learning_rate_that_could_not_be_loaded_is_not_saved_and_the_old_file_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state");
+    let mut opt = Velvet::named(named(&[&[3]], DType::F32), config()).unwrap();
+    opt.save(&path).unwrap();
+    let old = std::fs::read(&path).unwrap();
+    for lr in [f64::NAN, f64::INFINITY, -1.0] {
+        opt.set_learning_rate(lr);
+        assert!(matches!(opt.save(&path), Err(Error::LearningRate { step: 1, .. })));
+        assert!(matches!(opt.to_bytes(), Err(Error::LearningRate { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), old);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+    opt.set_learning_rate(0.5);
+    opt.save(&path).unwrap();
+    opt.load(&path).unwrap();
+}
+
+#[test]
 fn skips_and_ignored_losses_are_kept() {
     let vars = named(&[&[3]], DType::F32);
     let mut opt = Velvet::named(vars.clone(), config().with_non_finite(NonFinite::Skip)).unwrap();

@@ -7,7 +7,7 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use common::{all_bits, config, named, store, tensor, train, values, var};
 use velvet_optim::{
-    BackendChoice, Brake, GradClip, HalfParameters, Optimizer, PolyakCap, SparseRows, TrustRegion,
+    BackendChoice, Brake, GradClip, HalfParameters, NonFinite, Optimizer, PolyakCap, SparseRows, TrustRegion,
     UpdateNorms, Velvet, VelvetConfig,
 };
 
@@ -48,6 +48,33 @@ fn the_ratio_of_no_update_is_none_and_that_of_zero_weights_infinite() {
         assert_eq!(opt.update_ratios().unwrap(), []);
         opt.try_step(&store([(&zeros, tensor(1, &[3, 2], DType::F32))])).unwrap();
         assert_eq!(opt.stats().unwrap().update_ratio, Some(f64::INFINITY));
+    }
+}
+
+#[test]
+fn an_update_that_is_no_number_leaves_the_size_of_the_last_as_a_resumed_run_does() {
+    for backend in [BackendChoice::Auto, BackendChoice::Plain] {
+        let config = VelvetConfig {
+            trust_region: TrustRegion::relative(),
+            non_finite: NonFinite::Unchecked,
+            backend,
+            ..config().with_lr(0.5)
+        };
+        let vars = named(&[&[4, 3]], DType::F32);
+        let mut opt = Velvet::named(vars.clone(), config.clone()).unwrap();
+        train(&mut opt, &vars, 1, 2);
+        let ratios = opt.update_ratios().unwrap();
+        let mut grad = common::noise(7, 12);
+        grad[5] = f32::NAN;
+        let grad = Tensor::from_vec(grad, (4, 3), &Device::Cpu).unwrap();
+        opt.try_step(&store([(&vars[0].1, grad)])).unwrap();
+        assert_eq!(opt.update_ratios().unwrap(), ratios);
+        let copy = vec![("w0".to_owned(), Var::from_tensor(&vars[0].1.copy().unwrap()).unwrap())];
+        let mut resumed = Velvet::named(copy.clone(), config).unwrap();
+        resumed.load_bytes(&opt.to_bytes().unwrap()).unwrap();
+        train(&mut opt, &vars, 4, 1);
+        train(&mut resumed, &copy, 4, 1);
+        assert!(all_bits(&opt) == all_bits(&resumed), "{backend:?}");
     }
 }
 

@@ -36,7 +36,8 @@ impl Velvet {
     /// Named parameters must have the saved names and shapes. Parameters without names (made by
     /// [`new`](candle_nn::Optimizer::new)) may be in another order than they were, as those of
     /// `VarMap::all_vars` are in every process: where the fingerprints of the saved parameters' values are
-    /// those of the parameters now, in any order, each gets its own state back. Where they are not, the
+    /// those of the parameters now, in any order, each gets its own state back (but stochastic rounding goes by position, so
+    /// that in another order it draws other numbers). Where they are not, the
     /// parameters were not restored or are another model's: they are taken by position, shapes are checked, and there
     /// is a warning.
     ///

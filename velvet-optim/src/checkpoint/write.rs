@@ -22,7 +22,8 @@ impl Velvet {
     /// leaves an older file as it was. Equal states give equal bytes.
     ///
     /// # Errors
-    /// The folder does not exist or cannot be written; the message names the file.
+    /// The folder does not exist or cannot be written; the message names the file. Or the learning rate is not a finite
+    /// number of at least 0, which loading would refuse.
     ///
     /// ```
     /// use candle_core::{Device, Var};
@@ -66,7 +67,7 @@ impl Velvet {
     /// The state as the bytes that [`Velvet::save`] writes.
     ///
     /// # Errors
-    /// A tensor cannot be read from its device.
+    /// A tensor cannot be read from its device, or the learning rate is not a finite number of at least 0.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let (failure, snapshot) = (RefCell::new(None), self.snapshot()?);
         let bytes =
@@ -129,6 +130,10 @@ impl Velvet {
     }
 
     fn metadata(&self, snapshot: &Snapshot) -> Result<HashMap<String, String>> {
+        let lr = self.config.lr;
+        if !(lr.is_finite() && lr >= 0.0) {
+            return Err(Error::LearningRate { step: snapshot.stats.step + 1, lr }); // loading would refuse it
+        }
         let parameters = self
             .parameters
             .iter()
