@@ -275,6 +275,11 @@ fn metacognition(flags: &Flags) -> Result<ExitCode> {
     };
     files::write_json(&out.join("metacognition.json"), &record)?;
     say!("{}", record.tables());
+    say!(
+        "Answer under a regulator: cargo run --release --example metacognition -- --model {} --head {} --prompt \"...\"",
+        folder.display(),
+        out.join("head").display()
+    );
     Ok(ExitCode::SUCCESS)
 }
 

@@ -51,10 +51,7 @@ pub struct Loaded {
 pub fn load(source: &Source) -> Result<Loaded> {
     let device = device::open(&source.device)?;
     let opened = model::open(source.model.as_deref(), &device)?;
-    let (mut tokenizer, mut settings, mut model) = (opened.tokenizer, opened.generation, opened.model);
-    // A prompt is never cut or filled up unseen, whatever the tokenizer's file says.
-    tokenizer.with_padding(None);
-    tokenizer.with_truncation(None).map_err(|error| anyhow::anyhow!("{error}"))?;
+    let (tokenizer, mut settings, mut model) = (opened.tokenizer, opened.generation, opened.model);
     let folder = opened.source.is_dir().then_some(opened.source.as_path());
     let template = match (&source.template, folder) {
         (Some(file), _) => Some(ChatTemplate::from_file(file)?),

@@ -31,6 +31,7 @@ pub use generation::read_generation_config;
 pub use load::read_weights;
 pub use python::write_python;
 pub use save::{Extras, save};
+pub(crate) use tokenizer::whole;
 pub use tokenizer::{check_tokenizer, read_tokenizer, vocab_limit};
 
 use std::path::Path;

@@ -9,12 +9,15 @@ use crate::{ModelError, Result, VesperConfig};
 
 /// Reads `tokenizer.json` and checks that the model has a row for each of its entries.
 ///
+/// What the file says of truncation and padding does not count, as in `transformers`: a text is never cut or filled up
+/// unseen.
+///
 /// # Errors
 /// [`ModelError::Io`] or [`ModelError::InvalidFile`] when the file cannot be read;
 /// [`ModelError::TokenizerTooLarge`] as in [`check_tokenizer`].
 pub fn read_tokenizer(dir: impl AsRef<Path>, config: &VesperConfig) -> Result<Tokenizer> {
     let path = dir.as_ref().join(TOKENIZER);
-    let tokenizer = parse(&path, &read_text(&path)?)?;
+    let tokenizer = whole(parse(&path, &read_text(&path)?)?)?;
     check_tokenizer(&tokenizer, config)?;
     Ok(tokenizer)
 }
@@ -40,6 +43,13 @@ pub fn check_tokenizer(tokenizer: &Tokenizer, config: &VesperConfig) -> Result<(
 /// Ids may have gaps, so the number of entries says nothing about it.
 pub fn vocab_limit(tokenizer: &Tokenizer) -> usize {
     tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
+}
+
+/// The tokenizer without truncation and padding.
+pub(crate) fn whole(mut tokenizer: Tokenizer) -> Result<Tokenizer> {
+    tokenizer.with_padding(None);
+    tokenizer.with_truncation(None).map_err(|error| ModelError::Tokenizer(error.to_string()))?;
+    Ok(tokenizer)
 }
 
 pub(super) fn parse(path: &Path, json: &str) -> Result<Tokenizer> {

@@ -184,6 +184,23 @@ fn the_tokenizer_is_kept_as_it_is_and_described() {
 }
 
 #[test]
+fn a_tokenizer_that_is_read_neither_cuts_nor_fills_up() {
+    let mut json: serde_json::Value = serde_json::from_str(&tokenizer(20, 19)).unwrap();
+    json["pre_tokenizer"] = serde_json::json!({"type": "Whitespace"});
+    json["truncation"] =
+        serde_json::json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
+    json["padding"] = serde_json::json!({"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": null,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "t0"});
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+    let read = read_tokenizer(dir.path(), &small()).unwrap();
+    assert_eq!(read.encode("t3 t1 t4 t1 t5", false).unwrap().get_ids(), [3, 1, 4, 1, 5]);
+    // The file itself does both.
+    let raw: tokenizers::Tokenizer = json.to_string().parse().unwrap();
+    assert_eq!(raw.encode("t3 t1 t4 t1 t5", false).unwrap().get_ids(), [3, 1, 0, 0, 0, 0, 0, 0]);
+}
+
+#[test]
 fn a_tokenizer_fits_when_its_highest_id_does() {
     let parse = |size, last| tokenizer(size, last).parse::<tokenizers::Tokenizer>().unwrap();
     let config = small();

@@ -93,6 +93,15 @@ fn the_tokenizer_and_the_settings_are_in_the_file() {
     assert_eq!((generation.temperature, generation.max_new_tokens), (0.3, 9));
     assert_eq!((generation.bos_token_id, generation.eos_token_id), (Some(1), vec![2]));
 
+    // A text is neither cut nor filled up unseen.
+    let mut cutting: serde_json::Value = serde_json::from_str(TOKENIZER).unwrap();
+    cutting["truncation"] =
+        serde_json::json!({"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0});
+    let cutting = cutting.to_string();
+    let extras = GgufExtras { tokenizer_json: Some(&cutting), ..GgufExtras::default() };
+    let (_dir, gguf) = written(&model, &extras);
+    assert_eq!(gguf.tokenizer().unwrap().encode("c b", false).unwrap().get_ids(), [2, 1]);
+
     let (_dir, bare) = written(&model, &GgufExtras::default());
     assert_eq!(bare.chat_template().unwrap(), None);
     assert!(bare.special_tokens().unwrap().is_empty());
@@ -151,4 +160,19 @@ fn the_same_model_gives_the_same_bytes_and_replaces_an_older_file() {
     let again = Gguf::open(&path).unwrap().model(DType::F32, &Device::Cpu).unwrap();
     save(&path, &again, &GgufExtras::default()).unwrap();
     assert_eq!(std::fs::read(&path).unwrap(), first);
+}
+
+#[test]
+fn a_file_of_version_2_is_the_same_model() {
+    let model = model(&config(32, true, Activation::default()));
+    let (dir, gguf) = written(&model, &GgufExtras::default());
+    let mut bytes = std::fs::read(gguf.path()).unwrap();
+    assert_eq!(bytes[4..8], 3u32.to_le_bytes());
+    bytes[4..8].copy_from_slice(&2u32.to_le_bytes());
+    let path = dir.path().join("older.gguf");
+    std::fs::write(&path, bytes).unwrap();
+    let older = Gguf::open(&path).unwrap().model(DType::F32, &Device::Cpu).unwrap();
+    for (name, weight) in model.weights() {
+        assert_eq!(values(&older.weights()[&name]), values(&weight), "{name}");
+    }
 }

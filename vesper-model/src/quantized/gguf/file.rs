@@ -71,7 +71,8 @@ impl Gguf {
         self.header.text(keys::TOKENIZER)
     }
 
-    /// The tokenizer, which the model has a row for each entry of.
+    /// The tokenizer, which the model has a row for each entry of; without truncation and padding, as
+    /// [`hf::read_tokenizer`] has it.
     ///
     /// # Errors
     /// A file without a `tokenizer.json` in it (other programs store theirs in another form), one that is damaged, or one
@@ -81,7 +82,7 @@ impl Gguf {
         let tokenizer: Tokenizer =
             json.parse().map_err(|error| invalid(self.path(), format!("{}: {error}", keys::TOKENIZER)))?;
         hf::check_tokenizer(&tokenizer, &self.config)?;
-        Ok(tokenizer)
+        hf::whole(tokenizer)
     }
 
     /// How the model is meant to generate: what was stored with it, or the default with the model's own tokens.
