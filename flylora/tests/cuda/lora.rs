@@ -19,7 +19,7 @@ fn layer(
 }
 
 /// The same, of a weight that lies by columns where `turned`.
-fn layer_by(
+pub(crate) fn layer_by(
     kind: &AdapterKind,
     (inputs, outputs): (usize, usize),
     (dtype, own): (DType, DType),

@@ -6,6 +6,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod drawn;
 mod fly;
 mod lora;
 
@@ -93,6 +94,17 @@ pub(crate) fn allowed(dtype: DType) -> f64 {
 
 /// Prints each error and fails with those that are too large.
 pub(crate) fn compare(what: &str, got: &[(String, Tensor)], want: &[(String, Tensor)], allowed: f64) {
+    let wrong = off(what, got, want, allowed);
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Prints each error; those that are too large.
+pub(crate) fn off(
+    what: &str,
+    got: &[(String, Tensor)],
+    want: &[(String, Tensor)],
+    allowed: f64,
+) -> Vec<String> {
     let mut wrong = Vec::new();
     assert_eq!(got.len(), want.len());
     for ((name, got), (_, want)) in got.iter().zip(want) {
@@ -102,5 +114,5 @@ pub(crate) fn compare(what: &str, got: &[(String, Tensor)], want: &[(String, Ten
             wrong.push(format!("{what}: {name} off by {off:.1e}, allowed {allowed:.1e}"));
         }
     }
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    wrong
 }

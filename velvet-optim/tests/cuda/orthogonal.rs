@@ -16,7 +16,8 @@ fn orthogonalised_updates_are_near_the_cpus() {
         [&[64, 64], &[64, 64], &[96, 32], &[64, 200], &[200, 64], &[33, 47], &[2, 2], &[24, 8, 3], &[5]];
     let moments = [RowMoment::Off, RowMoment::Average { decay: 0.95 }];
     let forms = [Momentum::Nesterov, Momentum::Averaged];
-    for (row_moment, form) in moments.into_iter().flat_map(|moment| forms.map(|form| (moment, form))) {
+    let forms = moments.into_iter().flat_map(|moment| forms.map(|form| (moment, form)));
+    for (row_moment, form) in forms.skip(if brief() { 3 } else { 0 }) {
         for (dtype, half) in [
             (DType::F32, HalfParameters::Nearest),
             (DType::BF16, HalfParameters::Master),
@@ -31,8 +32,10 @@ fn orthogonalised_updates_are_near_the_cpus() {
                 .with_perplexity_momentum(PerplexityMomentum::progress(8192));
             let config = VelvetConfig { update_norms: UpdateNorms::On, ..config };
             let [cpu, cuda] = both(&shapes, dtype, dtype, &config, &device);
-            let [_, again] = both(&shapes, dtype, dtype, &config, &device);
-            assert_eq!(differences(&cuda, &again), Vec::<String>::new(), "not deterministic");
+            if !brief() {
+                let [_, again] = both(&shapes, dtype, dtype, &config, &device);
+                assert_eq!(differences(&cuda, &again), Vec::<String>::new(), "not deterministic");
+            }
             let (a, b) = (all(&cpu), all(&cuda));
             let mut report = Vec::new();
             for (i, shape) in shapes.iter().enumerate().take(8) {

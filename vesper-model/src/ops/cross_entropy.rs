@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::backward::deliver;
 use super::gemm::Precision;
+use super::linear::plain;
 use super::matrix::{Matrix, Target, Threads, Values, new, product};
 use super::real::{self, Operand, Real};
 use super::{Backend, Path, as_ids, check_dtypes, check_sizes, checkpoint};
@@ -146,7 +147,10 @@ pub fn linear_cross_entropy(
         Backend::Cuda => {
             return super::cuda::cross_entropy::linear_cross_entropy(hidden, weight, targets, settings);
         }
-        Backend::Reference => return reference(hidden, &weight.to_dtype(hidden.dtype())?, targets, settings),
+        Backend::Reference => {
+            let weight = plain(&weight.to_dtype(hidden.dtype())?)?;
+            return reference(&plain(hidden)?, &weight, targets, settings);
+        }
     }
     let shared = Arc::new(Mutex::new(Saved::default()));
     let op = LinearCrossEntropy {

@@ -79,7 +79,7 @@ pub fn linear(x: &Tensor, w: &Tensor, path: Path) -> Result<Tensor> {
 }
 
 /// The same matrix as the devices' products take it: row after row, or column after column.
-fn plain(x: &Tensor) -> Result<Tensor> {
+pub(super) fn plain(x: &Tensor) -> Result<Tensor> {
     if x.is_contiguous() || (x.rank() == 2 && x.t()?.is_contiguous()) {
         Ok(x.clone())
     } else {

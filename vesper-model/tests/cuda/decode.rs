@@ -165,7 +165,7 @@ fn prompts_in_pieces_give_the_logits_of_the_exact_model() {
     // Before a piece there is nothing, less than a tile, and several tiles; a piece fills some tiles and parts of others.
     let pieces: &[usize] = if brief() { &[3, 2, 6] } else { &[2, 61, 3, 64, 1, 130, 200, 17, 2] };
     let mut wrong = Vec::new();
-    for &shape in if brief() { &SHAPES[..2] } else { &SHAPES[..] } {
+    for &shape in if brief() { &SHAPES[..1] } else { &SHAPES[..] } {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             let (model, exact) = models(&config(shape), dtype, &device);
             let tokens = tokens(pieces.iter().sum(), 7);

@@ -10,6 +10,7 @@ mod common;
 mod cross_entropy;
 mod decode;
 mod decoder;
+mod drawn;
 mod layers;
 mod model;
 mod norms_and_terms;
