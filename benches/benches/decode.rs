@@ -119,8 +119,16 @@ fn copy(device: &Device, runs: usize, bytes: usize) -> Result<f64> {
     Ok(rate(device, runs, 2 * bytes, || Ok(from.copy().map(drop)?))?.tokens_per_s)
 }
 
+/// The first of the largest.
 fn argmax(logits: &[f32]) -> u32 {
-    (0..logits.len()).reduce(|best, i| if logits[i] > logits[best] { i } else { best }).unwrap_or(0) as u32
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for chunk in logits.chunks(16) {
+        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
+            *lane = if logit > *lane { logit } else { *lane };
+        }
+    }
+    let most = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    logits.iter().position(|&logit| logit == most).unwrap_or(0) as u32
 }
 
 fn decode(model: &VesperLM, batch: usize, step: DecodeStep, sizes: Sizes) -> Result<Rate> {

@@ -18,6 +18,7 @@ mod generator;
 mod processor;
 mod request;
 mod sampler;
+pub(crate) mod scores;
 mod sequence;
 mod stop;
 mod stream;

@@ -4,7 +4,9 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::processor::{self, History, LogitsProcessor};
+use super::scores::{argmax, no_token};
 use super::{GenerationConfig, Token};
+use crate::ops::scores::{log_sum_exp, weights};
 use crate::{ModelError, Result};
 
 /// Chooses tokens by the settings of a [`GenerationConfig`], reproducibly by its seed.
@@ -180,17 +182,17 @@ impl Sampler {
     }
 
     fn draw(&mut self, logits: &[f32]) -> Result<u32> {
-        let max = f64::from(logits[argmax(logits)? as usize]);
-        let weight = |&logit: &f32| (f64::from(logit) - max).exp();
-        let total: f64 = logits.iter().map(weight).sum();
+        argmax(logits)?;
+        let weights = weights(logits);
+        let total: f64 = weights.iter().copied().map(f64::from).sum();
         let target = self.rng.random::<f64>() * total;
         let mut cumulative = 0.0;
-        let chosen = logits.iter().position(|logit| {
-            cumulative += weight(logit);
+        let chosen = weights.iter().position(|&weight| {
+            cumulative += f64::from(weight);
             target < cumulative
         });
         // The target may round up to the total itself: then the last token that has any weight is meant.
-        let chosen = chosen.or_else(|| logits.iter().rposition(|logit| weight(logit) > 0.0));
+        let chosen = chosen.or_else(|| weights.iter().rposition(|&weight| weight > 0.0));
         chosen.map(|id| id as u32).ok_or_else(no_token)
     }
 }
@@ -221,32 +223,4 @@ pub(super) fn all_excluded() -> ModelError {
 fn log_probability(scores: &[f32], id: u32) -> f64 {
     let Some(&score) = scores.get(id as usize) else { return f64::NEG_INFINITY };
     f64::from(score) - log_sum_exp(scores)
-}
-
-/// `ln(sum(exp(scores)))`.
-pub(super) fn log_sum_exp(scores: &[f32]) -> f64 {
-    let max = f64::from(scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    max + scores.iter().map(|&score| (f64::from(score) - max).exp()).sum::<f64>().ln()
-}
-
-/// The lowest id among the largest scores. Refuses scores that are no numbers.
-fn argmax(logits: &[f32]) -> Result<u32> {
-    let mut best: Option<(u32, f32)> = None;
-    for (&logit, id) in logits.iter().zip(0..) {
-        if logit.is_nan() || logit == f32::INFINITY {
-            return Err(ModelError::InvalidLogits {
-                reason: format!(
-                    "the score of token {id} is {logit}, expected a finite number (has training diverged?)"
-                ),
-            });
-        }
-        if logit > best.map_or(f32::NEG_INFINITY, |(_, score)| score) {
-            best = Some((id, logit));
-        }
-    }
-    best.map(|(id, _)| id).ok_or_else(no_token)
-}
-
-fn no_token() -> ModelError {
-    ModelError::InvalidLogits { reason: "no token has a score over minus infinity".into() }
 }

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::Tensor;
 
-use super::statistics::argmax;
 use super::{
     Action, Confidence, Event, Regulator, RegulatorConfig, State, TokenStatistics, TokenView, Verdict,
 };
+use crate::generate::scores::argmax;
 use crate::generate::{
     GenerationConfig, History, LogitsProcessor, NextLogits, Sampler, StopReason, first_tokens,
 };

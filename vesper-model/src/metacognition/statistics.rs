@@ -1,5 +1,6 @@
 //! What the distribution of the next token says about one choice.
 
+use crate::generate::scores::argmax;
 use crate::{ModelError, Result};
 
 /// A chosen token and the distribution that it was chosen from, after the softmax at temperature 1.
@@ -72,20 +73,4 @@ impl TokenStatistics {
             margin: probability - other / z,
         })
     }
-}
-
-/// The likeliest token. Refuses scores that are no numbers.
-pub(super) fn argmax(logits: &[f32]) -> Result<u32> {
-    let mut best: Option<(u32, f32)> = None;
-    for (&logit, id) in logits.iter().zip(0..) {
-        if logit.is_nan() || logit == f32::INFINITY {
-            let reason = format!("the score of token {id} is {logit}, expected a finite number");
-            return Err(ModelError::InvalidLogits { reason });
-        }
-        if logit > best.map_or(f32::NEG_INFINITY, |(_, score)| score) {
-            best = Some((id, logit));
-        }
-    }
-    let none = || ModelError::InvalidLogits { reason: "no token has a score over minus infinity".into() };
-    best.map(|(id, _)| id).ok_or_else(none)
 }

@@ -6,6 +6,7 @@ use super::VesperLM;
 use super::cache::LayerCache;
 #[cfg(feature = "cuda")]
 use crate::ops::CudaStep;
+use crate::ops::scores::largest;
 use crate::ops::{CpuStep, Place};
 use crate::{ModelError, Result};
 
@@ -238,13 +239,8 @@ impl Decoding {
     }
 }
 
-/// The first of the largest.
+/// The first of the largest; a NaN is never chosen.
 pub(super) fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = i;
-        }
-    }
-    best as u32
+    let largest = largest(logits);
+    logits.iter().position(|&logit| logit == largest).unwrap_or(0) as u32
 }

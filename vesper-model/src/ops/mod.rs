@@ -71,6 +71,7 @@ mod residual;
 mod rms_norm;
 mod rope;
 mod rope_scaling;
+pub(crate) mod scores;
 mod self_attention;
 
 pub use attention::{Heads, causal_attention};

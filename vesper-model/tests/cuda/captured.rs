@@ -20,7 +20,10 @@ struct Training {
 }
 
 fn training(device: &Device, compute: DType, activations: Activations) -> Training {
-    let config = VesperConfig::preset("nano").unwrap().with_vocab(300).with_kv_heads(2);
+    let mut config = VesperConfig::preset("nano").unwrap().with_vocab(300).with_kv_heads(2);
+    if brief() {
+        config.num_hidden_layers = 1;
+    }
     let varmap = VarMap::new();
     let model = VesperLM::initialize(&config, &varmap, 42, DType::F32, device).unwrap();
     let model = model.with_compute_dtype(compute).with_activations(activations);
