@@ -131,22 +131,24 @@ fn argmax(logits: &[f32]) -> u32 {
     logits.iter().position(|&logit| logit == most).unwrap_or(0) as u32
 }
 
-fn decode(model: &VesperLM, batch: usize, step: DecodeStep, sizes: Sizes) -> Result<Rate> {
+/// The rate, and whether single tokens took a fused step.
+fn decode(model: &VesperLM, batch: usize, step: DecodeStep, sizes: Sizes) -> Result<(Rate, bool)> {
     let capacity = (sizes.prompt + sizes.tokens).next_multiple_of(256);
     let vocab = model.config().vocab_size;
     let device = model.device();
     if batch == 1 {
         let mut session = model.session(capacity)?.with_step(step)?;
         session.append(&ids(sizes.prompt, vocab, 0))?;
-        return rate(device, sizes.runs, sizes.tokens, || {
+        let rate = rate(device, sizes.runs, sizes.tokens, || {
             session.truncate(sizes.prompt);
             session.greedy(&[1], sizes.tokens).map(drop)
-        });
+        })?;
+        return Ok((rate, session.is_fused()));
     }
     let mut session = model.batch_session(batch, capacity)?.with_step(step)?;
     let prompts: Vec<Vec<u32>> = (0..batch).map(|row| ids(sizes.prompt, vocab, row)).collect();
     session.append(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
-    rate(device, sizes.runs, batch * sizes.tokens, || {
+    let rate = rate(device, sizes.runs, batch * sizes.tokens, || {
         (0..batch).for_each(|row| session.truncate(row, sizes.prompt));
         let mut tokens = vec![[1u32]; batch];
         for _ in 0..sizes.tokens {
@@ -154,7 +156,8 @@ fn decode(model: &VesperLM, batch: usize, step: DecodeStep, sizes: Sizes) -> Res
             tokens = logits.iter().map(|logits| [argmax(logits)]).collect();
         }
         Ok(())
-    })
+    })?;
+    Ok((rate, session.is_fused()))
 }
 
 fn prefill(name: &str, form: Form, model: &VesperLM, sizes: Sizes) -> Result<Prefill> {
@@ -243,22 +246,19 @@ fn measure(
         if composed { &[DecodeStep::Captured, DecodeStep::Composed][..] } else { &[DecodeStep::Captured] };
     for &step in steps {
         for batch in [1, 8] {
-            let decode = decode(&model, batch, step, sizes)?;
+            let (decode, fused) = decode(&model, batch, step, sizes)?;
+            let step = if fused { "fused" } else { "composed" };
             let bytes_per_step = bytes(config, weights, form.dtype(), batch, sizes);
             let share = bytes_per_step * decode.tokens_per_s / batch as f64 / (record.copy_gb_per_s * 1e9);
             println!(
-                "decode {name} {form} batch {batch} {}: {:.1} tok/s (from {:.1} to {:.1}), {:.2} of a copy's rate",
-                if step == DecodeStep::Composed { "composed" } else { "fused" },
-                decode.tokens_per_s,
-                decode.least,
-                decode.most,
-                share
+                "decode {name} {form} batch {batch} {step}: {:.1} tok/s (from {:.1} to {:.1}), {:.2} of a copy's rate",
+                decode.tokens_per_s, decode.least, decode.most, share
             );
             record.decoding.push(Decoding {
                 preset: name.into(),
                 compute: form.to_string(),
                 batch,
-                step: if step == DecodeStep::Composed { "composed" } else { "fused" }.into(),
+                step: step.into(),
                 decode,
                 bytes_per_step,
                 share_of_copy: share,

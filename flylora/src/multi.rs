@@ -145,6 +145,10 @@ impl MultiLinear {
     ///
     /// Those of [`FrozenLinear::forward`] and [`Adapter::delta`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(nothing) = crate::cuda::nothing(x, self.base.out_features())? {
+            return Ok(nothing);
+        }
         if let Some(merged) = self.merged.as_ref().filter(|_| self.enabled) {
             return merged.forward(x);
         }
@@ -177,6 +181,10 @@ impl MultiLinear {
             let message =
                 format!("{} adapters are named for a batch of shape {:?}", adapters.len(), x.dims());
             return Err(Error::Adapters { message }.into());
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(nothing) = crate::cuda::nothing(x, self.base.out_features())? {
+            return Ok(nothing);
         }
         let mut groups: BTreeMap<&str, Vec<u32>> = BTreeMap::new();
         for (row, name) in adapters.iter().enumerate() {
