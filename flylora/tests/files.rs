@@ -210,6 +210,11 @@ fn whatever_is_wrong_is_named_and_nothing_changes() {
     type Damage = fn(&Path);
     let cases: Vec<(&str, Damage, &[&str])> = vec![
         ("no weights", |d| std::fs::remove_file(d.join(WEIGHTS_FILE)).unwrap(), &[WEIGHTS_FILE]),
+        (
+            "pickled weights",
+            |d| std::fs::rename(d.join(WEIGHTS_FILE), d.join("adapter_model.bin")).unwrap(),
+            &["adapter_model.bin: pickled weights are not read", WEIGHTS_FILE],
+        ),
         ("no configuration", |d| std::fs::remove_file(d.join(CONFIG_FILE)).unwrap(), &[CONFIG_FILE]),
         (
             "empty weights",

@@ -52,7 +52,7 @@ impl AdapterFile {
         let dir = dir.as_ref().to_owned();
         let config = PeftConfig::read(&dir)?;
         let path = dir.join(WEIGHTS_FILE);
-        let bytes = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+        let bytes = std::fs::read(&path).map_err(|source| missing(&dir, path.clone(), source))?;
         let format = |message: String| Error::Format { path: path.clone(), message };
         let views = SafeTensors::deserialize(&bytes)
             .map_err(|e| format(format!("not a complete safetensors file: {e}")))?;
@@ -190,6 +190,18 @@ impl AdapterFile {
             }),
         }
     }
+}
+
+/// The error that the weights cannot be read; in a form that is not read here they may be beside.
+fn missing(dir: &Path, path: PathBuf, source: std::io::Error) -> Error {
+    let pickled = dir.join("adapter_model.bin");
+    if source.kind() == std::io::ErrorKind::NotFound && pickled.exists() {
+        let message = format!(
+            "pickled weights are not read: save the adapter again with a PEFT that writes {WEIGHTS_FILE}"
+        );
+        return Error::Format { path: pickled, message };
+    }
+    Error::Io { path, source }
 }
 
 fn make(changes: Vec<Change<'_>>) -> Result<()> {
