@@ -85,7 +85,9 @@ impl<'a> TokenStream<'a> {
             self.push(id)?;
         }
         let text = self.decode(&self.window)?;
-        text.trim_end_matches(char::REPLACEMENT_CHARACTER).clone_into(&mut self.shown);
+        let open = !self.spells_replacement();
+        let shown = if open { text.trim_end_matches(char::REPLACEMENT_CHARACTER) } else { &text };
+        shown.clone_into(&mut self.shown);
         Ok(self)
     }
 
@@ -140,6 +142,16 @@ impl<'a> TokenStream<'a> {
             self.window.push(id);
         }
         accepted
+    }
+
+    /// Whether the last tokens are a replacement character of the text itself, rather than bytes that are none yet.
+    fn spells_replacement(&self) -> bool {
+        let last = self.window.get(self.window.len().saturating_sub(3)..).unwrap_or_default();
+        let tail: String = last.iter().filter_map(|&id| self.tokenizer.id_to_token(id)).collect();
+        // As it is, in the letters of a byte-level vocabulary, and in byte tokens.
+        ["\u{fffd}", "\u{ef}\u{bf}\u{bd}", "<0xEF><0xBF><0xBD>"]
+            .iter()
+            .any(|spelling| tail.ends_with(spelling))
     }
 
     /// The window's text, unless a later token could change more of it than its last character.
