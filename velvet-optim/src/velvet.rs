@@ -392,13 +392,16 @@ impl Velvet {
         }
         self.pull()?;
         for ((parameter, plan), fresh) in self.parameters.iter_mut().zip(plans).zip(fresh) {
-            parameter.plan = plan;
+            let old = std::mem::replace(&mut parameter.plan, plan);
             if let Some(slots) = fresh {
                 (parameter.slots, parameter.beta_products, parameter.size) = (slots, [1.0; 2], None);
             }
-            // Rows that are left out do not begin where blocks of 8 bits do.
+            // Rows that are left out do not begin where blocks of 8 bits do. Nothing else changes the format: what candle
+            // operations keep in full on a device would lose precision by it.
             let Parameter { slots, var, plan, .. } = parameter;
-            backend::reformat(slots, var, plan, &config)?;
+            if plan.sparse_rows != old.sparse_rows {
+                backend::reformat(slots, var, plan, &config)?;
+            }
         }
         self.adaptive = Adaptive::new(&config, self.adaptive.averages());
         self.config = config;
