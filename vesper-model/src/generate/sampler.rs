@@ -30,7 +30,8 @@ use crate::{ModelError, Result};
 /// draw                P(i) = exp(l_i) / sum(exp(l))                over the tokens that are left
 /// ```
 ///
-/// Probabilities are computed in f64. One draw takes one number of a ChaCha8 stream, whatever the settings.
+/// The processors compute probabilities in f64; the draw and the log-probabilities take exponentials in f32 and add them up in
+/// f64. One draw takes one number of a ChaCha8 stream, whatever the settings.
 ///
 /// # Examples
 /// ```

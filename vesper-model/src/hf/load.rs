@@ -17,7 +17,7 @@ const LISTED: usize = 5;
 /// Reads the weights of the model in `dir`, named and packed as in memory (see the [module](super)).
 ///
 /// They come from `model.safetensors`, or else from the files that `model.safetensors.index.json` lists; in
-/// f32, bf16, f16 or f64, converted to `dtype` and moved to `device`. Every shape is checked against `config`.
+/// f32, bf16, f16 or f64, each in its own, converted to `dtype` and moved to `device`. Every shape is checked against `config`.
 /// A tensor that is already packed in the file is taken as it is. `rotary_emb.inv_freq`, which old files store, is
 /// ignored, and so is `lm_head.weight` where the output layer is tied to the embedding.
 ///
@@ -140,12 +140,11 @@ impl Store {
         if !missing.is_empty() {
             return Ok(Err(missing));
         }
-        if let Some(part) = parts.iter().zip(&entry.parts).find(|(t, _)| t.dtype() != parts[0].dtype()) {
-            let (got, expected) = (part.0.dtype(), parts[0].dtype());
-            return Err(invalid(
-                &self.source,
-                format!("{} is {got:?}, expected {expected:?} as {}", part.1.name, entry.parts[0].name),
-            ));
+        // Of several dtypes, the parts become one that holds the values of all.
+        if parts.windows(2).any(|pair| pair[0].dtype() != pair[1].dtype()) {
+            let wide = parts.iter().any(|part| part.dtype() == DType::F64);
+            let common = if wide { DType::F64 } else { DType::F32 };
+            parts = parts.iter().map(|part| part.to_dtype(common)).collect::<candle_core::Result<_>>()?;
         }
         Ok(Ok(Entry::pack(&parts)?))
     }

@@ -1,7 +1,7 @@
 //! What is saved loads back, bit for bit.
 
 use flylora::LoraConfig;
-use vesper_model::candle_core::{DType, Device, safetensors};
+use vesper_model::candle_core::{DType, Device, Tensor, safetensors};
 use vesper_model::generate::GenerationConfig;
 use vesper_model::hf::{Extras, read_config, read_generation_config, read_weights, save};
 use vesper_model::{AdapterConfig, Projection, VesperConfig};
@@ -108,6 +108,27 @@ fn weights_are_converted_to_the_dtype_asked_for() {
             assert_eq!(bits(&tensor), bits(&original[&name].to_dtype(dtype).unwrap()), "{name}");
         }
     }
+}
+
+#[test]
+fn parts_of_several_dtypes_are_packed_in_the_dtype_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut tensors = on_disk(&small(), &weights(&small(), DType::F32));
+    let cast = |tensor: &Tensor, dtype| tensor.to_dtype(dtype).unwrap();
+    // What each part has after its own dtype, in f32.
+    let mut rounded = tensors.clone();
+    for (part, dtype) in [("q_proj", DType::BF16), ("k_proj", DType::F64), ("up_proj", DType::F16)] {
+        for name in tensors.keys().filter(|name| name.contains(part)).cloned().collect::<Vec<_>>() {
+            let stored = cast(&tensors[&name], dtype);
+            rounded.insert(name.clone(), cast(&stored, DType::F32));
+            tensors.insert(name, stored);
+        }
+    }
+    safetensors::save(&tensors, dir.path().join("model.safetensors")).unwrap();
+    let mixed = read_weights(dir.path(), &small(), DType::F32, &Device::Cpu).unwrap();
+    safetensors::save(&rounded, dir.path().join("model.safetensors")).unwrap();
+    let plain = read_weights(dir.path(), &small(), DType::F32, &Device::Cpu).unwrap();
+    assert_equal(&mixed, &plain);
 }
 
 #[test]
