@@ -334,9 +334,12 @@ extern "C" __global__ void finish_measured(const Control *control, const __grid_
         double *size = sizes + 3 * (base + i);
         // A gradient of zeros tells nothing about the update that the next gradient will make.
         const double known = isnan(size[0]) ? FIRST_CHANGE : size[0], now = change / rates[base + i];
-        size[0] = sums[2] == 0.0 ? fmax(known, now) : now;
-        size[1] = weight;
-        size[2] = change / weight;
+        // What is no number says nothing of a size either.
+        if (isfinite(now) && isfinite(weight)) {
+            size[0] = sums[2] == 0.0 ? fmax(known, now) : now;
+            size[1] = weight;
+            size[2] = change / weight;
+        }
     }
 }
 
