@@ -278,7 +278,8 @@ fn the_bias_of_an_adapter_goes_into_that_of_the_model_or_is_named_where_there_is
     let narrow = VarBuilder::from_tensors(weights.clone(), DType::F16, &Device::Cpu);
     let merged = MergedWeights::new(narrow, file.clone()).unwrap();
     let error = merged.var_builder().get(6, name).unwrap_err().to_string();
-    assert_eq!(error, format!("{name}: the merged layer has values that are not finite in F16"));
+    let want = format!("{name}: the merged layer has values that are not finite in F16");
+    assert!(error.starts_with(&want), "{error}"); // candle adds where it was, if asked
     // A model without that bias.
     weights.remove(name);
     let error = MergedWeights::new(vb(weights), file).err().unwrap().to_string();

@@ -6,7 +6,6 @@ use super::VesperLM;
 use super::cache::LayerCache;
 #[cfg(feature = "cuda")]
 use crate::ops::CudaStep;
-use crate::ops::scores::largest;
 use crate::ops::{CpuStep, Place};
 use crate::{ModelError, Result};
 
@@ -237,10 +236,4 @@ impl Decoding {
         self.lens = from.iter().map(|&row| self.lens[row]).collect();
         Ok(())
     }
-}
-
-/// The first of the largest; a NaN is never chosen.
-pub(super) fn argmax(logits: &[f32]) -> u32 {
-    let largest = largest(logits);
-    logits.iter().position(|&logit| logit == largest).unwrap_or(0) as u32
 }

@@ -1,10 +1,12 @@
 //! Decoding one sequence with a key-value cache.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::VesperLM;
-use super::decoding::{DecodeStep, Decoding, argmax};
+use super::decoding::{DecodeStep, Decoding};
 use crate::generate::NextLogits;
+use crate::generate::scores::argmax;
+use crate::ops::scores::are_numbers;
 use crate::{ModelError, Result};
 
 /// One sequence being decoded: the model and the keys and values of what it has read.
@@ -82,7 +84,7 @@ impl Session {
     ///
     /// # Errors
     /// [`ModelError::EmptyPrompt`] without ids, and what [`NextLogits::append`] refuses; nothing is read where the tokens
-    /// do not fit.
+    /// do not fit. [`ModelError::InvalidLogits`] where the model gives no numbers.
     ///
     /// # Examples
     /// ```
@@ -103,16 +105,22 @@ impl Session {
             let limit = self.len() + self.remaining();
             return Err(ModelError::SequenceTooLong { got: self.len().saturating_add(needed), limit });
         }
-        let first = argmax(&self.append(ids)?);
+        let first = argmax(&self.append(ids)?)?;
         if n > 1
             && let Some((rest, hidden)) = self.decoding.greedy(first, n - 1)?
         {
+            // What is no number at one position is none at all later ones.
+            let last = hidden.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+            if !are_numbers(&last) {
+                let reason = "the hidden state is no number (has training diverged?)".into();
+                return Err(ModelError::InvalidLogits { reason });
+            }
             self.last_hidden = Some(hidden);
             return Ok([&[first][..], &rest].concat());
         }
         let mut chosen = vec![first];
         while let Some(&id) = chosen.last().filter(|_| chosen.len() < n) {
-            chosen.push(argmax(&self.append(&[id])?));
+            chosen.push(argmax(&self.append(&[id])?)?);
         }
         chosen.truncate(n);
         Ok(chosen)

@@ -217,6 +217,19 @@ fn a_session_sees_what_an_optimizer_does_to_the_weights() {
 }
 
 #[test]
+fn a_model_that_gives_no_numbers_chooses_no_token() {
+    let varmap = VarMap::new();
+    let model = VesperLM::initialize(&config(2, 16), &varmap, 7, DType::F32, &CPU).unwrap();
+    for var in varmap.all_vars().into_iter().filter(|var| var.rank() == 1) {
+        var.set(&(var.as_tensor() * f64::NAN).unwrap()).unwrap();
+    }
+    for n in [1, 3] {
+        let error = model.session(8).unwrap().greedy(&[5, 6], n).unwrap_err().to_string();
+        assert!(error.contains("NaN"), "{error}");
+    }
+}
+
+#[test]
 fn a_model_with_adapters_decodes_without_the_fused_step() {
     let mut model = model(&config(2, 16), DType::F32);
     let kind = AdapterKind::FlyLora(FlyLoraConfig::default());
