@@ -26,8 +26,9 @@ use serde::Serialize;
 use velvet_optim::{PerplexityMomentum, Schedule, Span, TrustRegion, Velvet, VelvetConfig};
 use vesper_data::{BatchSampler, SamplerConfig, Sources, TextTokenizer, TokenCache, Tokens};
 use vesper_examples::evaluate::held_out_loss;
+use vesper_examples::interrupt::Interrupt;
 use vesper_examples::settings::Settings;
-use vesper_examples::{device, export, files, model, printable, runs, say, settings};
+use vesper_examples::{INTERRUPTED, device, export, files, model, printable, runs, say, settings};
 use vesper_model::ops::backward;
 use vesper_model::{VesperConfig, VesperLM, hf, trainable};
 
@@ -184,6 +185,7 @@ struct Run<'a> {
     device: Device,
     train: Tokens,
     eval: Tokens,
+    interrupt: Interrupt,
 }
 
 /// A model that has been trained, and what that took.
@@ -233,6 +235,7 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         ..settings::Flags::default()
     };
     let settings = settings.settings()?;
+    let interrupt = Interrupt::catch()?;
     let out = flags.out.clone().unwrap_or_else(|| runs::new_folder("finetune"));
     let mut folder = files::NewFolder::create(&out)?;
     let tokenizer = base.text_tokenizer(&out)?;
@@ -244,7 +247,7 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         let (train, eval) = (train.len(), eval.len());
         bail!("--seq {} is longer than the data: {train} tokens to train on, {eval} held out", flags.seq);
     }
-    let run = Run { flags, base, config, tokenizer, settings, device, train, eval };
+    let run = Run { flags, base, config, tokenizer, settings, device, train, eval, interrupt };
     let source = &run.base.source;
     let base_loss = run.held_out(&run.base.model)?;
     say!(
@@ -257,40 +260,7 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
     if runs > 1 {
         say!("{runs} trainings of {} steps follow; --method and --lr name fewer", flags.steps);
     }
-    let mut rows: Vec<Row> = Vec::new();
-    let mut best: Option<(f64, Method, VesperLM)> = None;
-    for method in methods {
-        let mut tried = Vec::new();
-        let mut winner: Option<(f64, Trained)> = None;
-        for &lr in &rates {
-            let trained = run.train(method, lr).with_context(|| format!("{} with lr {lr}", method.name()))?;
-            let (name, loss, seconds) = (method.name(), trained.loss, trained.seconds);
-            say!("  {name:8} lr {lr:<8} held-out loss {loss:.4}, {seconds:.0} s");
-            tried.push((lr, trained.loss));
-            if winner.as_ref().is_none_or(|(_, w)| trained.loss < w.loss) {
-                winner = Some((lr, trained));
-            }
-        }
-        let Some((lr, trained)) = winner else { continue };
-        folder.keep();
-        let merge = run.save(&out.join(method.name()), method, &trained.model)?;
-        rows.push(Row {
-            method: method.name(),
-            lr,
-            held_out_loss: trained.loss,
-            tried,
-            trainable: trained.trainable,
-            active_per_token: trained.active,
-            percent: 100.0 * trained.trainable as f64 / run.config.num_parameters() as f64,
-            seconds: trained.seconds,
-            peak_bytes: run.device.is_cpu().then_some(trained.peak_bytes),
-            merge,
-        });
-        if method != Method::Full && best.as_ref().is_none_or(|(loss, ..)| trained.loss < *loss) {
-            best = Some((trained.loss, method, trained.model));
-        }
-    }
-    let comparison = Comparison {
+    let mut comparison = Comparison {
         model: source.display().to_string(),
         data: flags.data.clone(),
         rank: flags.rank,
@@ -302,10 +272,54 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         train_tokens: run.train.len(),
         held_out_tokens: run.eval.len(),
         base_loss,
-        methods: rows,
+        methods: Vec::new(),
     };
-    files::write_json(&out.join("finetune.json"), &comparison)?;
+    let mut done = 0;
+    let mut best: Option<(f64, Method, VesperLM)> = None;
+    for method in methods {
+        let mut tried = Vec::new();
+        let mut winner: Option<(f64, Trained)> = None;
+        for &lr in &rates {
+            let trained = run.train(method, lr).with_context(|| format!("{} with lr {lr}", method.name()))?;
+            let Some(trained) = trained else { break };
+            done += 1;
+            let (name, loss, seconds) = (method.name(), trained.loss, trained.seconds);
+            say!("  {name:8} lr {lr:<8} held-out loss {loss:.4}, {seconds:.0} s");
+            tried.push((lr, trained.loss));
+            if winner.as_ref().is_none_or(|(_, w)| trained.loss < w.loss) {
+                winner = Some((lr, trained));
+            }
+        }
+        let Some((lr, trained)) = winner else { break };
+        folder.keep();
+        let merge = run.save(&out.join(method.name()), method, &trained.model)?;
+        comparison.methods.push(Row {
+            method: method.name(),
+            lr,
+            held_out_loss: trained.loss,
+            tried,
+            trainable: trained.trainable,
+            active_per_token: trained.active,
+            percent: 100.0 * trained.trainable as f64 / run.config.num_parameters() as f64,
+            seconds: trained.seconds,
+            peak_bytes: run.device.is_cpu().then_some(trained.peak_bytes),
+            merge,
+        });
+        // After each, so that nothing is lost where a later one fails.
+        files::write_json(&out.join("finetune.json"), &comparison)?;
+        if method != Method::Full && best.as_ref().is_none_or(|(loss, ..)| trained.loss < *loss) {
+            best = Some((trained.loss, method, trained.model));
+        }
+    }
+    if done == 0 {
+        say!("Stopped before a training had ended: nothing is kept");
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
     comparison.print(&out);
+    if done < runs {
+        say!("Stopped after {done} of {runs} trainings");
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
 
     if let Some((_, method, model)) = best {
         if let Some(text) = export::sample(&model, &run.tokenizer)? {
@@ -381,8 +395,8 @@ impl Run<'_> {
         held_out_loss(&model.detach(), &self.eval, &self.settings, &self.device, EVAL_TOKENS)
     }
 
-    /// Trains from the base with one method and one learning rate.
-    fn train(&self, method: Method, lr: f64) -> Result<Trained> {
+    /// Trains from the base with one method and one learning rate; nothing where Ctrl-C stops it.
+    fn train(&self, method: Method, lr: f64) -> Result<Option<Trained>> {
         let flags = self.flags;
         // The model: all of it as variables, or frozen with adapters.
         let varmap = VarMap::new();
@@ -440,6 +454,9 @@ impl Run<'_> {
         let memory = Memory::start();
         let started = Instant::now();
         for index in 1..=flags.steps {
+            if self.interrupt.is_set() {
+                return Ok(None);
+            }
             for (_, adapter) in &adapters {
                 adapter.set_training(Some(index));
             }
@@ -474,7 +491,7 @@ impl Run<'_> {
             Method::Full => trained_values,
             _ => adapters.iter().map(|(_, adapter)| adapter.active_parameters()).sum(),
         };
-        Ok(Trained { loss, trainable: trained_values, active, seconds, peak_bytes, model })
+        Ok(Some(Trained { loss, trainable: trained_values, active, seconds, peak_bytes, model }))
     }
 
     /// Leaves the adapters, and the model with them in its weights, in a folder; says whether merging is exact.

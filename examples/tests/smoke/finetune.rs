@@ -1,4 +1,6 @@
-use crate::program::{copy, data, fails, finished, folder, json, succeeds};
+#[cfg(unix)]
+use crate::program::interrupt;
+use crate::program::{command, copy, data, fails, finished, folder, json, succeeds};
 
 #[test]
 fn methods_are_compared_saved_and_talked_with() {
@@ -65,6 +67,37 @@ fn adapters_train_over_a_quantised_model() {
     let full = [&args[..], &["--method", "full", "--out", "never"]].concat();
     fails("finetune", dir, &full, &["--method full", "small.gguf"]);
     assert!(!dir.join("never").exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_keeps_what_has_ended_and_no_folder_where_nothing_has() {
+    let folder = copy(finished());
+    let dir = folder.path();
+    let args = ["--model", "run", "--data", "text.txt", "--batch", "2", "--seq", "32", "--lr", "0.001"];
+    let stopped = |more: &[&str], begun: &str| {
+        let mut child = command("finetune", dir, &[&args[..], more].concat());
+        let mut child = child.stdout(std::process::Stdio::null()).spawn().unwrap();
+        let started = std::time::Instant::now();
+        while !dir.join(begun).exists() {
+            assert!(child.try_wait().unwrap().is_none(), "it ended before {begun} was there");
+            assert!(started.elapsed().as_secs() < 120, "no {begun} after two minutes");
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        interrupt(&child);
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+    };
+    stopped(&["--method", "lora", "--steps", "100000", "--out", "none"], "none");
+    assert!(!dir.join("none").exists());
+    stopped(
+        &["--method", "lora", "rslora", "dora", "full", "--steps", "60", "--out", "some"],
+        "some/finetune.json",
+    );
+    let result = json(&dir.join("some/finetune.json"));
+    let ended = result["methods"].as_array().unwrap().len();
+    assert!((1..4).contains(&ended), "{ended}");
+    let chat = ["--model", "run", "--adapter", "some/lora/adapter", "--prompt", "the", "--max-tokens", "2"];
+    succeeds("chat", dir, &chat);
 }
 
 #[test]

@@ -199,3 +199,10 @@ pub(crate) fn data(test: &str) -> Option<PathBuf> {
     }
     data
 }
+
+/// Ctrl-C.
+#[cfg(unix)]
+pub(crate) fn interrupt(child: &std::process::Child) {
+    let status = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(status.success());
+}

@@ -2,6 +2,8 @@ use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
+#[cfg(unix)]
+use crate::program::interrupt;
 use crate::program::{command, copy, fails, files, finished, folder, losses, output, stops, succeeds, tiny};
 
 /// Starts a run and waits until its log has `lines` lines.
@@ -90,12 +92,6 @@ fn a_run_on_the_embedded_stories_goes_on_where_ctrl_c_stopped_it() {
     fails("train", folder.path(), &["--resume", "--steps", "30"], &["--steps 24", "30"]);
     succeeds("train", folder.path(), &["--resume"]);
     same(folder.path(), "whole", "parts");
-}
-
-#[cfg(unix)]
-fn interrupt(child: &Child) {
-    let status = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-    assert!(status.success());
 }
 
 #[test]
