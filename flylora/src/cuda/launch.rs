@@ -1,7 +1,5 @@
 //! Element types, views of storages, and launches.
 
-use std::sync::{Mutex, PoisonError};
-
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DeviceRepr, LaunchConfig, sys};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::op::BackpropOp;
@@ -131,15 +129,9 @@ pub(super) fn allow_shared(
     bytes: u32,
 ) -> Result<()> {
     const FREE: u32 = 48 * 1024;
-    // Never less than without asking, nor than another thread has asked for.
-    static ASKING: Mutex<()> = Mutex::new(());
     if bytes > FREE - 32 * 1024 {
-        let _guard = ASKING.lock().unwrap_or_else(PoisonError::into_inner);
         let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let wanted = bytes.max(FREE) as i32;
-        if function.get_attribute(attribute).w()? < wanted {
-            function.set_attribute(attribute, wanted).w()?;
-        }
+        function.set_attribute(attribute, bytes.max(FREE) as i32).w()?; // never less than without asking
     }
     Ok(())
 }
