@@ -1,8 +1,10 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Linear;
-use flylora::{LoraAdapter, LoraConfig, LoraLinear};
+use flylora::{Adapter, AdapterKind, FrozenLinear, LoraAdapter, LoraConfig, LoraLinear, Place};
 
 /// Numbers in [-scale, scale] that look random and are always the same.
 pub fn noise(shape: &[usize], scale: f64, dtype: DType, seed: u64) -> Tensor {
@@ -75,4 +77,20 @@ pub fn assert_slopes(what: &str, got: Option<&Tensor>, var: &Var, loss: impl Fn(
         assert!((got - want).abs() < allowed * (1.0 + want.abs()), "{what}[{i}]: {got} and {want}");
     }
     set(original);
+}
+
+/// A frozen layer from 20 to 12.
+pub fn frozen() -> FrozenLinear {
+    FrozenLinear::new(noise(&[12, 20], 0.3, DType::F32, 1), Some(noise(&[12], 0.5, DType::F32, 2))).unwrap()
+}
+
+/// An adapter of it that has an effect.
+pub fn adapter(kind: &AdapterKind, name: &str, seed: u64) -> Arc<dyn Adapter> {
+    let adapter = kind.build(&frozen(), &Place::alone(name, DType::F32, &Device::Cpu)).unwrap();
+    move_all(adapter.parameters().into_iter().map(|(_, var)| var), 0.4, seed);
+    adapter
+}
+
+pub fn lora(r: usize) -> AdapterKind {
+    AdapterKind::Lora(LoraConfig::default().with_r(r).with_alpha(6.0))
 }

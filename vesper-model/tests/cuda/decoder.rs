@@ -26,7 +26,7 @@ fn inputs((b, t, d, ffn): (usize, usize, usize, usize), heads: Heads) -> Vec<Ten
     ]
 }
 
-fn weights(x: &[Tensor]) -> DecoderWeights {
+pub(crate) fn weights(x: &[Tensor]) -> DecoderWeights {
     DecoderWeights {
         norm_attention: x[1].clone(),
         qkv: x[2].clone(),

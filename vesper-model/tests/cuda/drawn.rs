@@ -6,12 +6,13 @@ use era_act::{Activation, Era};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use vesper_model::ops::{
-    CrossEntropy, DecoderSettings, DecoderWeights, Heads, Path, Philox, Rope, causal_attention,
-    decoder_block, dropout, embedding, gated_feed_forward, layer_norm, linear, linear_cross_entropy,
-    residual_layer_norm, residual_rms_norm, rms_norm, rope, self_attention,
+    CrossEntropy, DecoderSettings, Heads, Path, Philox, Rope, causal_attention, decoder_block, dropout,
+    embedding, gated_feed_forward, layer_norm, linear, linear_cross_entropy, residual_layer_norm,
+    residual_rms_norm, rms_norm, rope, self_attention,
 };
 
 use crate::common::{brief, gpu, off, random};
+use crate::decoder::weights;
 
 /// How a tensor lies in the one that it is a part of.
 #[derive(Clone, Copy, Debug)]
@@ -236,16 +237,8 @@ fn blocks_of_drawn_shapes() {
         let settings = DecoderSettings { heads, activation: draw.activation(), eps: 1e-2 };
         let name = format!("{name} {settings:?} rotary {rotary}");
         compare(&name, device, draw, &shapes, &scales, |x, path| {
-            let weights = DecoderWeights {
-                norm_attention: x[1].clone(),
-                qkv: x[2].clone(),
-                out: x[3].clone(),
-                norm_feed_forward: x[4].clone(),
-                gate_up: x[5].clone(),
-                down: x[6].clone(),
-            };
             let rope = if rotary { Some(Rope::new(heads.dim, t, 1e4, x[0].device())?) } else { None };
-            decoder_block(&x[0], &weights, settings, rope.as_ref(), path)
+            decoder_block(&x[0], &weights(x), settings, rope.as_ref(), path)
         });
     });
 }
