@@ -44,7 +44,7 @@ struct Flags {
     /// Folder of a run or of a model, or a GGUF file, which stays quantised [default: the last trained run]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Text files, JSONL files with a "text" field, or folders of them
+    /// Files, folders and patterns of text, JSON, JSONL, SQuAD or Parquet, compressed or not
     #[arg(long, num_args = 1.., required = true, value_name = "PATH")]
     data: Vec<PathBuf>,
     /// Methods to compare [default: all]

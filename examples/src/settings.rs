@@ -60,7 +60,7 @@ pub struct Flags {
     /// Model size: nano, tiny, small, medium or large [default: nano]
     #[arg(long)]
     pub size: Option<String>,
-    /// Text files, JSONL files with a "text" field, or folders of them [default: the embedded stories]
+    /// Files, folders and patterns of text, JSON, JSONL, SQuAD or Parquet, compressed or not [default: the embedded stories]
     #[arg(long, num_args = 1.., value_name = "PATH")]
     pub data: Option<Vec<PathBuf>>,
     /// A tokenizer.json [default: a byte-level BPE trained on the data]
