@@ -11,8 +11,8 @@
 //     next                        the largest of all becomes the row's token, its position goes on
 //
 // Products are as fast as the weights come from memory: a warp takes whole rows of them, 16 bytes a lane at a time, several
-// such loads before the first is used; the vectors lie in shared memory in f32. With B = 4 the weights are read once for
-// four rows. All sums are in f32 and in an order that depends on the sizes alone; nothing is added atomically.
+// such loads before the first is used; the vectors lie in shared memory in f32. With B = 4 or 8 the weights are read once
+// for so many rows. All sums are in f32 and in an order that depends on the sizes alone; nothing is added atomically.
 #pragma once
 
 #include "decode_attention.cuh"
@@ -46,6 +46,7 @@
 #define KERNELS(T, NAME, V)                                                                                            \
     PRODUCTS(T, NAME, V, 1)                                                                                            \
     PRODUCTS(T, NAME, V, 4)                                                                                            \
+    PRODUCTS(T, NAME, V, 8)                                                                                            \
     extern "C" __global__ void decode_attention_##T##_##NAME(const float *q, const T *cache, const uint32_t *position, \
                                                              float *part, float2 *share, DecodeParams p) {             \
         attention<T, V>(q, cache, position, part, share, p);                                                           \

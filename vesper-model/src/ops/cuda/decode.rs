@@ -1,8 +1,9 @@
 //! The decoding step on CUDA: its buffers, its launches, and their replay.
 
+use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaGraph, CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, sys,
+    CudaFunction, CudaGraph, CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice, sys,
 };
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 use era_act::{Activation, Era};
@@ -25,8 +26,8 @@ const POSITIONS: usize = 128;
 const QUERIES: usize = 4;
 /// Thread blocks that share the positions of a head, at most: the lanes of a warp put their parts together.
 const MAX_SPLITS: usize = 32;
-/// Sequences that read the weights together, where there is more than one.
-const TOGETHER: usize = 4;
+/// How many sequences read the weights together, and from how many on.
+const TOGETHER: [(usize, usize); 2] = [(8, 5), (4, 2)];
 
 /// `DecodeParams` of the kernels.
 #[repr(C)]
@@ -117,6 +118,8 @@ pub(crate) struct CudaStep {
     /// Of each row: position, whether it takes part, token; then the tokens at 0 ..= capacity of each row.
     state: CudaSlice<u32>,
     logits: CudaSlice<f32>,
+    /// Where the logits arrive on the host, which the device writes to without help.
+    arrived: PinnedHostSlice<f32>,
     hidden: CudaSlice<f32>,
     _others: [CudaSlice<f32>; 6],
     /// Whether steps are replayed.
@@ -170,18 +173,15 @@ impl CudaStep {
         let longest = bytes(d.max(ffn).max(width));
         let limit = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let limit = device.cuda_stream().context().attribute(limit).w()? as usize;
-        // What the kernels declare for themselves, and the shares of an attention's parts.
-        let spare = 2048 + 4 * heads.query * MAX_SPLITS;
-        let together = if rows > 1 && TOGETHER * longest + spare <= limit { TOGETHER } else { 1 };
-        if longest + spare > limit
-            || dim / vector > POSITIONS
-            || 4 * QUERIES * dim > 32 * 1024
-            || rows > 65_535
-        {
-            return Ok(None);
-        }
         // Enough blocks for the device, and none for less than 64 positions.
         let splits = capacity.div_ceil(64).min(2 * processors / (kv * rows)).clamp(1, MAX_SPLITS);
+        // With what the kernels declare for themselves, and the shares of an attention's parts.
+        let needed = |together: usize| 2048 + together * (longest + 4 * heads.query * splits);
+        let together = TOGETHER.into_iter().find(|&(n, least)| rows >= least && needed(n) <= limit);
+        let together = together.map_or(1, |(n, _)| n);
+        if needed(1) > limit || dim / vector > POSITIONS || 4 * QUERIES * dim > 32 * 1024 || rows > 65_535 {
+            return Ok(None);
+        }
         let head_blocks = vocab.div_ceil(HEAD_ROWS * WARPS).min(4 * processors);
         let params = Params {
             rows: size(rows)?,
@@ -200,8 +200,11 @@ impl CudaStep {
             eps: weights.settings.eps as f32,
         };
         let state = device.alloc_zeros::<u32>(rows * (3 + capacity + 1))?;
+        let stream = device.cuda_stream();
         let floats = |n: usize| allocate::<f32>(device, n);
         let (logits, hidden) = (floats(rows * vocab)?, floats(rows * d)?);
+        // SAFETY: the device writes all of it before the host reads.
+        let arrived = unsafe { stream.context().alloc_pinned_with_flags::<f32>(rows * vocab, 0) }.w()?;
         let parts = rows * heads.query * splits;
         let others = [
             floats(rows * d)?,
@@ -211,7 +214,6 @@ impl CudaStep {
             floats(rows * ffn)?,
             floats(2 * rows * head_blocks)?,
         ];
-        let stream = device.cuda_stream();
         let own = |x: &CudaSlice<f32>| x.device_ptr(&stream).0;
         let start = state.device_ptr(&stream).0;
         let numbers = |n: usize| start + 4 * n as u64;
@@ -249,7 +251,7 @@ impl CudaStep {
         let kind = format!("{}_{}", T::NAME, if wide { "wide" } else { "single" });
         let shared = |n: usize| size(together * bytes(n));
         // The output layer's kernel also keeps what each part of the attention counts.
-        let factors = size(4 * heads.query * splits)?;
+        let factors = size(4 * together * heads.query * splits)?;
         let shared = Shared { stream: shared(d)?, attended: shared(width)? + factors, inner: shared(ffn)? };
         let load = |name: &str, bytes: u32| -> Result<CudaFunction> {
             let module = match T::DTYPE {
@@ -284,6 +286,7 @@ impl CudaStep {
             shared,
             state,
             logits,
+            arrived,
             hidden,
             _others: others,
             captured,
@@ -297,10 +300,13 @@ impl CudaStep {
         self.place(ids, places)?;
         self.advance()?;
         let vocab = self.params.vocab as usize;
-        let logits = places.iter().map(|place| {
-            self.device.clone_dtoh(&self.logits.slice(place.row * vocab..(place.row + 1) * vocab))
-        });
-        Ok((logits.collect::<Result<_>>()?, self.hidden(places)?))
+        let hidden = self.hidden(places)?;
+        self.device.memcpy_dtoh(&self.logits, &mut self.arrived)?;
+        // Waiting for `arrived` itself would not do: without event tracking no event says when it is there.
+        self.device.synchronize()?;
+        let all = self.arrived.as_slice().w()?;
+        let logits = places.iter().map(|place| all[place.row * vocab..(place.row + 1) * vocab].to_vec());
+        Ok((logits.collect(), hidden))
     }
 
     /// Reads a token at a place and then `n - 1` times the likeliest one after it: the likeliest after each, and the last
@@ -340,6 +346,10 @@ impl CudaStep {
     fn hidden(&self, places: &[Place]) -> Result<Tensor> {
         let d = self.params.d as usize;
         let mut hidden = allocate::<f32>(&self.device, places.len() * d)?;
+        if places.len() == self.params.rows as usize && places.iter().enumerate().all(|(i, p)| p.row == i) {
+            self.device.memcpy_dtod(&self.hidden, &mut hidden)?;
+            return Ok(tensor(hidden, &self.device, (places.len(), 1, d)));
+        }
         for (i, place) in places.iter().enumerate() {
             let from = self.hidden.slice(place.row * d..(place.row + 1) * d);
             self.device.memcpy_dtod(&from, &mut hidden.slice_mut(i * d..(i + 1) * d))?;

@@ -108,37 +108,47 @@ __device__ __forceinline__ void output(const float *part, const float2 *weight, 
     extern __shared__ __align__(16) float xs[];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const uint32_t width = p.query * p.dim, stride = padded<V>(width), own_row = blockIdx.x * warps + warp;
-    float *const factors = xs + B * stride;  // (query, splits)
+    float *const factors = xs + B * stride;  // (B, query, splits)
+    constexpr int S = TOGETHER<V>;
     let_next_begin();
     if (own_row < p.d) ask_for(w + (size_t)own_row * width, width);
     wait_for_previous();
     for (uint32_t first = 0; first < p.rows; first += B) {
-        for (int b = 0; b < B; b++) {
-            const uint32_t row = min(first + b, p.rows - 1);
-            const size_t parts = (size_t)row * p.query * p.splits;
-            __syncthreads();  // the vectors and factors before are still read
-            // A lane a part (at most 32): its share of the head's sum of exponentials, 0 where it has no positions.
-            for (uint32_t head = warp; head < p.query; head += warps) {
-                const bool is = lane < p.splits;
-                const float2 own = is ? weight[parts + head * p.splits + lane] : make_float2(-INFINITY, 0.0f);
-                float top = own.y > 0.0f ? own.x : -INFINITY;
-                for (int offset = 16; offset > 0; offset /= 2)
-                    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
-                const float factor = own.y > 0.0f ? expf(own.x - top) : 0.0f;
-                const float sum = warp_sum(factor * own.y);
-                if (is) factors[head * p.splits + lane] = own.y == 0.0f ? 0.0f : factor / sum;
+        if (first > 0) __syncthreads();  // the vectors before are still read
+        const auto row = [&](uint32_t b) { return min(first + b, p.rows - 1); };
+        // A lane a part (at most 32): its share of the head's sum of exponentials, 0 where it has no positions.
+        for (uint32_t i = warp; i < B * p.query; i += warps) {
+            const bool is = lane < p.splits;
+            const size_t from = ((size_t)row(i / p.query) * p.query + i % p.query) * p.splits + lane;
+            const float2 own = is ? weight[from] : make_float2(-INFINITY, 0.0f);
+            float top = own.y > 0.0f ? own.x : -INFINITY;
+            for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+            const float factor = own.y > 0.0f ? expf(own.x - top) : 0.0f;
+            const float sum = warp_sum(factor * own.y);
+            if (is) factors[i * p.splits + lane] = own.y == 0.0f ? 0.0f : factor / sum;
+        }
+        __syncthreads();
+        for (uint32_t i = threadIdx.x * S; i < width; i += blockDim.x * S) {
+            const uint32_t head = i / p.dim;
+            Vec<float, S> all[B];
+#pragma unroll
+            for (int b = 0; b < B; b++)
+#pragma unroll
+                for (int j = 0; j < S; j++) all[b].v[j] = 0.0f;
+#pragma unroll(B == 1 ? 4 : 1)
+            for (uint32_t s = 0; s < p.splits; s++) {
+#pragma unroll
+                for (int b = 0; b < B; b++) {
+                    const float own = factors[(b * p.query + head) * p.splits + s];
+                    if (own == 0.0f) continue;  // nothing was written there
+                    const size_t from = ((size_t)row(b) * p.query + head) * p.splits + s;
+                    const Vec<float, S> x = load<float, S>(part + from * p.dim + i % p.dim);
+#pragma unroll
+                    for (int j = 0; j < S; j++) all[b].v[j] = __fmaf_rn(own, x.v[j], all[b].v[j]);
+                }
             }
-            __syncthreads();
-            for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) {
-                const uint32_t head = i / p.dim;
-                const float *const own = factors + head * p.splits;
-                const float *const from = part + (parts + head * p.splits) * p.dim + i % p.dim;
-                float all = 0.0f;
-#pragma unroll 4
-                for (uint32_t s = 0; s < p.splits; s++)
-                    if (own[s] != 0.0f) all = __fmaf_rn(own[s], from[s * p.dim], all);  // else nothing was written there
-                xs[b * stride + slot<V>(i)] = all;
-            }
+#pragma unroll
+            for (int b = 0; b < B; b++) store<float, S>(xs + b * stride + slot<V>(i), all[b]);
         }
         __syncthreads();
         for (uint32_t i = own_row; i < p.d; i += gridDim.x * warps) {

@@ -10,7 +10,7 @@ template <typename T, int V, int B>
 __device__ __forceinline__ void qkv(const float *h, const T *norm, const T *weight, const float *cos, const float *sin,
                                     const uint32_t *position, float *q, T *cache, DecodeParams p) {
     extern __shared__ __align__(16) float xs[];
-    __shared__ float scratch[32];
+    __shared__ float scratch[B * WARPS];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t half = p.dim / 2, pairs = (p.query + 2 * p.kv) * half, stride = padded<V>(p.d);
     const uint32_t own_pair = blockIdx.x * WARPS + warp;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void qkv(const float *h, const T *norm, const T *weig
 template <typename T, int V, int B>
 __device__ __forceinline__ void gate_up(const float *h, const T *norm, const T *weight, float *inner, DecodeParams p) {
     extern __shared__ __align__(16) float xs[];
-    __shared__ float scratch[32];
+    __shared__ float scratch[B * WARPS];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, stride = padded<V>(p.d);
     const uint32_t own_row = blockIdx.x * WARPS + warp;
     let_next_begin();
@@ -94,11 +94,7 @@ __device__ __forceinline__ void down(const float *inner, const T *weight, float 
     wait_for_previous();
     for (uint32_t first = 0; first < p.rows; first += B) {
         if (first > 0) __syncthreads();
-        for (int b = 0; b < B; b++) {
-            const float *x = inner + (size_t)min(first + b, p.rows - 1) * p.ffn;
-            for (uint32_t i = threadIdx.x; i < p.ffn; i += blockDim.x) xs[b * stride + slot<V>(i)] = x[i];
-        }
-        __syncthreads();
+        stage<V, B>(xs, inner, p.ffn, first, p);
         for (uint32_t i = own_row; i < p.d; i += gridDim.x * warps) {
             const T *const rows[1] = {weight + (size_t)i * p.ffn};
             float sums[1][B], own[1];

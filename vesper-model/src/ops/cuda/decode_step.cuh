@@ -56,6 +56,24 @@ __device__ __forceinline__ float block_sum(float x, float *scratch) {
     return sum;
 }
 
+// The same of B numbers at once; scratch: B times the warps.
+template <int B> __device__ __forceinline__ void block_sums(float (&x)[B], float *scratch) {
+    const uint32_t warps = blockDim.x / 32;
+#pragma unroll
+    for (int b = 0; b < B; b++) x[b] = warp_sum(x[b]);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+        for (int b = 0; b < B; b++) scratch[b * warps + threadIdx.x / 32] = x[b];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int b = 0; b < B; b++) {
+        x[b] = 0.0f;
+        for (uint32_t i = 0; i < warps; i++) x[b] += scratch[b * warps + i];
+    }
+}
+
 // The maximum, likewise.
 __device__ __forceinline__ float block_max(float x, float *scratch) {
     for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));

@@ -27,7 +27,7 @@ template <typename T, int V, int B>
 __device__ __forceinline__ void head(const float *h, const T *norm, const T *weight, float *logits, float *hidden, Best *best,
                                      DecodeParams p) {
     extern __shared__ __align__(16) float xs[];
-    __shared__ float scratch[32];
+    __shared__ float scratch[B * WARPS];
     __shared__ Best found[WARPS][B];
     constexpr uint32_t R = 4;  // rows of the weight that a warp takes at once
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, stride = padded<V>(p.d);

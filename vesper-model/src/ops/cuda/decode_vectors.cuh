@@ -87,19 +87,58 @@ template <int R, int B> __device__ __forceinline__ void mine(const float (&all)[
     }
 }
 
-// Puts rms_norm(h) of the rows from `first` on into shared memory. Rows that are not there are the last one again.
+// Elements of a vector that follow each other in shared memory too, and are read at once: the step of a thread.
+template <int V> constexpr int TOGETHER = V >= 4 ? 4 : 1;
+
+// Puts vectors of n from `first` on into shared memory, all B at once. Rows that are not there are the last one again.
+template <int V, int B>
+__device__ __forceinline__ void stage(float *xs, const float *x, uint32_t n, uint32_t first, const DecodeParams &p) {
+    constexpr int S = TOGETHER<V>;
+    const uint32_t stride = padded<V>(n);
+    for (uint32_t i = threadIdx.x * S; i < n; i += blockDim.x * S) {
+        Vec<float, S> own[B];
+#pragma unroll
+        for (int b = 0; b < B; b++) own[b] = load<float, S>(x + (size_t)min(first + b, p.rows - 1) * n + i);
+#pragma unroll
+        for (int b = 0; b < B; b++) store<float, S>(xs + b * stride + slot<V>(i), own[b]);
+    }
+    __syncthreads();
+}
+
+// The same of rms_norm(h).
 template <typename T, int V, int B>
 __device__ __forceinline__ void stage_normed(float *xs, const float *h, const T *weight, uint32_t first,
                                              const DecodeParams &p, float *scratch) {
+    constexpr int S = TOGETHER<V>;
     const uint32_t stride = padded<V>(p.d);
-    for (int b = 0; b < B; b++) {
-        const float *x = h + (size_t)min(first + b, p.rows - 1) * p.d;
-        float squares = 0.0f;
-        for (uint32_t i = threadIdx.x; i < p.d; i += blockDim.x) squares = __fmaf_rn(x[i], x[i], squares);
-        squares = block_sum(squares, scratch);
-        const float scale = 1.0f / sqrtf(squares / p.d + p.eps);
-        for (uint32_t i = threadIdx.x; i < p.d; i += blockDim.x)
-            xs[b * stride + slot<V>(i)] = x[i] * scale * to_float(weight[i]);
+    float scale[B];
+#pragma unroll
+    for (int b = 0; b < B; b++) scale[b] = 0.0f;
+    for (uint32_t i = threadIdx.x * S; i < p.d; i += blockDim.x * S) {
+        Vec<float, S> own[B];
+#pragma unroll
+        for (int b = 0; b < B; b++) own[b] = load<float, S>(h + (size_t)min(first + b, p.rows - 1) * p.d + i);
+#pragma unroll
+        for (int b = 0; b < B; b++) {
+            store<float, S>(xs + b * stride + slot<V>(i), own[b]);
+#pragma unroll
+            for (int j = 0; j < S; j++) scale[b] = __fmaf_rn(own[b].v[j], own[b].v[j], scale[b]);
+        }
+    }
+    block_sums<B>(scale, scratch);
+#pragma unroll
+    for (int b = 0; b < B; b++) scale[b] = 1.0f / sqrtf(scale[b] / p.d + p.eps);
+    // What a thread has put there itself.
+    for (uint32_t i = threadIdx.x * S; i < p.d; i += blockDim.x * S) {
+        const Vec<T, S> w = load<T, S>(weight + i);
+#pragma unroll
+        for (int b = 0; b < B; b++) {
+            float *at = xs + b * stride + slot<V>(i);
+            Vec<float, S> own = load<float, S>(at);
+#pragma unroll
+            for (int j = 0; j < S; j++) own.v[j] = own.v[j] * scale[b] * to_float(w.v[j]);
+            store<float, S>(at, own);
+        }
     }
     __syncthreads();
 }
