@@ -157,6 +157,16 @@ impl candle_nn::Module for DiscreteFloor {
 /// # Errors
 ///
 /// candle's own.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// let logits = Tensor::new(&[[0f32, 0., 0., 0.], [100., 0., 0., 0.]], &Device::Cpu)?;
+/// let nats = era_act::floor::entropy(&logits)?.to_vec1::<f32>()?;
+/// assert!((nats[0] - 4f32.ln()).abs() < 1e-6 && nats[1] < 1e-6);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 pub fn entropy(logits: &Tensor) -> Result<Tensor> {
     if logits.elem_count() == 0 {
         return wide(logits)?.sum(D::Minus1);

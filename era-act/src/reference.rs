@@ -13,6 +13,19 @@ use crate::{Activation, op};
 /// # Errors
 ///
 /// Those of [`Activation::forward`].
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use era_act::{Activation, reference};
+/// let x = Tensor::new(&[-1f32, 0., 2.], &Device::Cpu)?;
+/// let activation: Activation = "era".parse()?;
+/// let plain = reference::forward(&activation, &x)?.to_vec1::<f32>()?;
+/// let fused = activation.forward(&x)?.to_vec1::<f32>()?;
+/// assert!(plain.iter().zip(&fused).all(|(a, b)| (a - b).abs() < 1e-6));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn forward(activation: &Activation, x: &Tensor) -> Result<Tensor> {
     struct Composed<'a>(&'a Tensor);
     impl Visitor for Composed<'_> {
@@ -31,6 +44,17 @@ pub fn forward(activation: &Activation, x: &Tensor) -> Result<Tensor> {
 /// # Errors
 ///
 /// Those of [`Activation::gated`].
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use era_act::{Activation, reference};
+/// let gate_up = Tensor::new(&[[1f32, -1., 3., 4.]], &Device::Cpu)?; // [gate | up]
+/// let y = reference::gated(&Activation::Relu, &gate_up)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[3., 0.]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 pub fn gated(activation: &Activation, gate_up: &Tensor) -> Result<Tensor> {
     struct Composed<'a>(&'a Tensor);
     impl Visitor for Composed<'_> {

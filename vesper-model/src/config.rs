@@ -50,6 +50,21 @@ impl Projection {
 }
 
 /// Low-rank adapters to train on top of a frozen model.
+///
+/// # Examples
+/// ```
+/// use vesper_model::flylora::LoraConfig;
+/// use vesper_model::{AdapterConfig, Projection, VesperConfig};
+///
+/// let adapter = AdapterConfig {
+///     lora: LoraConfig::default().with_r(4),
+///     targets: vec![Projection::QProj, Projection::VProj],
+/// };
+/// let config = VesperConfig { adapter: Some(adapter), ..VesperConfig::preset("nano")? };
+/// let trained = config.parameters().into_iter().filter(|parameter| parameter.trainable);
+/// assert_eq!(trained.count(), 4 * 2 * 2); // A and B of two projections in each of four blocks
+/// # Ok::<(), vesper_model::ModelError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdapterConfig {

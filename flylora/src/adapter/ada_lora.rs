@@ -19,6 +19,16 @@ pub(super) const E: &str = "lora_E";
 
 /// How an adapter of the AdaLoRA kind is made. How the ranks are allocated is
 /// [`RankBudgetConfig`](super::RankBudgetConfig)'s matter.
+///
+/// # Examples
+///
+/// ```
+/// use flylora::AdaLoraConfig;
+///
+/// let config = AdaLoraConfig::default().with_init_r(16).with_alpha(16.0);
+/// assert!(config.validate().is_ok());
+/// assert!(config.with_init_r(0).validate().is_err());
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdaLoraConfig {

@@ -12,6 +12,17 @@ use crate::{Error, Result};
 /// The total starts at the sum of the adapters' ranks. A run must be longer than its two phases without allocations. After `warm_up` steps it falls, by the cube of the way that is
 /// left, to `target_r` times the number of adapters; the last `final_steps` train with the ranks found. Within the
 /// total, a layer keeps as many ranks as its own are worth, from `min_r` to `max_r`.
+///
+/// # Examples
+///
+/// ```
+/// use flylora::RankBudgetConfig;
+///
+/// // From what the adapters start with to 8 ranks a layer on average, at least 2 and at most 12.
+/// let config = RankBudgetConfig::default().with_target_r(8).with_bounds(2, 12);
+/// assert!(config.validate().is_ok());
+/// assert!(config.with_bounds(9, 12).validate().is_err()); // the least is over the average
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RankBudgetConfig {

@@ -15,6 +15,16 @@ pub enum Routing {
 }
 
 /// How an adapter of the FlyLoRA kind is made; the defaults are the paper's recipe.
+///
+/// # Examples
+///
+/// ```
+/// use flylora::{FlyLoraConfig, Routing};
+///
+/// let config = FlyLoraConfig::default().with_ranks(16, 4).with_routing(Routing::Signed);
+/// assert!(config.validate().is_ok());
+/// assert!(config.with_ranks(16, 17).validate().is_err()); // a row cannot make use of 17 ranks of 16
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FlyLoraConfig {

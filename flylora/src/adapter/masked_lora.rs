@@ -41,6 +41,19 @@ pub enum MaskSelection {
 }
 
 /// How an adapter of the masked kind is made.
+///
+/// # Examples
+///
+/// ```
+/// use flylora::{LoraConfig, MaskSelection, MaskedLoraConfig};
+///
+/// let config = MaskedLoraConfig::default()
+///     .with_lora(LoraConfig::default().with_r(4))
+///     .with_sparsity(0.9)
+///     .with_selection(MaskSelection::Magnitude { every: 100 });
+/// assert!(config.validate().is_ok());
+/// assert!(config.with_sparsity(1.0).validate().is_err()); // nothing would be left
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MaskedLoraConfig {

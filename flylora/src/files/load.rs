@@ -19,6 +19,26 @@ use crate::{Error, Result};
 /// [`Error::Unsupported`] for a field of the configuration that asks for what is not there; [`Error::Mismatch`] for
 /// another kind, rank or scale; [`Error::MissingKey`], [`Error::UnexpectedKey`] and [`Error::FileShape`] for the
 /// tensors; [`Error::Adapters`] where an adapter is merged, which would go on with the old weights.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_nn::Linear;
+/// use flylora::{Error, LoraConfig, LoraLinear, load_adapters, save_adapters};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let base = Linear::new(Tensor::randn(0f32, 0.1, (6, 12), &Device::Cpu)?, None);
+/// let layer = LoraLinear::seeded(base.clone(), &LoraConfig::default().with_r(4), "q_proj")?;
+/// let dir = tempfile::tempdir()?;
+/// save_adapters(dir.path(), &[("layers.0.q_proj", &layer)])?;
+/// load_adapters(dir.path(), &[("layers.0.q_proj", &layer)])?;
+///
+/// let wider = LoraLinear::seeded(base, &LoraConfig::default().with_r(5), "q_proj")?; // not that of the file
+/// assert!(matches!(load_adapters(dir.path(), &[("layers.0.q_proj", &wider)]), Err(Error::Mismatch { .. })));
+/// # Ok(())
+/// # }
+/// ```
 pub fn load_adapters<S: Stored + ?Sized>(dir: impl AsRef<Path>, adapters: &[(&str, &S)]) -> Result<()> {
     check_paths(adapters)?;
     if let Some((path, _)) = adapters.iter().find(|(_, s)| s.is_merged()) {

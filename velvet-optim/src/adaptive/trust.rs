@@ -10,6 +10,14 @@ use serde::{Deserialize, Serialize};
 /// most of the harm out of learning rates that were 4 and 8 times too high and out of a missing warm-up, for AdamW and
 /// beside orthogonalised momentum. Where the rate was tuned it cost AdamW .012 ± .008 nats over a warm-up, or nothing in
 /// place of one (+.007, seeds ± .018), and gained .018 ± .005 beside orthogonalised momentum, where it replaces the warm-up.
+///
+/// # Examples
+/// ```
+/// use velvet_optim::{TrustRegion, VelvetConfig};
+/// let own = TrustRegion::Relative { max_ratio: 0.02, weight_floor: 1e-3 };
+/// let config = VelvetConfig::language_model(8192).with_trust_region(own);
+/// assert!(config.validate().is_ok());
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]

@@ -35,6 +35,17 @@ use serde::{Deserialize, Serialize};
 /// | [`Rule::Orthogonal`] | 1 | hidden matrices |
 /// | [`Rule::Sgd`] | 1 | comparison, and models that want it |
 /// | [`Rule::Lion`] | 1 | comparison, and large batches |
+///
+/// # Examples
+/// ```
+/// use velvet_optim::{Lion, Orthogonal, ParamGroup, Rule, VelvetConfig};
+/// // Lion for everything, Muon for hidden matrices, AdamW for the head.
+/// let config = VelvetConfig::default()
+///     .with_rule(Rule::Lion(Lion::default()))
+///     .with_hidden_matrices(Rule::Orthogonal(Orthogonal::default()))
+///     .with_group(ParamGroup { rule: Some(Rule::AdamW), ..ParamGroup::of(["lm_head.*"]) });
+/// assert!(config.validate().is_ok());
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]

@@ -11,6 +11,16 @@ use crate::error::{DataError, Result};
 use crate::tokens::Tokens;
 
 /// The shape and the order of training batches.
+///
+/// # Examples
+///
+/// ```
+/// use vesper_data::SamplerConfig;
+///
+/// let config = SamplerConfig::default().with_batch(32).with_seq(1024).with_seed(42).with_shard(1, 4);
+/// assert!(config.validate().is_ok());
+/// assert!(config.with_shard(4, 4).validate().is_err()); // ranks count from 0
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SamplerConfig {

@@ -232,6 +232,10 @@ impl TextTokenizer {
     /// have it; at line breaks and spaces, with Unigram as CamemBERT and [`train_unigram`](Self::train_unigram) have
     /// it; at spaces, with BPE as Llama 2 and Mistral have it. With others, one document is encoded by one thread
     /// and takes about 100 times its size in memory.
+    ///
+    /// # Errors
+    ///
+    /// An error of the documents, or as of [`encode`](Self::encode), is an item in the place of its document; nothing comes after it.
     pub fn encode_documents<I, T>(&self, documents: I) -> EncodeDocuments<'_, I::IntoIter>
     where
         I: IntoIterator<Item = Result<T>>,

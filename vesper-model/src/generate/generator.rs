@@ -138,11 +138,17 @@ impl<'a, M: NextLogits + ?Sized> Generator<'a, M> {
     }
 
     /// The ids of the tokens alone.
+    ///
+    /// # Errors
+    /// An error of the model or of the sampling is the last item.
     pub fn ids(&mut self) -> impl Iterator<Item = Result<u32>> {
         self.filter_map(|event| event.map(|event| event.id()).transpose())
     }
 
     /// The pieces of the text alone; none without a tokenizer.
+    ///
+    /// # Errors
+    /// As [`Generator::ids`].
     pub fn pieces(&mut self) -> impl Iterator<Item = Result<String>> {
         self.filter_map(|event| match event {
             Ok(Event::Text(piece)) => Some(Ok(piece)),

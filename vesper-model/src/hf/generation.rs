@@ -16,6 +16,16 @@ use crate::{ModelError, Result};
 /// # Errors
 /// [`ModelError::Io`] when a file cannot be read; [`ModelError::InvalidFile`] names the setting, its value and
 /// what was expected.
+///
+/// # Examples
+/// ```
+/// let dir = tempfile::tempdir()?;
+/// std::fs::write(dir.path().join("config.json"), r#"{"eos_token_id": 2}"#)?;
+/// std::fs::write(dir.path().join("generation_config.json"), r#"{"do_sample": true, "top_k": 20}"#)?;
+/// let generation = vesper_model::hf::read_generation_config(dir.path())?;
+/// assert_eq!((generation.top_k, generation.eos_token_id), (20, vec![2]));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn read_generation_config(dir: impl AsRef<Path>) -> Result<GenerationConfig> {
     /// The fields of `config.json` that matter here; the file may be anyone's.
     #[derive(Deserialize)]

@@ -48,6 +48,27 @@ pub struct Extras<'a> {
 /// fit it, [`ModelError::InvalidConfig`](crate::ModelError::InvalidConfig) and
 /// [`ModelError::InvalidGeneration`](crate::ModelError::InvalidGeneration) for settings out of range: all before
 /// anything is written. [`ModelError::Io`](crate::ModelError::Io) names the file that cannot be written.
+///
+/// # Examples
+/// ```
+/// use std::collections::HashMap;
+/// use vesper_model::candle_core::{DType, Device, Tensor};
+/// use vesper_model::candle_nn::VarMap;
+/// use vesper_model::{VesperConfig, VesperLM, hf};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let (config, varmap) = (VesperConfig::preset("nano")?.with_vocab(64), VarMap::new());
+/// let model = VesperLM::initialize(&config, &varmap, 0, DType::F32, &Device::Cpu)?;
+/// let weights: HashMap<String, Tensor> =
+///     varmap.data().lock().unwrap().iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+/// let dir = tempfile::tempdir()?;
+/// hf::save(dir.path(), &config, &weights, &hf::Extras::default())?;
+/// assert_eq!(hf::read_config(dir.path())?, config);
+/// let again = VesperLM::load(dir.path(), DType::F32, &Device::Cpu)?;
+/// assert_eq!(again.config(), model.config());
+/// # Ok(())
+/// # }
+/// ```
 pub fn save<S: BuildHasher>(
     dir: impl AsRef<Path>,
     config: &VesperConfig,

@@ -96,6 +96,16 @@ impl Verdict {
 }
 
 /// When what is done. Thresholds are probabilities of an error, from 0 to 1.
+///
+/// # Examples
+/// ```
+/// use vesper_model::metacognition::RegulatorConfig;
+///
+/// let config = RegulatorConfig { max_drafts: 3, satisfied_at: 0.2, ..RegulatorConfig::default() };
+/// assert!(config.validate().is_ok());
+/// let wrong = RegulatorConfig { abstain_above: 0.1, ..config }; // it would not give the answers that satisfy it
+/// assert!(wrong.validate().is_err());
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RegulatorConfig {

@@ -149,6 +149,20 @@ fn fnv1a(bytes: &[u8]) -> u64 {
 ///
 /// # Errors
 /// [`ModelError::MissingParameter`] where a parameter of the configuration is not in the `VarMap`.
+///
+/// # Examples
+/// ```
+/// use vesper_model::candle_core::{DType, Device};
+/// use vesper_model::candle_nn::VarMap;
+/// use vesper_model::{VesperConfig, VesperLM, trainable};
+///
+/// let (config, varmap) = (VesperConfig::preset("nano")?.with_vocab(64), VarMap::new());
+/// VesperLM::initialize(&config, &varmap, 42, DType::F32, &Device::Cpu)?;
+/// let vars = trainable(&config, &varmap)?;
+/// let count: usize = vars.iter().map(|(_, var)| var.elem_count()).sum();
+/// assert_eq!(count, config.num_parameters());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn trainable(config: &VesperConfig, varmap: &VarMap) -> Result<Vec<(String, Var)>> {
     let data = varmap.data().lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let mut vars = Vec::new();

@@ -17,6 +17,20 @@ use super::{Backend, Path, as_ids, check_dtypes, check_sizes, checkpoint};
 const LOGITS: usize = 8 << 20;
 
 /// Settings of [`linear_cross_entropy`].
+///
+/// # Examples
+/// ```
+/// use vesper_model::candle_core::{DType, Device, Tensor};
+/// use vesper_model::ops::{CrossEntropy, Path, linear_cross_entropy};
+///
+/// let hidden = Tensor::zeros((3, 4), DType::F32, &Device::Cpu)?;
+/// let weight = Tensor::zeros((8, 4), DType::F32, &Device::Cpu)?;
+/// let targets = Tensor::new(&[1u32, 5, 7], &Device::Cpu)?;
+/// let settings = CrossEntropy::default().with_ignore_index(7).with_label_smoothing(0.1);
+/// let loss = linear_cross_entropy(&hidden, &weight, &targets, settings, Path::Fused)?.loss.to_scalar::<f32>()?;
+/// assert!((loss - 8f32.ln()).abs() < 1e-6); // of the first two rows: all 8 tokens are alike
+/// # Ok::<(), vesper_model::candle_core::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CrossEntropy {
     /// Rows with this target count neither in the loss nor in the gradient. Default `u32::MAX`.

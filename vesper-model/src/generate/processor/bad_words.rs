@@ -4,6 +4,15 @@ use super::{History, LogitsProcessor, exclude};
 ///
 /// As in Hugging Face's `bad_words_ids`, a sequence that is nothing but a token that ends the text is ignored. There a
 /// sequence is also ignored while it is longer than the history, though its last token could complete it; here it is not.
+///
+/// # Examples
+/// ```
+/// use vesper_model::generate::{History, LogitsProcessor, BadWords};
+/// let mut words = BadWords::new(vec![vec![0], vec![1, 2]], &[]);
+/// let mut scores = [0f32; 3];
+/// words.process(&mut scores, History::new(&[1], 0));
+/// assert_eq!(scores, [f32::NEG_INFINITY, 0., f32::NEG_INFINITY]);
+/// ```
 #[derive(Debug, Clone)]
 pub struct BadWords {
     words: Vec<Vec<u32>>,

@@ -6,6 +6,14 @@ use super::{History, LogitsProcessor};
 /// l_i <- l_i - f * (times that i was generated) - p     for every i that was generated
 /// ```
 ///
+/// # Examples
+/// ```
+/// use vesper_model::generate::{History, LogitsProcessor, FrequencyPenalty};
+/// let mut scores = [2f32, 2., 2.];
+/// FrequencyPenalty::new(0.5, 1.0).process(&mut scores, History::new(&[0, 1, 1], 1)); // the first is the prompt
+/// assert_eq!(scores, [2., 0., 2.]); // token 1: 2 - 0.5 * 2 - 1
+/// ```
+///
 /// # References
 /// The `frequency_penalty` and `presence_penalty` of OpenAI's interface.
 #[derive(Debug, Clone)]

@@ -2,6 +2,14 @@ use super::{Candidate, History, LogitsProcessor, candidates, keep_only};
 
 /// Keeps the tokens that are at least `p` times as probable as the likeliest.
 ///
+/// # Examples
+/// ```
+/// use vesper_model::generate::{History, LogitsProcessor, MinP};
+/// let mut scores = [0f32, -1., -3.]; // as probable as the likeliest times 1, .37 and .05
+/// MinP::new(0.1).process(&mut scores, History::new(&[], 0));
+/// assert_eq!(scores, [0., -1., f32::NEG_INFINITY]);
+/// ```
+///
 /// # References
 /// Nguyen et al. 2024, [arXiv:2407.01082](https://arxiv.org/abs/2407.01082).
 #[derive(Debug, Clone)]

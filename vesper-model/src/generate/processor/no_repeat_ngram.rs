@@ -1,6 +1,14 @@
 use super::{History, LogitsProcessor, exclude};
 
 /// Excludes every token that would repeat a run of `n` tokens of the history, the prompt's too.
+///
+/// # Examples
+/// ```
+/// use vesper_model::generate::{History, LogitsProcessor, NoRepeatNgram};
+/// let mut scores = [0f32; 4];
+/// NoRepeatNgram::new(2).process(&mut scores, History::new(&[1, 2, 3, 1], 0));
+/// assert_eq!(scores, [0., 0., f32::NEG_INFINITY, 0.]); // "1 2" is there already
+/// ```
 #[derive(Debug, Clone)]
 pub struct NoRepeatNgram {
     n: usize,

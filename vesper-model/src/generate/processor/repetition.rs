@@ -6,6 +6,14 @@ use super::{History, LogitsProcessor};
 /// l_i <- l_i / r  if l_i > 0, else l_i * r     for every distinct i of the history
 /// ```
 ///
+/// # Examples
+/// ```
+/// use vesper_model::generate::{History, LogitsProcessor, RepetitionPenalty};
+/// let mut scores = [2f32, -2., 2.];
+/// RepetitionPenalty::new(2.0).process(&mut scores, History::new(&[0, 1, 1], 1)); // the first is the prompt
+/// assert_eq!(scores, [1., -4., 2.]);
+/// ```
+///
 /// # References
 /// Keskar et al. 2019, [arXiv:1909.05858](https://arxiv.org/abs/1909.05858).
 #[derive(Debug, Clone)]

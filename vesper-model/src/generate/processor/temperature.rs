@@ -5,6 +5,14 @@ use super::{History, LogitsProcessor};
 /// ```text
 /// l_i <- (l_i - max l) / T
 /// ```
+///
+/// # Examples
+/// ```
+/// use vesper_model::generate::{History, LogitsProcessor, Temperature};
+/// let mut scores = [2f32, 1., 0.];
+/// Temperature::new(0.5).process(&mut scores, History::new(&[], 0));
+/// assert_eq!(scores, [0., -2., -4.]);
+/// ```
 #[derive(Debug, Clone)]
 pub struct Temperature {
     temperature: f64,

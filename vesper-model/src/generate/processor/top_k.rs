@@ -1,6 +1,14 @@
 use super::{Candidate, History, LogitsProcessor, candidates, keep_only, likelier_first};
 
 /// Keeps the `k` likeliest tokens, and those that are as likely as the last of them.
+///
+/// # Examples
+/// ```
+/// use vesper_model::generate::{History, LogitsProcessor, TopK};
+/// let mut scores = [1f32, 3., 2., 2.];
+/// TopK::new(2).process(&mut scores, History::new(&[], 0));
+/// assert_eq!(scores, [f32::NEG_INFINITY, 3., 2., 2.]); // the last two are alike
+/// ```
 #[derive(Debug, Clone)]
 pub struct TopK {
     k: usize,

@@ -2,6 +2,14 @@ use super::{Candidate, History, LogitsProcessor, candidates, keep_only, likelier
 
 /// Keeps the smallest set of likeliest tokens that holds the probability `p`.
 ///
+/// # Examples
+/// ```
+/// use vesper_model::generate::{History, LogitsProcessor, TopP};
+/// let mut scores = [0.6f32.ln(), 0.3f32.ln(), 0.1f32.ln()];
+/// TopP::new(0.8).process(&mut scores, History::new(&[], 0));
+/// assert_eq!(scores, [0.6f32.ln(), 0.3f32.ln(), f32::NEG_INFINITY]);
+/// ```
+///
 /// # References
 /// Holtzman et al. 2019, [arXiv:1904.09751](https://arxiv.org/abs/1904.09751).
 #[derive(Debug, Clone)]

@@ -6,6 +6,16 @@ use super::{Candidate, History, LogitsProcessor, candidates, keep_only};
 /// d_i = |-ln P(i) - H|,  H = -sum P ln P      the smallest d first, and all that are no larger than the last one kept
 /// ```
 ///
+/// # Examples
+/// ```
+/// use vesper_model::generate::{History, LogitsProcessor, Typical};
+/// // The entropy is 1.42 nats, the surprise of the tokens .92, 1.20 and 2.3: the second is the nearest to it.
+/// let mut scores = [0.4f32.ln(), 0.3f32.ln(), 0.1f32.ln(), 0.1f32.ln(), 0.1f32.ln()];
+/// Typical::new(0.2).process(&mut scores, History::new(&[], 0));
+/// assert_eq!(scores.iter().filter(|score| score.is_finite()).count(), 1);
+/// assert_eq!(scores[1], 0.3f32.ln());
+/// ```
+///
 /// # References
 /// Meister et al. 2022, [arXiv:2202.00666](https://arxiv.org/abs/2202.00666).
 #[derive(Debug, Clone)]

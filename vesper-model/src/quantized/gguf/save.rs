@@ -42,6 +42,26 @@ pub struct GgufExtras<'a> {
 /// # Errors
 /// [`ModelError::NotQuantisable`] for a model with adapters; a tokenizer or settings that do not fit the model;
 /// [`ModelError::Io`] names the file that cannot be written.
+///
+/// # Examples
+/// ```
+/// use vesper_model::candle_core::{DType, Device};
+/// use vesper_model::candle_nn::VarMap;
+/// use vesper_model::quantized::{BlockType, Gguf, GgufExtras, Policy, save};
+/// use vesper_model::{VesperConfig, VesperLM};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let config = VesperConfig::preset("nano")?.with_vocab(64);
+/// let model = VesperLM::initialize(&config, &VarMap::new(), 0, DType::F32, &Device::Cpu)?;
+/// let (small, _report) = model.quantized(&Policy::new(BlockType::Q8_0))?;
+/// let folder = tempfile::tempdir()?;
+/// let path = folder.path().join("model.gguf");
+/// save(&path, &small, &GgufExtras::default())?;
+/// let file = Gguf::open(&path)?;
+/// assert!(file.is_quantized() && file.config() == small.config());
+/// # Ok(())
+/// # }
+/// ```
 pub fn save(path: impl AsRef<Path>, model: &VesperLM, extras: &GgufExtras<'_>) -> Result<()> {
     let path = path.as_ref();
     if !model.adapters().is_empty() {
