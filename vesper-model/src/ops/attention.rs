@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::gemm::Precision;
 use super::matrix::{Matrix, Target, Threads, product};
 use super::real::{self, Real};
-use super::{Backend, Path, Rope, attention_composed, check_sizes, notice};
+use super::{Backend, Path, Rope, attention_composed, check_float, check_sizes, notice};
 
 /// Query rows handled at once: the scores in memory are `BLOCK x t` a thread, never `t x t`.
 pub(super) const BLOCK: usize = 64;
@@ -23,9 +23,9 @@ pub struct Heads {
 }
 
 impl Heads {
-    /// Width of the packed projection: `(query + 2 kv) * dim`.
+    /// Width of the packed projection: `(query + 2 kv) * dim`, or `usize::MAX` where that is more.
     pub fn packed(self) -> usize {
-        (self.query + 2 * self.kv) * self.dim
+        self.kv.saturating_mul(2).saturating_add(self.query).saturating_mul(self.dim)
     }
 }
 
@@ -47,7 +47,7 @@ impl Heads {
 /// slower, but without `t x t` scores; a line on stderr says so once. The reference holds all scores.
 ///
 /// # Errors
-/// Shapes that do not fit the heads, or more rows than `positions` has.
+/// Shapes that do not fit the heads, heads that are not possible, another dtype, or more rows than `positions` has.
 ///
 /// # Examples
 /// ```
@@ -68,6 +68,7 @@ pub fn causal_attention(qkv: &Tensor, heads: Heads, positions: Option<&Rope>, pa
     if width != heads.packed() {
         bail!("causal_attention: qkv of shape {:?} does not fit {heads:?}", qkv.shape());
     }
+    check_float("causal_attention", "qkv", qkv.dtype())?;
     check_sizes("causal_attention", &[qkv.dims()])?;
     let op = CausalAttention::new(heads, positions, t)?;
     match path.backend(qkv) {
@@ -177,7 +178,7 @@ pub(super) fn softmax_rows<T: Real>(scores: &mut [T], keys: usize, first: usize,
 impl CausalAttention {
     /// Checks that the heads make sense and that the rotary table has `t` rows for them.
     pub(super) fn new(heads: Heads, positions: Option<&Rope>, t: usize) -> Result<Self> {
-        if heads.kv == 0 || heads.dim == 0 || !heads.query.is_multiple_of(heads.kv) {
+        if heads.query == 0 || heads.kv == 0 || heads.dim == 0 || !heads.query.is_multiple_of(heads.kv) {
             bail!("causal_attention: impossible {heads:?}");
         }
         if let Some(rope) = positions

@@ -195,14 +195,13 @@ fn reference(
 ) -> Result<LossAndEntropy> {
     let dtype = if hidden.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let ((n, _), (vocab, _)) = (hidden.dims2()?, weight.dims2()?);
+    if targets.device().is_cpu() {
+        // candle's gather takes the largest u32 for a padding that it leaves at 0.
+        check_targets(&real::ids_of(targets)?, vocab, settings.ignore_index as usize)?;
+    }
     if n == 0 || vocab == 0 {
         let zero = (hidden.sum_all()?.to_dtype(dtype)? * 0.0)?;
         return Ok(LossAndEntropy { entropy: zero.detach(), loss: zero });
-    }
-    if targets.device().is_cpu() {
-        // candle's gather takes the largest u32 for a padding that it leaves at 0.
-        let ids: Vec<usize> = targets.to_vec1::<u32>()?.into_iter().map(|id| id as usize).collect();
-        check_targets(&ids, vocab, settings.ignore_index as usize)?;
     }
     let counted = (1.0 - targets.eq(settings.ignore_index)?.to_dtype(dtype)?)?.sum_all()?;
     let counted = counted.maximum(&Tensor::ones((), dtype, hidden.device())?)?;
@@ -233,8 +232,10 @@ fn reference_sums(
     settings: CrossEntropy,
 ) -> Result<Tensor> {
     let dtype = if hidden.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    // Rows to ignore read class 0 and are multiplied by 0.
+    // Rows to ignore are zeros (0 times what is no number would be none), read class 0 and are multiplied by 0.
     let ignored = targets.eq(settings.ignore_index)?;
+    let mask = ignored.unsqueeze(1)?.broadcast_as(hidden.shape())?;
+    let hidden = mask.where_cond(&hidden.zeros_like()?, hidden)?;
     let keep = (1.0 - ignored.to_dtype(dtype)?)?;
     let targets = ignored.where_cond(&targets.zeros_like()?, targets)?;
     let logits = hidden.matmul(&weight.t()?)?.to_dtype(dtype)?; // (n, vocab)
@@ -251,7 +252,8 @@ fn reference_sums(
         loss = (loss + ((log_sum + top)?.squeeze(1)?.sqr()? * settings.z_loss)?)?;
     }
     let log_p = log_p.detach();
-    let entropy = (log_p.exp()? * log_p)?.sum(D::Minus1)?.neg()?;
+    // exp(-inf) * -inf is 0 * inf
+    let entropy = (log_p.exp()? * log_p.clamp(f32::MIN, 0f32)?)?.sum(D::Minus1)?.neg()?;
     Tensor::stack(&[(loss * &keep)?.sum_all()?, (entropy * keep)?.sum_all()?], 0)
 }
 

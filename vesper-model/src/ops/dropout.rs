@@ -3,9 +3,10 @@
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::attention_composed::compute;
 use super::philox::GROUP;
 use super::real::{self, Real};
-use super::{Backend, Path, Philox, check_sizes};
+use super::{Backend, Path, Philox, cast, check_float, check_sizes};
 
 /// Elements handled by one task, a multiple of [`GROUP`].
 const TASK: usize = 256 * GROUP;
@@ -23,7 +24,7 @@ const TASK: usize = 256 * GROUP;
 /// number of threads.
 ///
 /// # Errors
-/// A `p` outside 0 to 1.
+/// A `p` outside 0 to 1, another dtype, or too many elements.
 ///
 /// # Examples
 /// ```
@@ -43,6 +44,7 @@ pub fn dropout(x: &Tensor, p: f64, random: Philox, path: Path) -> Result<Tensor>
     if !(0.0..=1.0).contains(&p) {
         bail!("dropout: a probability of {p}, expected 0 to 1");
     }
+    check_float("dropout", "x", x.dtype())?;
     check_sizes("dropout", &[x.dims()])?;
     let op = Dropout::new(p, random);
     if op.threshold == 0 {
@@ -58,7 +60,9 @@ pub fn dropout(x: &Tensor, p: f64, random: Philox, path: Path) -> Result<Tensor>
     }
     let kept: Vec<u8> = random.words(x.elem_count()).into_iter().map(|word| op.keeps(word).into()).collect();
     let kept = Tensor::from_vec(kept, x.shape(), x.device())?;
-    kept.where_cond(&(x * op.scale)?, &x.zeros_like()?)
+    // The factor may be more than f16 holds.
+    let scaled = (cast(x, compute(x.dtype()))? * op.scale)?;
+    cast(&kept.where_cond(&scaled, &scaled.zeros_like()?)?, x.dtype())
 }
 
 #[derive(Clone, Copy)]

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::backward::deliver;
 use super::real::{self, Real};
-use super::{Backend, Path, as_ids, check_sizes};
+use super::{Backend, Path, as_ids, check_float, check_sizes};
 
 /// Rows of a table.
 ///
@@ -20,7 +20,7 @@ use super::{Backend, Path, as_ids, check_sizes};
 /// bits at any number of threads. Saves the ids.
 ///
 /// # Errors
-/// An id outside the table, ids that are not u32, u8 or i64, or a table that is not a floating-point matrix. On CUDA
+/// An id outside the table, ids that are not u32, u8 or i64, or a table that is no matrix of those dtypes. On CUDA
 /// an id outside the table gives a row of NaN instead, because the host would have to wait for the answer.
 ///
 /// # Examples
@@ -49,7 +49,7 @@ pub fn embedding(table: &Tensor, ids: &Tensor, path: Path) -> Result<Tensor> {
 /// and a conversion.
 ///
 /// # Errors
-/// As [`embedding`]; a `dtype` that is not floating point.
+/// As [`embedding`]; a `dtype` that is none of f32, f64, bf16 and f16.
 ///
 /// # Examples
 /// ```
@@ -63,13 +63,14 @@ pub fn embedding(table: &Tensor, ids: &Tensor, path: Path) -> Result<Tensor> {
 /// ```
 pub fn embedding_in(table: &Tensor, ids: &Tensor, dtype: DType, path: Path) -> Result<Tensor> {
     let (_, d) = table.dims2()?;
-    if !dtype.is_float() {
-        bail!("embedding: rows must be floating point, got {dtype:?}");
-    }
+    check_float("embedding", "the table", table.dtype())?;
+    check_float("embedding", "rows", dtype)?;
     let mut shape = ids.dims().to_vec();
     shape.push(d);
     check_sizes("embedding", &[table.dims(), ids.dims(), &shape])?;
     let (table, ids) = (table.contiguous()?, as_ids("embedding", ids)?.flatten_all()?);
+    // As where the table is empty, see `Path`.
+    let path = if ids.elem_count() == 0 { Path::Fused } else { path };
     let rows = match path.backend(&table) {
         Backend::Cpu => table.apply_op2(&ids.contiguous()?, Gather)?,
         #[cfg(feature = "cuda")]
@@ -81,8 +82,7 @@ pub fn embedding_in(table: &Tensor, ids: &Tensor, dtype: DType, path: Path) -> R
         Backend::Reference => {
             if ids.device().is_cpu() {
                 // candle's look-up takes the largest u32 for a padding.
-                let ids: Vec<usize> = ids.to_vec1::<u32>()?.into_iter().map(|id| id as usize).collect();
-                check_ids(&ids, table.dim(0)?)?;
+                check_ids(&real::ids_of(&ids)?, table.dim(0)?)?;
             }
             table.index_select(&ids, 0)?
         }
@@ -114,12 +114,11 @@ impl CustomOp2 for Gather {
         let (vocab, d) = lt.shape().dims2()?;
         let ids = real::ids(ids, li)?;
         check_ids(&ids, vocab)?;
-        let start = lt.start_offset();
         let rows = match table {
-            CpuStorage::F32(data) => CpuStorage::F32(gather(data, start, d, &ids)),
-            CpuStorage::F64(data) => CpuStorage::F64(gather(data, start, d, &ids)),
-            CpuStorage::BF16(data) => CpuStorage::BF16(gather(data, start, d, &ids)),
-            CpuStorage::F16(data) => CpuStorage::F16(gather(data, start, d, &ids)),
+            CpuStorage::F32(data) => CpuStorage::F32(gather(real::range(data, lt)?, d, &ids)),
+            CpuStorage::F64(data) => CpuStorage::F64(gather(real::range(data, lt)?, d, &ids)),
+            CpuStorage::BF16(data) => CpuStorage::BF16(gather(real::range(data, lt)?, d, &ids)),
+            CpuStorage::F16(data) => CpuStorage::F16(gather(real::range(data, lt)?, d, &ids)),
             _ => bail!("an embedding table must be floating point"),
         };
         Ok((rows, (ids.len(), d).into()))
@@ -144,22 +143,22 @@ impl CustomOp2 for Gather {
     }
 }
 
-/// Rows `ids`, each below the number of rows, of the matrix at `start`.
-fn gather<T: Copy>(data: &[T], start: usize, d: usize, ids: &[usize]) -> Vec<T> {
+/// Rows `ids`, each below the number of rows, of a matrix.
+fn gather<T: Copy>(data: &[T], d: usize, ids: &[usize]) -> Vec<T> {
     let mut rows = Vec::with_capacity(ids.len() * d);
     for id in ids {
-        rows.extend_from_slice(&data[start + id * d..start + (id + 1) * d]);
+        rows.extend_from_slice(&data[id * d..(id + 1) * d]);
     }
     rows
 }
 
 fn scatter<T: Real>(table: &Tensor, ids: &Tensor, drows: &Tensor) -> Result<Tensor> {
     let (vocab, d) = table.dims2()?;
-    let ids = ids.to_dtype(DType::U32)?.to_vec1::<u32>()?;
+    let ids = real::ids_of(ids)?;
     // The positions of each id, in order (a counting sort): every row of the result has one writer.
     let mut first = vec![0usize; vocab + 1];
     for &id in &ids {
-        first[id as usize + 1] += 1;
+        first[id + 1] += 1;
     }
     for v in 0..vocab {
         first[v + 1] += first[v];
@@ -167,8 +166,8 @@ fn scatter<T: Real>(table: &Tensor, ids: &Tensor, drows: &Tensor) -> Result<Tens
     let mut next = first.clone();
     let mut order = vec![0usize; ids.len()];
     for (position, &id) in ids.iter().enumerate() {
-        order[next[id as usize]] = position;
-        next[id as usize] += 1;
+        order[next[id]] = position;
+        next[id] += 1;
     }
     let dtable = real::with_values::<T, _>(drows, |drows| {
         let mut dtable = vec![T::ZERO; vocab * d];

@@ -110,7 +110,8 @@ pub enum Path {
     /// The fused kernel where there is one for the device and dtype, otherwise the reference.
     #[default]
     Fused,
-    /// The composition of candle ops.
+    /// The composition of candle ops. (Of a tensor without elements on the CPU, the fused kernel: candle's own operations
+    /// do not take all of its parts.)
     Reference,
 }
 
@@ -130,7 +131,11 @@ impl Path {
     /// The one place that looks at a device: what runs an operation on `x`.
     fn backend(self, x: &Tensor) -> Backend {
         match (self, x.device(), x.dtype()) {
-            (Self::Fused, Device::Cpu, DType::F32 | DType::F64 | DType::BF16 | DType::F16) => Backend::Cpu,
+            (path, Device::Cpu, DType::F32 | DType::F64 | DType::BF16 | DType::F16)
+                if path == Self::Fused || x.elem_count() == 0 =>
+            {
+                Backend::Cpu
+            }
             #[cfg(feature = "cuda")]
             (Self::Fused, Device::Cuda(_), dtype) if cuda::has_kernels(dtype) => Backend::Cuda,
             _ => Backend::Reference,
@@ -138,8 +143,17 @@ impl Path {
     }
 }
 
-/// Refuses weights of another dtype than `x`, unless they are in f32 beside bf16 or f16.
+/// Refuses what the operations do not compute in.
+fn check_float(operation: &str, name: &str, dtype: DType) -> Result<()> {
+    if !matches!(dtype, DType::F32 | DType::F64 | DType::BF16 | DType::F16) {
+        bail!("{operation}: {name} must be f32, f64, bf16 or f16, got {dtype:?}");
+    }
+    Ok(())
+}
+
+/// Refuses weights of another dtype than `x`, unless they are in f32 beside bf16 or f16, and what is no floating point.
 fn check_dtypes(operation: &str, x: &Tensor, weights: &[(&str, &Tensor)]) -> Result<()> {
+    check_float(operation, "x", x.dtype())?;
     let half = matches!(x.dtype(), DType::BF16 | DType::F16);
     for (name, weight) in weights {
         if weight.dtype() != x.dtype() && !(half && weight.dtype() == DType::F32) {
@@ -162,8 +176,8 @@ pub(crate) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
 fn as_ids(operation: &str, ids: &Tensor) -> Result<Tensor> {
     match ids.dtype() {
         DType::U32 => Ok(ids.clone()),
-        // Nothing, which candle cannot convert on a GPU.
-        DType::U8 | DType::I64 if ids.elem_count() == 0 && !ids.device().is_cpu() => Ok(ids.clone()),
+        // Nothing, which candle cannot convert on a GPU, nor every part of nothing on a CPU.
+        DType::U8 | DType::I64 if ids.elem_count() == 0 => Ok(ids.clone()),
         DType::U8 => ids.to_dtype(DType::U32),
         DType::I64 => ids.clamp(-1i64, i64::from(u32::MAX))?.to_dtype(DType::U32),
         other => bail!("{operation}: ids must be u32, u8 or i64, got {other:?}"),

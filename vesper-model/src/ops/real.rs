@@ -55,7 +55,10 @@ pub(super) trait Real:
     fn round(values: &mut [Self], dtype: DType);
 }
 
-fn range<'a, T>(data: &'a [T], layout: &Layout) -> Result<&'a [T]> {
+pub(super) fn range<'a, T>(data: &'a [T], layout: &Layout) -> Result<&'a [T]> {
+    if layout.shape().elem_count() == 0 {
+        return Ok(&[]); // a part of an empty tensor may begin behind its end
+    }
     match layout.contiguous_offsets() {
         Some((start, end)) => match data.get(start..end) {
             Some(slice) => Ok(slice),
@@ -317,6 +320,16 @@ pub(super) fn ids(storage: &CpuStorage, layout: &Layout) -> Result<Vec<usize>> {
         }
         _ => bail!("token ids must be u8, u32 or i64"),
     })
+}
+
+/// Ids of a tensor on the CPU, in order.
+pub(super) fn ids_of(tensor: &Tensor) -> Result<Vec<usize>> {
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => ids(storage, layout),
+        _ => bail!("a CPU kernel got a tensor on {:?}", tensor.device().location()),
+    }
 }
 
 /// Runs `f` with the widest vector instructions that this processor has.

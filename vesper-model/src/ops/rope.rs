@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{D, Device, Result, Tensor, bail};
 
-use super::{RopeScaling, check_sizes};
+use super::{RopeScaling, check_float, check_sizes};
 
 /// The angles of the rotary embedding, for positions 0 to `positions - 1`.
 ///
@@ -39,7 +39,8 @@ impl Rope {
     /// Angles for heads of `head_dim` at base `theta`, on a device, in f32 there.
     ///
     /// # Errors
-    /// An odd `head_dim`, or a device that is out of memory.
+    /// An odd `head_dim`, a `theta` that is no positive number, more angles than a tensor may have, or a device that is out
+    /// of memory.
     pub fn new(head_dim: usize, positions: usize, theta: f64, device: &Device) -> Result<Self> {
         Self::scaled(head_dim, positions, theta, None, device)
     }
@@ -74,7 +75,11 @@ impl Rope {
         if let Some(scaling) = scaling {
             scaling.validate()?;
         }
+        if !((theta as f32).is_finite() && theta as f32 > 0.0) {
+            bail!("rotary embedding: a theta of {theta}, expected a positive number of f32");
+        }
         let half = head_dim / 2;
+        check_sizes("rotary embedding", &[&[head_dim][..], &[positions], &[positions, half]])?;
         let frequencies: Vec<f32> = (0..half)
             .map(|i| {
                 let exponent = (2 * i) as f32 / head_dim as f32;
@@ -125,7 +130,7 @@ impl Rope {
 /// [`self_attention`](super::self_attention()) rotate inside of their kernels, in f32, and save none of that.
 ///
 /// # Errors
-/// Positions past the table, another head size, or too many elements.
+/// Positions past the table, another head size, another dtype, or too many elements.
 pub fn rope(x: &Tensor, rope: &Rope, offset: usize) -> Result<Tensor> {
     let (t, d) = (x.dim(D::Minus2)?, x.dim(D::Minus1)?);
     if d != rope.head_dim || offset.checked_add(t).is_none_or(|end| end > rope.positions) {
@@ -135,6 +140,7 @@ pub fn rope(x: &Tensor, rope: &Rope, offset: usize) -> Result<Tensor> {
             rope.head_dim
         );
     }
+    check_float("rope", "x", x.dtype())?;
     check_sizes("rope", &[x.dims()])?;
     if x.elem_count() == 0 {
         return Ok(x.clone());

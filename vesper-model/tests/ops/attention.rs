@@ -83,6 +83,25 @@ fn wrong_shapes_are_refused() {
 }
 
 #[test]
+fn heads_that_cannot_be_are_refused() {
+    let qkv = random(1, &[1, 4, 16]);
+    let most = usize::MAX;
+    for (query, kv, dim) in [(most, 1, 4), (1, most, 4), (1 << 63, 1 << 62, 4), (1 << 62, 1, 4), (2, 1, most)]
+    {
+        let heads = heads(query, kv, dim);
+        assert_eq!(heads.packed(), most);
+        for path in [Path::Fused, Path::Reference] {
+            let error = causal_attention(&qkv, heads, None, path).unwrap_err().to_string();
+            assert!(error.contains("does not fit Heads"), "{error}");
+        }
+    }
+    for path in [Path::Fused, Path::Reference] {
+        let error = causal_attention(&qkv, heads(0, 2, 4), None, path).unwrap_err().to_string();
+        assert!(error.contains("impossible Heads { query: 0"), "{error}");
+    }
+}
+
+#[test]
 fn bits_do_not_depend_on_threads() {
     let heads = heads(4, 2, 8);
     same_bits_on_any_number_of_threads(|| {

@@ -168,6 +168,44 @@ fn ignored_rows_count_neither_in_the_loss_nor_in_the_gradient() {
 }
 
 #[test]
+fn ignored_rows_may_be_no_numbers() {
+    let hidden = Tensor::new(&[[1f32, 2.], [f32::NAN, 1.], [f32::INFINITY, 0.]], &Device::Cpu).unwrap();
+    let weight = random(2, &[5, 2]).to_dtype(DType::F32).unwrap();
+    let targets = Tensor::new(&[3u32, u32::MAX, u32::MAX], &Device::Cpu).unwrap();
+    let settings = CrossEntropy::default().with_z_loss(0.1).with_label_smoothing(0.1);
+    for path in [Path::Fused, Path::Reference] {
+        let h = Var::from_tensor(&hidden).unwrap();
+        let out = linear_cross_entropy(h.as_tensor(), &weight, &targets, settings, path).unwrap();
+        assert!(out.entropy.to_scalar::<f32>().unwrap().is_finite(), "{path:?}");
+        assert!(out.loss.to_scalar::<f32>().unwrap().is_finite(), "{path:?}");
+        let grads = out.loss.backward().unwrap();
+        let rows = grads.get(&h).unwrap().to_vec2::<f32>().unwrap();
+        assert!(rows[0][0] != 0.0 && rows[1..] == [[0.0; 2]; 2], "{path:?}: {rows:?}");
+    }
+}
+
+#[test]
+fn a_class_without_any_probability_adds_nothing_to_the_entropy() {
+    let hidden = Tensor::new(&[[3e38f32]], &Device::Cpu).unwrap();
+    let weight = Tensor::new(&[[1f32], [-1.], [1.]], &Device::Cpu).unwrap(); // logits whose difference is infinite
+    let targets = Tensor::new(&[0u32], &Device::Cpu).unwrap();
+    for path in [Path::Fused, Path::Reference] {
+        let out = linear_cross_entropy(&hidden, &weight, &targets, CrossEntropy::default(), path).unwrap();
+        assert!((out.entropy.to_scalar::<f32>().unwrap() - 2f32.ln()).abs() < 1e-6, "{path:?}");
+    }
+}
+
+#[test]
+fn a_vocabulary_of_nothing_has_no_target() {
+    let hidden = random(1, &[2, 4]);
+    let empty = random(1, &[0, 4]);
+    for path in [Path::Fused, Path::Reference] {
+        let out = linear_cross_entropy(&hidden, &empty, &targets(2, 5), CrossEntropy::default(), path);
+        assert!(out.unwrap_err().to_string().contains("outside a vocabulary of 0"), "{path:?}");
+    }
+}
+
+#[test]
 fn no_rows_at_all_give_zero() {
     let targets = Tensor::zeros(0, DType::U32, &Device::Cpu).unwrap();
     for fused in [true, false] {

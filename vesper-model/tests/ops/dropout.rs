@@ -70,6 +70,19 @@ fn a_dropped_nan_is_zero() {
 }
 
 #[test]
+fn a_factor_beyond_f16_makes_no_nan() {
+    // 1 / (1 - p) is a million; the largest f16 is 65504.
+    let x = Var::from_tensor(&(ones(100).to_dtype(DType::F16).unwrap() * 0.01).unwrap()).unwrap();
+    for fused in [true, false] {
+        let y = dropout(x.as_tensor(), 0.999_999, RANDOM, path(fused)).unwrap();
+        assert_eq!(y.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap(), [0.0; 100]);
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        let gradient = grads.get(&x).unwrap().to_dtype(DType::F32).unwrap();
+        assert_eq!(gradient.to_vec1::<f32>().unwrap(), [0.0; 100]);
+    }
+}
+
+#[test]
 fn seeds_and_offsets_give_other_masks_and_the_same_pair_the_same() {
     let mask = |seed, offset| drop_ones(4096, 0.5, Philox { seed, offset });
     assert_eq!(mask(1, 1), mask(1, 1));

@@ -11,6 +11,7 @@ mod cross_entropy;
 mod decoder;
 mod dropout;
 mod embedding;
+mod empty;
 mod feed_forward;
 mod layer_norm;
 mod linear;

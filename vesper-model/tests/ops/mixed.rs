@@ -3,8 +3,9 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use era_act::Activation;
 use vesper_model::ops::{
-    CrossEntropy, Heads, Path, gated_feed_forward, layer_norm, linear, linear_cross_entropy,
-    residual_layer_norm, residual_rms_norm, rms_norm, self_attention,
+    CrossEntropy, Heads, Path, Philox, Rope, causal_attention, dropout, embedding, embedding_in,
+    gated_feed_forward, layer_norm, linear, linear_cross_entropy, residual_layer_norm, residual_rms_norm,
+    rms_norm, rope, self_attention,
 };
 
 use crate::common::{error, random};
@@ -85,5 +86,42 @@ fn other_pairs_of_dtypes_are_refused() {
         let w = random(2, &[5, 4]).to_dtype(weights).unwrap();
         let message = linear(&x, &w, Path::Fused).unwrap_err().to_string();
         assert!(message.contains(&format!("x is {dtype:?} and the weight {weights:?}")), "{message}");
+    }
+}
+
+#[test]
+fn what_is_no_floating_point_is_refused_by_name() {
+    let heads = Heads { query: 1, kv: 1, dim: 2 };
+    let ids = Tensor::zeros(2, DType::U32, &Device::Cpu).unwrap();
+    let table = Rope::new(4, 8, 1e4, &Device::Cpu).unwrap();
+    // candle's conversion of 0.99999 to 8 bits does not end.
+    for dtype in [DType::U8, DType::U32, DType::I64, DType::F8E4M3] {
+        let ones = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap().to_dtype(dtype);
+        let ones = |shape: &[usize]| ones(shape).unwrap();
+        let (x, d) = (ones(&[2, 4]), ones(&[4]));
+        for path in [Path::Fused, Path::Reference] {
+            let results = [
+                rms_norm(&x, &d, 1e-5, path),
+                layer_norm(&x, &d, Some(&d), 1e-5, path),
+                residual_rms_norm(&x, &x, &d, 1e-5, path).map(|(sum, _)| sum),
+                residual_layer_norm(&x, &x, &d, None, 1e-5, path).map(|(sum, _)| sum),
+                linear(&x, &x, path),
+                causal_attention(&ones(&[1, 3, 6]), heads, None, path),
+                self_attention(&ones(&[1, 3, 4]), &ones(&[6, 4]), &ones(&[4, 2]), heads, None, path),
+                gated_feed_forward(&x, &x, &ones(&[4, 1]), Activation::Relu, path),
+                linear_cross_entropy(&x, &x, &ids, CrossEntropy::default(), path).map(|out| out.loss),
+                dropout(&x, 0.5, Philox::default(), path),
+                dropout(&x, 0.0, Philox::default(), path),
+                embedding(&x, &ids, path),
+                embedding_in(&x, &ids, DType::F32, path),
+                embedding_in(&random(1, &[2, 4]), &ids, dtype, path),
+                rope(&x, &table, 0),
+            ];
+            for (i, result) in results.into_iter().enumerate() {
+                let message = result.unwrap_err().to_string();
+                let named = format!("must be f32, f64, bf16 or f16, got {dtype:?}");
+                assert!(message.contains(&named), "{i} {path:?}: {message}");
+            }
+        }
     }
 }

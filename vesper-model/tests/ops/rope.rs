@@ -126,3 +126,15 @@ fn scaling_out_of_its_range_is_refused_by_name() {
     }
     assert!(Rope::scaled(4, 8, 1e4, Some(llama3(1.0, 4.0, 8)), &Device::Cpu).is_ok());
 }
+
+#[test]
+fn tables_that_cannot_be_are_refused_before_they_are_made() {
+    for theta in [0.0, -1.0, 1e-60, f64::NAN, f64::INFINITY] {
+        let error = Rope::new(4, 8, theta, &Device::Cpu).unwrap_err().to_string();
+        assert!(error.contains(&format!("a theta of {theta}")), "{error}");
+    }
+    for (head_dim, positions) in [(128, 1 << 40), (1 << 62, 2), (1 << 40, 0), (0, 1 << 40)] {
+        let error = Rope::new(head_dim, positions, 1e4, &Device::Cpu).unwrap_err().to_string();
+        assert!(error.contains("more than the 4294967295 elements"), "{error}");
+    }
+}

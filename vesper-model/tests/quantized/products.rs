@@ -125,3 +125,26 @@ fn what_does_not_fit_is_refused() {
     let empty = Tensor::zeros((0, 64), DType::F32, &Device::Cpu).unwrap();
     assert_eq!(quantized_linear(&empty, &w).unwrap().dims(), [0, 5]);
 }
+
+#[test]
+fn ids_and_inputs_of_other_dtypes_are_refused() {
+    let (w, plain) = blocks(BlockType::ALL[0], 3, 256);
+    let ids = |ids: &[i64]| Tensor::new(ids, &Device::Cpu).unwrap();
+    for ids in [ids(&[2, 0]).to_dtype(DType::U8).unwrap(), ids(&[2, 0])] {
+        let rows = quantized_embedding(&w, &ids).unwrap();
+        assert_eq!(relative(&rows.get(0).unwrap(), &plain.get(2).unwrap()), 0.0);
+    }
+    // Neither is a row, though the low 32 bits of the second are.
+    for id in [-1, (1 << 32) + 1] {
+        let error = quantized_embedding(&w, &ids(&[id])).unwrap_err().to_string();
+        assert!(error.contains("token id 4294967295 is outside"), "{error}");
+    }
+    let halves = Tensor::new(&[1.5f32], &Device::Cpu).unwrap();
+    let error = quantized_embedding(&w, &halves).unwrap_err().to_string();
+    assert!(error.contains("quantized_embedding: ids must be u32, u8 or i64, got F32"), "{error}");
+    let x = Tensor::ones((2, 256), DType::U32, &Device::Cpu).unwrap();
+    let error = quantized_linear(&x, &w).unwrap_err().to_string();
+    assert!(error.contains("x must be f32, f64, bf16 or f16, got U32"), "{error}");
+    let nothing = Tensor::zeros((0, 300), DType::F32, &Device::Cpu).unwrap().narrow(1, 44, 256).unwrap();
+    assert_eq!(quantized_linear(&nothing, &w).unwrap().dims(), [0, 3]);
+}

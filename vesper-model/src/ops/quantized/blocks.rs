@@ -167,7 +167,7 @@ pub(super) fn widen(weight: &QTensor, first: usize, to: &mut [f32]) -> Result<()
 }
 
 /// The values of the rows `ids`, all of which the table has.
-pub(super) fn gather(table: &QTensor, ids: &[u32], to: &mut [f32]) -> Result<()> {
+pub(super) fn gather(table: &QTensor, ids: &[usize], to: &mut [f32]) -> Result<()> {
     let (vocab, d) = table.shape().dims2()?;
     if to.len() != ids.len() * d || vocab == 0 || d == 0 {
         bail!("{} rows of {d} values do not make {} values", ids.len(), to.len());
@@ -175,7 +175,7 @@ pub(super) fn gather(table: &QTensor, ids: &[u32], to: &mut [f32]) -> Result<()>
     with_blocks!(table, blocks => {
         let row = blocks.len() / vocab;
         to.par_chunks_mut(d).zip(ids).with_min_len(TASK.div_ceil(d)).for_each(|(to, &id)| {
-            let start = id as usize * row;
+            let start = id * row;
             widen_blocks(&blocks[start..start + row], to);
         });
         Ok(())

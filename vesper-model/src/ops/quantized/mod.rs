@@ -22,7 +22,7 @@ use flylora::FrozenLinear;
 
 use super::gemm::Precision;
 use super::matrix::{Matrix, Target, Threads, product};
-use super::{check_sizes, real};
+use super::{as_ids, check_float, check_sizes, real};
 
 /// Up to this many rows of x, the weight is multiplied as it is, and x is rounded to blocks of 8 bits; more rows are
 /// multiplied in f32 with a weight that is converted a few rows at a time.
@@ -34,7 +34,7 @@ const TILE: usize = 1 << 18;
 /// `y = x W^T` for a weight in GGUF blocks, which is not trained.
 ///
 /// ```text
-/// x: (.., in), any float dtype    W: (out, in), in blocks    y: (.., out), in the dtype of x
+/// x: (.., in), f32, f64, bf16 or f16    W: (out, in), in blocks    y: (.., out), in the dtype of x
 /// dx = dy W, computed in f32
 /// ```
 ///
@@ -45,7 +45,7 @@ const TILE: usize = 1 << 18;
 /// On other devices than the CPU it is candle's product, which rounds x to 8 bits for any number of rows.
 ///
 /// # Errors
-/// Shapes that do not fit, devices that are not the same.
+/// Shapes that do not fit, another dtype, devices that are not the same.
 ///
 /// # Examples
 /// ```
@@ -66,6 +66,7 @@ pub fn quantized_linear(x: &Tensor, weight: &Arc<QTensor>) -> Result<Tensor> {
     if x.rank() == 0 || x.dim(D::Minus1)? != input {
         bail!("quantized_linear: x {:?} does not end in the {input} columns of the weight", x.shape());
     }
+    check_float("quantized_linear", "x", x.dtype())?;
     let rows: &[usize] = &x.dims()[..x.rank() - 1];
     check_sizes("quantized_linear", &[x.dims(), weight.shape().dims(), &[rows, &[out]].concat()])?;
     if !(x.device().is_cpu() && weight.device().is_cpu()) {
@@ -89,21 +90,24 @@ fn elsewhere(x: &Tensor, weight: &Arc<QTensor>) -> Result<Tensor> {
 /// Rows of a table in GGUF blocks, in f32; without a gradient.
 ///
 /// ```text
-/// table: (vocab, d), in blocks    ids: any shape, u32    result: (ids.., d), f32
+/// table: (vocab, d), in blocks    ids: any shape, u32, u8 or i64    result: (ids.., d), f32
 /// ```
 ///
+/// An id in i64 that is negative or over `u32::MAX` counts as `u32::MAX`.
+///
 /// # Errors
-/// An id outside the table, ids that are not integers.
+/// An id outside the table, ids that are not u32, u8 or i64.
 pub fn quantized_embedding(table: &QTensor, ids: &Tensor) -> Result<Tensor> {
     let (vocab, d) = table.shape().dims2()?;
     let mut shape = ids.dims().to_vec();
     shape.push(d);
     check_sizes("quantized_embedding", &[ids.dims(), &shape])?;
+    let ids = as_ids("quantized_embedding", ids)?;
     if !(ids.device().is_cpu() && table.device().is_cpu()) {
-        return table.embedding(ids);
+        return table.embedding(&ids);
     }
-    let ids = ids.flatten_all()?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
-    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+    let ids = real::ids_of(&ids)?;
+    if let Some(id) = ids.iter().find(|&&id| id >= vocab) {
         bail!("token id {id} is outside an embedding of {vocab} rows");
     }
     let mut rows = vec![0.0; ids.len() * d];
@@ -161,10 +165,8 @@ impl CustomOp1 for QuantizedLinear {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (out, input) = self.0.shape().dims2()?;
         let m = rows_of(layout.shape());
-        let (CpuStorage::F32(values), Some((start, end))) = (x, layout.contiguous_offsets()) else {
-            bail!("quantized_linear: x is not contiguous f32");
-        };
-        let x = &values[start..end];
+        let CpuStorage::F32(values) = x else { bail!("quantized_linear: x is not f32") };
+        let x = real::range(values, layout)?;
         let mut y = vec![0.0; m * out];
         if m <= QUANTIZED_ROWS {
             blocks::multiply(&self.0, x, m, &mut y)?;
