@@ -332,7 +332,7 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         }
         let adapter = out.join(method.name()).join("adapter");
         say!(
-            "\nTalk with it: cargo run --release --example chat -- --model {} --adapter {}",
+            "\nChat with it: cargo run --release --example chat -- --model {} --adapter {}",
             source.display(),
             adapter.display()
         );

@@ -115,12 +115,6 @@ fn metacognition(flags: &Flags) -> Result<ExitCode> {
         bail!("{}: a file; name the folder of a run or of a model", file.display());
     }
     let folder = runs::model_folder(flags.model.as_deref())?;
-    if !folder.is_dir() {
-        bail!(
-            "{}: no such folder; train a model with `cargo run --release --example train`",
-            folder.display()
-        );
-    }
     let model = VesperLM::load(&folder, DType::F32, &device)?;
     let config = model.config().clone();
     if flags.context.max(flags.seq) + flags.answer > config.max_position_embeddings {

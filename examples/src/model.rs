@@ -66,10 +66,7 @@ pub fn open(named: Option<&Path>, device: &Device) -> Result<Opened> {
     }
     let folder = runs::model_folder(named)?;
     if !folder.is_dir() {
-        bail!(
-            "{}: no such folder; train a model with `cargo run --release --example train`",
-            folder.display()
-        );
+        bail!("{}: expected the folder of a run or of a model, or a GGUF file", folder.display());
     }
     let config = hf::read_config(&folder)?;
     let tokenizer = hf::read_tokenizer(&folder, &config)?;

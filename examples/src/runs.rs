@@ -83,6 +83,13 @@ pub fn model_folder(named: Option<&Path>) -> Result<PathBuf> {
         if !named.join("config.json").is_file() && Checkpoint::of(named).exists() {
             return Err(unfinished("the run", named));
         }
+        if !named.exists() {
+            let what = if named.extension().is_some_and(|of| of == "gguf") { "file" } else { "folder" };
+            bail!(
+                "{}: no such {what}; train a model with `cargo run --release --example train`",
+                named.display()
+            );
+        }
         return Ok(named.into());
     }
     let Some(run) = last() else {

@@ -63,7 +63,13 @@ fn a_copy_keeps_the_chat_template_and_a_file_becomes_a_folder() {
 fn what_cannot_be_exported_is_said_in_a_line() {
     let dir = finished();
     fails("export", dir, &["--model", "run"], &["--python"]);
-    fails("export", dir, &["--model", "nowhere", "--python"], &["nowhere", "config.json"]);
+    fails(
+        "export",
+        dir,
+        &["--model", "nowhere", "--python"],
+        &["nowhere: no such folder", "--example train"],
+    );
+    fails("export", dir, &["--model", "no.gguf", "--to", "x"], &["no.gguf: no such file"]);
     fails("export", dir, &["--model", "run", "--python", "--dtype", "bf16"], &["--to"]);
     fails("export", dir, &["--model", "run", "--to", "x", "--adapter", "run"], &["adapter_config.json"]);
     fails("export", dir, &["--model", "run", "--to", "x", "--dtype", "int8"], &["int8", "bf16"]);

@@ -6,6 +6,7 @@
 
 mod benchmark;
 mod chat;
+mod commands;
 mod data;
 mod export;
 mod finetune;

@@ -1,12 +1,13 @@
-//! The book and the READMEs against the code: links, commands, snippets and quoted numbers.
+//! The book and the READMEs against the code and the records: links, commands, snippets and quoted numbers.
 #![allow(clippy::unwrap_used, reason = "a test stops there")]
+
+mod measurements;
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
-use vesper_examples::metacognition::record::Record;
 use vesper_examples::settings::Flags;
 use vesper_model::VesperConfig;
 
@@ -192,61 +193,4 @@ fn snippets_of_the_book_stand_in_code_that_is_compiled() {
         }
     }
     assert!(count > 5, "{count}");
-}
-
-#[test]
-fn quoted_measurements_are_those_of_their_record() {
-    let mut count = 0;
-    for document in [root().join("README.md"), root().join("docs/src/results.md")] {
-        let text = read(&document);
-        let named = text.split(|c: char| c.is_whitespace() || "`()[],;".contains(c));
-        let named =
-            named.filter(|word| word.starts_with("benches/record/") && word.ends_with("-optimizer.json"));
-        for record in named.collect::<BTreeSet<_>>() {
-            let json: serde_json::Value = serde_json::from_str(&read(&root().join(record))).unwrap();
-            // The front page has the first rows and the last, the page of results all of them.
-            let front = [
-                "velvet",
-                "velvet, clip 1.0",
-                "velvet, unchecked",
-                "velvet, bf16 parameters",
-                "candle AdamW",
-            ];
-            let all = !document.ends_with("README.md");
-            for row in json["rows"].as_array().unwrap() {
-                if !all && !front.contains(&row["name"].as_str().unwrap()) {
-                    continue;
-                }
-                for key in ["milliseconds", "times_faster_than_candle_adamw"] {
-                    let value = row[key].as_f64().unwrap();
-                    let number = if value == 1.0 { "1".into() } else { format!("{value:.1}") };
-                    let message = format!("{}: {} {key} {number}", document.display(), row["name"]);
-                    assert!(text.contains(&number), "{message} of {record} is not quoted");
-                }
-                count += 1;
-            }
-        }
-    }
-    assert!(count > 0, "no record is quoted");
-}
-
-#[test]
-fn quoted_areas_of_metacognition_are_those_of_their_records() {
-    let text = read(&root().join("docs/src/metacognition.md"));
-    let mut count = 0;
-    for name in ["tinystories", "stories"] {
-        let file = format!("benches/record/amd-epyc-2-cores/2026-11-25-metacognition-{name}.json");
-        let record: Record = serde_json::from_str(&read(&root().join(file))).unwrap();
-        // The tables that the example prints have a leading zero, the book's have none.
-        let tables = record.tables().replace("0.", ".");
-        for row in tables.lines().filter(|line| line.contains("head: ") || line.starts_with("| entropy |")) {
-            let area = row.split('|').nth(2).and_then(|cell| cell.split_once(" ±"));
-            let Some(area) = area.map(|(mean, _)| mean.trim()).filter(|mean| mean.len() == 5) else {
-                continue;
-            };
-            assert!(text.contains(area), "{name}: {area} is not quoted, of {row}");
-            count += 1;
-        }
-    }
-    assert!(count >= 2 * (6 + 2), "{count}");
 }
