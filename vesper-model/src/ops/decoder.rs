@@ -5,7 +5,9 @@ use era_act::Activation;
 
 #[cfg(feature = "cuda")]
 use super::Backend;
-use super::{Heads, Path, Rope, gated_feed_forward, residual_rms_norm, rms_norm, self_attention};
+use super::{
+    Heads, Path, Rope, check_sizes, gated_feed_forward, residual_rms_norm, rms_norm, self_attention,
+};
 
 /// The parameters of a [`decoder_block`].
 #[derive(Debug, Clone)]
@@ -147,13 +149,16 @@ pub fn decoder_blocks(
     positions: Option<&Rope>,
     path: Path,
 ) -> Result<Tensor> {
-    let (_, _, d) = x.dims3()?;
+    let (b, t, d) = x.dims3()?;
     for (i, weights) in blocks.iter().enumerate() {
         for (name, weight) in [("out", &weights.out), ("down", &weights.down)] {
             if weight.dims2()?.0 != d {
                 bail!("decoder_block: {name} {:?} of block {i} for x {:?}", weight.shape(), x.shape());
             }
         }
+        // What the operations would say after the first of them have run.
+        let wide = [b, t, settings.heads.packed().max(weights.gate_up.dims2()?.0)];
+        check_sizes("decoder_block", &[x.dims(), &wide])?;
     }
     if blocks.is_empty() || (x.elem_count() == 0 && x.device().is_cuda()) {
         return Ok(x.clone()); // candle cannot add nothing to nothing there
@@ -191,7 +196,7 @@ fn on_cuda(
     positions: Option<&Rope>,
 ) -> Result<Option<Tensor>> {
     use super::cuda::{attention, decoder};
-    use super::{attention::CausalAttention, check_dtypes, check_sizes};
+    use super::{attention::CausalAttention, check_dtypes};
     let DecoderSettings { heads, activation, .. } = settings;
     let ((b, t, d), packed) = (x.dims3()?, heads.packed());
     activation.validate()?;
@@ -211,7 +216,6 @@ fn on_cuda(
         for weight in weights.all() {
             check_dtypes("decoder_block", x, &[("weight", weight)])?;
         }
-        check_sizes("decoder_block", &[x.dims(), &[b, t, packed], &[b, t, 2 * ffn]])?;
     }
     CausalAttention::new(heads, positions, t)?; // checks the positions
     decoder::decoder_blocks(x, blocks, settings, positions).map(Some)

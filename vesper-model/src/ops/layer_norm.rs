@@ -61,7 +61,7 @@ pub(super) fn check(name: &str, x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> R
         }
         check_dtypes(name, x, &[(what, tensor)])?;
     }
-    check_sizes(name, &[x.dims()])
+    check_sizes(name, &[x.dims(), w.dims()])
 }
 
 /// On the CPU; `normed` may hold the result already.

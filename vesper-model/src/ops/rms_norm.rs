@@ -58,7 +58,7 @@ pub(super) fn check(name: &str, x: &Tensor, w: &Tensor) -> Result<()> {
         bail!("{name}: a weight of shape {:?} for x of shape {:?}", w.shape(), x.shape());
     }
     check_dtypes(name, x, &[("weight", w)])?;
-    check_sizes(name, &[x.dims()])
+    check_sizes(name, &[x.dims(), w.dims()])
 }
 
 /// On the CPU; `normed` may hold the result already.

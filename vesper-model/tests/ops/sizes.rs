@@ -3,9 +3,9 @@
 use candle_core::{DType, Device, Tensor};
 use era_act::Activation;
 use vesper_model::ops::{
-    CrossEntropy, FrozenLinear, Heads, Path, Philox, causal_attention, dropout, embedding,
-    gated_feed_forward, layer_norm, linear, linear_cross_entropy, residual_layer_norm, residual_rms_norm,
-    rms_norm, self_attention,
+    CrossEntropy, DecoderSettings, DecoderWeights, FrozenLinear, Heads, Path, Philox, causal_attention,
+    decoder_block, dropout, embedding, gated_feed_forward, layer_norm, linear, linear_cross_entropy,
+    residual_layer_norm, residual_rms_norm, rms_norm, self_attention,
 };
 
 /// A tensor of any size that takes four bytes.
@@ -54,6 +54,39 @@ fn more_elements_than_u32_counts_are_refused() {
     for result in [layer.forward(&huge(&[N, 1])), scores] {
         let message = result.unwrap_err().to_string();
         assert!(message.contains("more than the 4294967295 elements"), "{message}");
+    }
+}
+
+#[test]
+fn a_block_is_refused_by_its_widest_part_before_the_others_run() {
+    let (n, heads) = (1 << 22, Heads { query: 1, kv: 1, dim: 2 });
+    let weights = DecoderWeights {
+        norm_attention: huge(&[1]),
+        qkv: huge(&[6, 1]),
+        out: huge(&[1, 2]),
+        norm_feed_forward: huge(&[1]),
+        gate_up: huge(&[2048, 1]),
+        down: huge(&[1, 1024]),
+    };
+    let settings = DecoderSettings { heads, activation: Activation::Silu, eps: 1e-5 };
+    for path in [Path::Fused, Path::Reference] {
+        let result = decoder_block(&huge(&[n, 1, 1]), &weights, settings, None, path);
+        let message = result.unwrap_err().to_string();
+        assert!(
+            message.starts_with("decoder_block: a tensor of shape [4194304, 1, 2048] has more"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn weights_over_nothing_are_not_too_large_either() {
+    let (x, w) = (huge(&[0, 1 << 33]), huge(&[1 << 33]));
+    for path in [Path::Fused, Path::Reference] {
+        for result in [rms_norm(&x, &w, 1e-5, path), layer_norm(&x, &w, Some(&w), 1e-5, path)] {
+            let message = result.unwrap_err().to_string();
+            assert!(message.contains("[8589934592] has more than the 4294967295 elements"), "{message}");
+        }
     }
 }
 
