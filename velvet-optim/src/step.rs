@@ -24,6 +24,25 @@ impl Velvet {
     /// A gradient that does not fit its parameter, a learning rate that is not finite, and what the configuration
     /// makes an error ([`MissingGradients`], [`NonFinite`]). Parameters and moments are then as they were. On a GPU
     /// [`NonFinite::Error`] is that of an earlier step, since when nothing was updated; this one was not taken.
+    ///
+    /// # Examples
+    /// ```
+    /// use candle_core::{Device, Tensor, Var};
+    /// use velvet_optim::{Error, Velvet, VelvetConfig};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let w = Var::new(&[1f32, 2.], &Device::Cpu)?;
+    /// let mut opt = Velvet::named(vec![("w".into(), w.clone())], VelvetConfig::default())?;
+    /// opt.try_step(&w.sqr()?.sum_all()?.backward()?)?;
+    /// let infinite = w.affine(f64::INFINITY, 0.)?.sum_all()?;
+    /// match opt.try_step(&infinite.backward()?) {
+    ///     Err(Error::NonFiniteGradients { names, .. }) => assert_eq!(names, ["w"]),
+    ///     other => panic!("{other:?}"),
+    /// }
+    /// assert_eq!(opt.stats()?.step, 1); // the second changed nothing
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn try_step(&mut self, grads: &GradStore) -> Result<()> {
         self.raise_failure(false)?;
         if !(self.config.lr.is_finite() && self.config.lr >= 0.0) {

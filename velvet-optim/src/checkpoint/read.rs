@@ -44,6 +44,24 @@ impl Velvet {
     /// # Errors
     /// The file cannot be read, is damaged or not of this format, or belongs to other parameters; the message names
     /// the file and the key. The optimizer is then as it was.
+    ///
+    /// # Examples
+    /// ```
+    /// use candle_core::{DType, Device, Var};
+    /// use velvet_optim::{Velvet, VelvetConfig};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let w = |size| Var::zeros(size, DType::F32, &Device::Cpu);
+    /// let file = tempfile::NamedTempFile::new()?;
+    /// Velvet::named(vec![("w".into(), w(4)?)], VelvetConfig::default())?.save(file.path())?;
+    ///
+    /// let mut same = Velvet::named(vec![("w".into(), w(4)?)], VelvetConfig::default())?;
+    /// same.load(file.path())?;
+    /// let mut other = Velvet::named(vec![("w".into(), w(5)?)], VelvetConfig::default())?;
+    /// assert!(other.load(file.path()).is_err()); // w has another shape
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;

@@ -222,6 +222,19 @@ impl TextTokenizer {
     /// The first error of the iterator, those of [`TrainConfig::validate`], or [`DataError::Tokenizer`] where there
     /// is no text, or where a Unigram vocabulary has no room for the text's characters.
     ///
+    /// # Examples
+    ///
+    /// ```
+    /// use vesper_data::TextTokenizer;
+    /// use vesper_data::tokenizer::TrainConfig;
+    ///
+    /// let text = "the cat and the dog and the bird. ".repeat(20);
+    /// let config = TrainConfig::default().with_vocab_size(270);
+    /// let tokenizer = TextTokenizer::train([Ok(&text)], &config, |_progress| {})?;
+    /// assert_eq!(tokenizer.decode(&tokenizer.encode(&text)?)?, text); // byte-level BPE loses nothing
+    /// # Ok::<(), vesper_data::DataError>(())
+    /// ```
+    ///
     /// # References
     ///
     /// BPE: Sennrich, Haddow, Birch 2016, <https://arxiv.org/abs/1508.07909>; byte-level: Radford et al. 2019 (GPT-2).

@@ -54,6 +54,15 @@ impl ChatTemplate {
     /// # Errors
     /// [`ModelError::ChatTemplate`] names the line of a mistake in the syntax. An unknown filter or function is found
     /// when it is used.
+    ///
+    /// # Examples
+    /// ```
+    /// use vesper_model::chat::ChatTemplate;
+    /// let template = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %}";
+    /// assert_eq!(ChatTemplate::new(template)?.text(), template);
+    /// assert!(ChatTemplate::new("{% for m in messages %}").is_err()); // the loop does not end
+    /// # Ok::<(), vesper_model::ModelError>(())
+    /// ```
     pub fn new(text: &str) -> Result<Self> {
         Self::parse(text, "chat template")
     }
@@ -75,6 +84,16 @@ impl ChatTemplate {
     /// # Errors
     /// [`ModelError::Io`] or [`ModelError::InvalidFile`] when a file cannot be read or has something else in that
     /// place; those of [`ChatTemplate::new`].
+    ///
+    /// # Examples
+    /// ```
+    /// use vesper_model::chat::ChatTemplate;
+    /// let dir = tempfile::tempdir()?;
+    /// assert!(ChatTemplate::read(dir.path())?.is_none());
+    /// std::fs::write(dir.path().join("chat_template.jinja"), "{{ messages[0].content }}")?;
+    /// assert!(ChatTemplate::read(dir.path())?.is_some());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn read(dir: impl AsRef<Path>) -> Result<Option<Self>> {
         Self::read_named(dir, source::DEFAULT)
     }

@@ -95,6 +95,30 @@ impl VesperLM {
     /// # Errors
     /// What is wrong with which file, an adapter of a module that is no projection here, and a parameter of the model
     /// itself beside them (PEFT's `modules_to_save`). The model is then as it was.
+    ///
+    /// # Examples
+    /// ```
+    /// use vesper_model::candle_core::{DType, Device};
+    /// use vesper_model::candle_nn::VarMap;
+    /// use vesper_model::flylora::{AdapterKind, LoraConfig, Targets};
+    /// use vesper_model::{VesperConfig, VesperLM};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let config = VesperConfig::preset("nano")?.with_vocab(64);
+    /// let base = VesperLM::initialize(&config, &VarMap::new(), 0, DType::F32, &Device::Cpu)?;
+    /// let mut model = base.clone();
+    /// model.attach(&AdapterKind::Lora(LoraConfig::default()), &Targets::names(["q_proj", "v_proj"]))?;
+    /// let dir = tempfile::tempdir()?;
+    /// model.save_adapters(dir.path())?;
+    ///
+    /// let mut model = base;
+    /// model.attach_from(dir.path())?;
+    /// assert_eq!(model.adapters().len(), 2 * config.num_hidden_layers);
+    /// let merged = model.merged()?.ok_or("LoRA can be merged")?;
+    /// assert!(merged.adapters().is_empty());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn attach_from(&mut self, dir: impl AsRef<Path>) -> Result<()> {
         let file = AdapterFile::read(dir)?;
         if let Some((name, _)) = file.saved_parameters().first() {

@@ -27,6 +27,14 @@ pub use typical::Typical;
 use super::GenerationConfig;
 
 /// The tokens so far.
+///
+/// # Examples
+/// ```
+/// use vesper_model::generate::History;
+/// let history = History::new(&[5, 6, 7], 2);
+/// assert_eq!((history.tokens(), history.generated()), (&[5, 6, 7][..], &[7][..]));
+/// assert_eq!((history.last(2), history.last(4)), (Some(&[6, 7][..]), None));
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub struct History<'a> {
     tokens: &'a [u32],

@@ -36,6 +36,18 @@ impl Gguf {
     /// # Errors
     /// [`ModelError::Io`] when the file cannot be read; [`ModelError::InvalidFile`] names the file, the key or tensor, what
     /// it is and what was expected.
+    ///
+    /// # Examples
+    /// ```
+    /// use vesper_model::ModelError;
+    /// use vesper_model::quantized::Gguf;
+    /// let file = tempfile::NamedTempFile::new()?;
+    /// std::fs::write(file.path(), b"GGUF")?; // cut short
+    /// assert!(matches!(Gguf::open(file.path()), Err(ModelError::InvalidFile { .. })));
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    ///
+    /// [`save`](super::save) has an example of a file that can be opened.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let header = Header::read(path.as_ref())?;
         let config = architecture::config(&header)?;
