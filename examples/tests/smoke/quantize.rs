@@ -26,12 +26,16 @@ fn a_run_is_quantised_measured_and_written() {
         let perplexity = |row: &serde_json::Value, key: &str| row["measured"][key].as_f64().unwrap();
         for key in ["perplexity", "perplexity_token_by_token"] {
             let change = perplexity(row, key) / perplexity(before, key) - 1.0;
-            assert!(change.abs() < 0.02, "{key} {change}");
+            let most = if row["name"] == "q8_0" { 0.01 } else { 0.02 };
+            assert!(change.abs() < most, "{key} {change} of {}", row["name"]);
         }
         assert!(row["measured"]["decode_tokens_per_second"].as_f64().unwrap() > 0.0);
         let file = dir.join(format!("run/model-{}.gguf", row["name"].as_str().unwrap()));
         let size = std::fs::metadata(&file).unwrap().len();
         assert!(size > bytes && size < bytes + (1 << 20), "{size} {bytes}");
+        let chat = ["--model", file.to_str().unwrap(), "--prompt", "the little", "--max-tokens", "20"];
+        let text = succeeds("chat", dir, &chat);
+        assert!(text.starts_with("the little") && text.len() > "the little\n".len(), "{text}");
     }
 
     std::fs::write(dir.join("run/model/chat_template.jinja"), "{{ messages }}").unwrap();
