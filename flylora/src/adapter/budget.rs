@@ -23,6 +23,10 @@ use crate::{Error, Result};
 /// assert!(config.validate().is_ok());
 /// assert!(config.with_bounds(9, 12).validate().is_err()); // the least is over the average
 /// ```
+///
+/// # References
+///
+/// Zhang et al. 2023 (AdaLoRA), [arXiv:2303.10512](https://arxiv.org/abs/2303.10512).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RankBudgetConfig {

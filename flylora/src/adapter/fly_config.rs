@@ -25,6 +25,10 @@ pub enum Routing {
 /// assert!(config.validate().is_ok());
 /// assert!(config.with_ranks(16, 17).validate().is_err()); // a row cannot make use of 17 ranks of 16
 /// ```
+///
+/// # References
+///
+/// FlyLoRA, [arXiv:2510.08396](https://arxiv.org/abs/2510.08396).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FlyLoraConfig {

@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 ///
 /// Off by default: in the book's study it never bound at a tuned learning rate, and softened rates that were 4 and 8 times
 /// too high for AdamW.
+///
+/// # References
+/// Loizou, Vaswani, Laradji, Lacoste-Julien 2021, [arXiv:2002.10542](https://arxiv.org/abs/2002.10542): the step size that this caps at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]

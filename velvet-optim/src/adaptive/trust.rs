@@ -18,6 +18,10 @@ use serde::{Deserialize, Serialize};
 /// let config = VelvetConfig::language_model(8192).with_trust_region(own);
 /// assert!(config.validate().is_ok());
 /// ```
+///
+/// # References
+/// You et al. 2019 (LAMB), [arXiv:1904.00962](https://arxiv.org/abs/1904.00962) makes the size of every update follow that of the weights;
+/// here it is only held below a share of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
