@@ -301,7 +301,9 @@ impl Frozen {
         blocks: impl FnOnce(&QTensor, &S, &Layout) -> Result<(S, Shape)>,
     ) -> Result<(S, Shape)> {
         let (m, n, k) = (rows(layout.shape()), self.0.out_features(), self.0.in_features());
-        let x_layout = Layout::contiguous_with_offset((m, k), layout.start_offset());
+        // A part of nothing may begin behind its end.
+        let start = if m == 0 { 0 } else { layout.start_offset() };
+        let x_layout = Layout::contiguous_with_offset((m, k), start);
         let y = match &self.0.weight {
             Weight::Dense(weight) => {
                 let (weight, weight_layout) = weight.storage_and_layout();

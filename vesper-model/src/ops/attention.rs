@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::gemm::Precision;
 use super::matrix::{Matrix, Target, Threads, product};
 use super::real::{self, Real};
-use super::{Backend, Path, Rope, attention_composed, check_float, check_sizes, notice};
+use super::{Backend, Path, Rope, attention_composed, check_float, check_sizes, notice, sizes};
 
 /// Query rows handled at once: the scores in memory are `BLOCK x t` a thread, never `t x t`.
 pub(super) const BLOCK: usize = 64;
@@ -64,7 +64,7 @@ impl Heads {
 /// Vaswani et al., arXiv 1706.03762; Ainslie et al. (grouped queries), arXiv 2305.13245; Dao et al. (blocked softmax
 /// and recomputation), arXiv 2205.14135.
 pub fn causal_attention(qkv: &Tensor, heads: Heads, positions: Option<&Rope>, path: Path) -> Result<Tensor> {
-    let (_, t, width) = qkv.dims3()?;
+    let [_, t, width] = sizes("causal_attention", "qkv", qkv)?;
     if width != heads.packed() {
         bail!("causal_attention: qkv of shape {:?} does not fit {heads:?}", qkv.shape());
     }

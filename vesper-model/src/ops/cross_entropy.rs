@@ -10,7 +10,7 @@ use super::gemm::Precision;
 use super::linear::plain;
 use super::matrix::{Matrix, Target, Threads, Values, new, product};
 use super::real::{self, Operand, Real};
-use super::{Backend, Path, as_ids, check_dtypes, check_sizes, checkpoint};
+use super::{Backend, Path, as_ids, check_dtypes, check_sizes, checkpoint, sizes};
 
 /// At most this many logits are in memory at once (32 MiB in f32), but at least 64 rows. Fewer would save memory, but
 /// each block of rows reads the weight twice and its gradient once.
@@ -139,7 +139,9 @@ pub fn linear_cross_entropy(
     settings: CrossEntropy,
     path: Path,
 ) -> Result<LossAndEntropy> {
-    let ((n, d), (_, width), rows) = (hidden.dims2()?, weight.dims2()?, targets.dims1()?);
+    let [n, d] = sizes("linear_cross_entropy", "hidden", hidden)?;
+    let [_, width] = sizes("linear_cross_entropy", "weight", weight)?;
+    let [rows] = sizes("linear_cross_entropy", "targets", targets)?;
     if d != width || n != rows {
         bail!(
             "linear_cross_entropy: hidden {:?}, weight {:?} and targets {:?} do not fit together",

@@ -6,7 +6,7 @@ use era_act::Activation;
 #[cfg(feature = "cuda")]
 use super::Backend;
 use super::{
-    Heads, Path, Rope, check_sizes, gated_feed_forward, residual_rms_norm, rms_norm, self_attention,
+    Heads, Path, Rope, check_sizes, gated_feed_forward, residual_rms_norm, rms_norm, self_attention, sizes,
 };
 
 /// The parameters of a [`decoder_block`].
@@ -149,15 +149,16 @@ pub fn decoder_blocks(
     positions: Option<&Rope>,
     path: Path,
 ) -> Result<Tensor> {
-    let (b, t, d) = x.dims3()?;
+    let [b, t, d] = sizes("decoder_block", "x", x)?;
     for (i, weights) in blocks.iter().enumerate() {
         for (name, weight) in [("out", &weights.out), ("down", &weights.down)] {
-            if weight.dims2()?.0 != d {
+            if weight.dims().first() != Some(&d) || weight.rank() != 2 {
                 bail!("decoder_block: {name} {:?} of block {i} for x {:?}", weight.shape(), x.shape());
             }
         }
         // What the operations would say after the first of them have run.
-        let wide = [b, t, settings.heads.packed().max(weights.gate_up.dims2()?.0)];
+        let [packed, _] = sizes("decoder_block", "gate_up", &weights.gate_up)?;
+        let wide = [b, t, settings.heads.packed().max(packed)];
         check_sizes("decoder_block", &[x.dims(), &wide])?;
     }
     if blocks.is_empty() || (x.elem_count() == 0 && x.device().is_cuda()) {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::backward::deliver;
 use super::real::{self, Real};
-use super::{Backend, Path, as_ids, check_float, check_sizes};
+use super::{Backend, Path, as_ids, check_float, check_sizes, sizes};
 
 /// Rows of a table.
 ///
@@ -62,7 +62,7 @@ pub fn embedding(table: &Tensor, ids: &Tensor, path: Path) -> Result<Tensor> {
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn embedding_in(table: &Tensor, ids: &Tensor, dtype: DType, path: Path) -> Result<Tensor> {
-    let (_, d) = table.dims2()?;
+    let [_, d] = sizes("embedding", "the table", table)?;
     check_float("embedding", "the table", table.dtype())?;
     check_float("embedding", "rows", dtype)?;
     let mut shape = ids.dims().to_vec();

@@ -2,14 +2,14 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 use era_act::Activation;
 
 use super::backward::deliver;
 use super::gemm::Precision;
 use super::matrix::{Values, times, times_transposed, transposed_times};
 use super::real::{self, Operand, Real};
-use super::{Backend, Path, check_dtypes, check_sizes, linear};
+use super::{Backend, Path, check_dtypes, check_sizes, linear, sizes, width};
 
 /// Gated feed-forward.
 ///
@@ -48,8 +48,9 @@ pub fn gated_feed_forward(
     activation: Activation,
     path: Path,
 ) -> Result<Tensor> {
-    let ((packed, d), (out, ffn)) = (gate_up.dims2()?, down.dims2()?);
-    if packed != 2 * ffn || x.dim(D::Minus1)? != d {
+    let [packed, d] = sizes("gated_feed_forward", "gate_up", gate_up)?;
+    let [out, ffn] = sizes("gated_feed_forward", "down", down)?;
+    if packed != 2 * ffn || width("gated_feed_forward", "x", x)? != d {
         bail!(
             "gated_feed_forward: x {:?}, gate_up {:?} and down {:?} do not fit together",
             x.shape(),

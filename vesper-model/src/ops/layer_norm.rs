@@ -56,7 +56,7 @@ pub fn layer_norm(x: &Tensor, w: &Tensor, b: Option<&Tensor>, eps: f64, path: Pa
 
 pub(super) fn check(name: &str, x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<()> {
     for (what, tensor) in std::iter::once(("weight", w)).chain(b.map(|b| ("bias", b))) {
-        if tensor.rank() != 1 || tensor.dim(0)? != x.dim(D::Minus1)? {
+        if x.rank() == 0 || tensor.dims() != &x.dims()[x.rank() - 1..] {
             bail!("{name}: a {what} of shape {:?} for x of shape {:?}", tensor.shape(), x.shape());
         }
         check_dtypes(name, x, &[(what, tensor)])?;
@@ -94,21 +94,23 @@ pub(super) fn reference(x: &Tensor, w: &Tensor, b: Option<&Tensor>, eps: f64) ->
     y.to_dtype(dtype)
 }
 
-/// Mean and 1 / sqrt(variance + eps) of a row.
+/// Mean and 1 / sqrt(variance + eps) of a row. The mean is a sum of two numbers, to be subtracted one after the other: one
+/// alone is rounded to the size of the values, which may be much more than the distances between them.
 #[inline(always)]
-fn statistics<T: Real>(x: &[T], eps: T) -> (T, T) {
+fn statistics<T: Real>(x: &[T], eps: T) -> ([T; 2], T) {
     let n = T::of(x.len() as f64);
     let mean = real::sum(x) / n;
-    let variance = real::fold(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / n;
-    (mean, T::ONE / (variance + eps).sqrt())
+    let rest = real::fold(x.len(), |i| x[i] - mean) / n;
+    let variance = real::fold(x.len(), |i| (x[i] - mean - rest) * (x[i] - mean - rest)) / n;
+    ([mean, rest], T::ONE / (variance + eps).sqrt())
 }
 
 /// One row.
 #[inline(always)]
 pub(super) fn row<T: Real>(x: &[T], w: &[T], b: &[T], y: &mut [T], eps: T) {
-    let (mean, r) = statistics(x, eps);
+    let ([mean, rest], r) = statistics(x, eps);
     for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(w).zip(b) {
-        *y = (x - mean) * r * w + b;
+        *y = (x - mean - rest) * r * w + b;
     }
 }
 
@@ -158,11 +160,11 @@ impl LayerNorm {
                     || {
                         let rows = dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d));
                         for ((dx, x), dy) in rows {
-                            let (mean, r) = statistics(x, eps);
+                            let ([mean, rest], r) = statistics(x, eps);
                             let g = real::fold(d, |i| w[i] * dy[i]) / n;
-                            let gn = real::fold(d, |i| w[i] * dy[i] * (x[i] - mean)) * r / n;
+                            let gn = real::fold(d, |i| w[i] * dy[i] * (x[i] - mean - rest)) * r / n;
                             for i in 0..d {
-                                let normed = (x[i] - mean) * r;
+                                let normed = (x[i] - mean - rest) * r;
                                 dx[i] = r * (w[i] * dy[i] - g - normed * gn);
                                 dw[i] += normed * dy[i];
                                 db[i] += dy[i];

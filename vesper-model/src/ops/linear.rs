@@ -2,14 +2,14 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp2, D, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp2, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor, bail,
 };
 
 use super::backward::deliver;
 use super::gemm::Precision;
 use super::matrix::{Matrix, new};
 use super::real::{self, Real};
-use super::{Backend, Path, check_dtypes, check_sizes};
+use super::{Backend, Path, check_dtypes, check_sizes, sizes, width};
 
 /// `y = x W^T`.
 ///
@@ -42,14 +42,9 @@ use super::{Backend, Path, check_dtypes, check_sizes};
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn linear(x: &Tensor, w: &Tensor, path: Path) -> Result<Tensor> {
-    let (out, input) = w.dims2()?;
-    let width = x.dim(D::Minus1)?;
-    if width != input {
-        candle_core::bail!(
-            "linear: x {:?} does not end in the {input} columns of w {:?}",
-            x.shape(),
-            w.shape()
-        );
+    let [out, input] = sizes("linear", "w", w)?;
+    if width("linear", "x", x)? != input {
+        bail!("linear: x {:?} does not end in the {input} columns of w {:?}", x.shape(), w.shape());
     }
     check_dtypes("linear", x, &[("weight", w)])?;
     let rows: &[usize] = &x.dims()[..x.rank() - 1];

@@ -143,6 +143,22 @@ impl Path {
     }
 }
 
+/// The sizes of a tensor of rank `N`.
+fn sizes<const N: usize>(operation: &str, name: &str, x: &Tensor) -> Result<[usize; N]> {
+    match x.dims().try_into() {
+        Ok(sizes) => Ok(sizes),
+        Err(_) => bail!("{operation}: {name} of shape {:?}, expected rank {N}", x.shape()),
+    }
+}
+
+/// The last dimension.
+fn width(operation: &str, name: &str, x: &Tensor) -> Result<usize> {
+    match x.dims().last() {
+        Some(width) => Ok(*width),
+        None => bail!("{operation}: {name} is a scalar, expected rank 1 or more"),
+    }
+}
+
 /// Refuses what the operations do not compute in.
 fn check_float(operation: &str, name: &str, dtype: DType) -> Result<()> {
     if !matches!(dtype, DType::F32 | DType::F64 | DType::BF16 | DType::F16) {

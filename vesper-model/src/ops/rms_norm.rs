@@ -54,7 +54,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64, path: Path) -> Result<Tensor> 
 }
 
 pub(super) fn check(name: &str, x: &Tensor, w: &Tensor) -> Result<()> {
-    if w.rank() != 1 || w.dim(0)? != x.dim(D::Minus1)? {
+    if x.rank() == 0 || w.dims() != &x.dims()[x.rank() - 1..] {
         bail!("{name}: a weight of shape {:?} for x of shape {:?}", w.shape(), x.shape());
     }
     check_dtypes(name, x, &[("weight", w)])?;

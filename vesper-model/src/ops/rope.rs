@@ -132,7 +132,9 @@ impl Rope {
 /// # Errors
 /// Positions past the table, another head size, another dtype, or too many elements.
 pub fn rope(x: &Tensor, rope: &Rope, offset: usize) -> Result<Tensor> {
-    let (t, d) = (x.dim(D::Minus2)?, x.dim(D::Minus1)?);
+    let &[.., t, d] = x.dims() else {
+        bail!("rope: x of shape {:?}, expected rank 2 or more", x.shape());
+    };
     if d != rope.head_dim || offset.checked_add(t).is_none_or(|end| end > rope.positions) {
         bail!(
             "rope: {t} positions from {offset} of head size {d}, but the table has {} of head size {}",

@@ -9,7 +9,7 @@ use super::backward::deliver;
 use super::gemm::Precision;
 use super::matrix::{times, times_transposed, transposed_times};
 use super::real::{self, Operand, Real};
-use super::{Backend, Heads, Path, Rope, causal_attention, check_dtypes, check_sizes, linear};
+use super::{Backend, Heads, Path, Rope, causal_attention, check_dtypes, check_sizes, linear, sizes};
 
 /// Causal self-attention with its two projections.
 ///
@@ -48,7 +48,9 @@ pub fn self_attention(
     positions: Option<&Rope>,
     path: Path,
 ) -> Result<Tensor> {
-    let ((b, t, d), (packed, input), (columns, width)) = (x.dims3()?, qkv.dims2()?, out.dims2()?);
+    let [b, t, d] = sizes("self_attention", "x", x)?;
+    let [packed, input] = sizes("self_attention", "qkv", qkv)?;
+    let [columns, width] = sizes("self_attention", "out", out)?;
     if input != d || packed != heads.packed() || width != heads.query * heads.dim {
         bail!(
             "self_attention: x {:?}, qkv {:?} and out {:?} do not fit {heads:?}",

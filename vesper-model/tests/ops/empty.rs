@@ -3,8 +3,9 @@
 use candle_core::{DType, Device, Tensor, Var};
 use era_act::Activation;
 use vesper_model::ops::{
-    CrossEntropy, Heads, Path, Philox, causal_attention, dropout, embedding, gated_feed_forward, layer_norm,
-    linear, linear_cross_entropy, residual_layer_norm, residual_rms_norm, rms_norm, self_attention,
+    CrossEntropy, FrozenLinear, Heads, Path, Philox, causal_attention, dropout, embedding,
+    gated_feed_forward, layer_norm, linear, linear_cross_entropy, residual_layer_norm, residual_rms_norm,
+    rms_norm, self_attention,
 };
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
@@ -39,6 +40,7 @@ fn a_part_of_nothing_is_nothing() {
             (residual_layer_norm(&x, &x, &w, Some(&w), 1e-5, path).map(|(_, y)| y), 6),
             (dropout(&x, 0.5, Philox::default(), path), 6),
             (linear(&x, &square, path), 6),
+            (FrozenLinear::new(square.clone(), Some(w.clone())).unwrap().forward(&x), 6),
             (gated_feed_forward(&x, &ones(&[8, 6], dtype), &ones(&[5, 4], dtype), Activation::Silu, path), 5),
             (
                 self_attention(

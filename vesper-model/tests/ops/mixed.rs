@@ -125,3 +125,40 @@ fn what_is_no_floating_point_is_refused_by_name() {
         }
     }
 }
+
+#[test]
+fn ranks_that_do_not_fit_are_refused_by_name() {
+    let ones = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
+    let (scalar, vector, matrix) = (ones(&[]), ones(&[4]), ones(&[2, 4]));
+    let heads = Heads { query: 1, kv: 1, dim: 2 };
+    let ids = Tensor::zeros(2, DType::U32, &Device::Cpu).unwrap();
+    let table = Rope::new(4, 8, 1e4, &Device::Cpu).unwrap();
+    let plain = CrossEntropy::default();
+    for path in [Path::Fused, Path::Reference] {
+        for (name, result) in [
+            ("rms_norm: a weight of shape [4] for x of shape []", rms_norm(&scalar, &vector, 1e-5, path)),
+            ("layer_norm: a weight of shape [4] for", layer_norm(&scalar, &vector, None, 1e-5, path)),
+            ("linear: x is a scalar", linear(&scalar, &matrix, path)),
+            ("linear: w of shape [4], expected rank 2", linear(&matrix, &vector, path)),
+            (
+                "causal_attention: qkv of shape [2, 4], expected rank 3",
+                causal_attention(&matrix, heads, None, path),
+            ),
+            ("self_attention: x of shape", self_attention(&matrix, &matrix, &matrix, heads, None, path)),
+            (
+                "gated_feed_forward: down of shape [4]",
+                gated_feed_forward(&matrix, &matrix, &vector, Activation::Silu, path),
+            ),
+            (
+                "linear_cross_entropy: targets of shape [1, 2], expected rank 1",
+                linear_cross_entropy(&matrix, &matrix, &ids.unsqueeze(0).unwrap(), plain, path)
+                    .map(|out| out.loss),
+            ),
+            ("embedding: the table of shape [4]", embedding(&vector, &ids, path)),
+            ("rope: x of shape [4], expected rank 2", rope(&vector, &table, 0)),
+        ] {
+            let message = result.unwrap_err().to_string();
+            assert!(message.starts_with(name), "{path:?}: {message} for {name}");
+        }
+    }
+}
