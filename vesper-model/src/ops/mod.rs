@@ -1,7 +1,8 @@
 //! Differentiable operations that a transformer trains with, for any candle model.
 //!
 //! Several of candle's fused operations cut the gradient without a word (`softmax_last_dim`, `rms_norm`, `layer_norm`,
-//! `rope`, ...). Every operation here has an exact backward. Each has two paths:
+//! `rope`, ...). Every operation here has an exact backward (but [`quantized_embedding`], a look-up in a table that is not
+//! trained). Those that take a [`Path`] have two:
 //!
 //! - **fused**: one pass, parallel and vectorised, with a hand-written backward, on the CPU and, with the feature
 //!   `cuda`, on CUDA;
@@ -18,6 +19,7 @@
 //! |---|---|---|
 //! | [`linear`] | `x.matmul(&w.t()?)` | its inputs |
 //! | [`quantized_linear`] | `candle_core::quantized::QMatMul`, which has no backward | nothing: the weight is part of it |
+//! | [`quantized_embedding`] | `QTensor::dequantize` and a look-up | nothing: it has no gradient |
 //! | [`FrozenLinear`] | a linear layer that is not trained | nothing: the weight is part of the layer |
 //! | [`rms_norm`] | `candle_nn::ops::rms_norm` | its inputs |
 //! | [`layer_norm`] | `candle_nn::ops::layer_norm` | its inputs |
