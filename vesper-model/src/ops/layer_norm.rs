@@ -85,6 +85,8 @@ pub(super) fn reference(x: &Tensor, w: &Tensor, b: Option<&Tensor>, eps: f64) ->
     let (x, w) = (x.to_dtype(compute)?, w.to_dtype(compute)?);
     let d = x.dim(D::Minus1)?.max(1) as f64;
     let centred = x.broadcast_sub(&(x.sum_keepdim(D::Minus1)? / d)?)?;
+    // The mean is rounded to the size of the values: what is left of it, see `statistics`.
+    let centred = centred.broadcast_sub(&(centred.sum_keepdim(D::Minus1)? / d)?)?;
     let variance = (centred.sqr()?.sum_keepdim(D::Minus1)? / d)?;
     let y = centred.broadcast_div(&(variance + eps)?.sqrt()?)?.broadcast_mul(&w)?;
     let y = match b {
