@@ -119,18 +119,6 @@ fn copy(device: &Device, runs: usize, bytes: usize) -> Result<f64> {
     Ok(rate(device, runs, 2 * bytes, || Ok(from.copy().map(drop)?))?.tokens_per_s)
 }
 
-/// The first of the largest.
-fn argmax(logits: &[f32]) -> u32 {
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    for chunk in logits.chunks(16) {
-        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
-            *lane = if logit > *lane { logit } else { *lane };
-        }
-    }
-    let most = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    logits.iter().position(|&logit| logit == most).unwrap_or(0) as u32
-}
-
 /// The rate, and whether single tokens took a fused step.
 fn decode(model: &VesperLM, batch: usize, step: DecodeStep, sizes: Sizes) -> Result<(Rate, bool)> {
     let capacity = (sizes.prompt + sizes.tokens).next_multiple_of(256);
@@ -150,12 +138,7 @@ fn decode(model: &VesperLM, batch: usize, step: DecodeStep, sizes: Sizes) -> Res
     session.append(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
     let rate = rate(device, sizes.runs, batch * sizes.tokens, || {
         (0..batch).for_each(|row| session.truncate(row, sizes.prompt));
-        let mut tokens = vec![[1u32]; batch];
-        for _ in 0..sizes.tokens {
-            let logits = session.append(&tokens.iter().map(<[u32; 1]>::as_slice).collect::<Vec<_>>())?;
-            tokens = logits.iter().map(|logits| [argmax(logits)]).collect();
-        }
-        Ok(())
+        session.greedy(&vec![&[1][..]; batch], sizes.tokens).map(drop)
     })?;
     Ok((rate, session.is_fused()))
 }

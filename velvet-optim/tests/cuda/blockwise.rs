@@ -77,7 +77,8 @@ fn copies(vars: &Named, device: &Device) -> Named {
 
 #[test]
 fn twenty_steps_saved_and_twenty_more_have_the_bits_of_the_cpus_forty() {
-    let Some(device) = gpu("twenty_steps_saved_and_twenty_more_have_the_bits_of_the_cpus_forty") else {
+    let Some((_lock, device)) = gpu("twenty_steps_saved_and_twenty_more_have_the_bits_of_the_cpus_forty")
+    else {
         return;
     };
     let mut failures = Vec::new();
@@ -133,7 +134,9 @@ fn twenty_steps_saved_and_twenty_more_have_the_bits_of_the_cpus_forty() {
 
 #[test]
 fn eight_bit_updates_have_the_bits_of_the_cpus_under_every_option() {
-    let Some(device) = gpu("eight_bit_updates_have_the_bits_of_the_cpus_under_every_option") else { return };
+    let Some((_lock, device)) = gpu("eight_bit_updates_have_the_bits_of_the_cpus_under_every_option") else {
+        return;
+    };
     let mut failures = Vec::new();
     for (name, config) in configs() {
         for (dtype, grads) in TYPES {
@@ -152,7 +155,7 @@ fn eight_bit_updates_have_the_bits_of_the_cpus_under_every_option() {
 /// Steps with gradients of sizes from subnormal to huge, zeros, and blocks that are all zero.
 #[test]
 fn gradients_of_any_size_give_the_codes_of_the_cpus() {
-    let Some(device) = gpu("gradients_of_any_size_give_the_codes_of_the_cpus") else { return };
+    let Some((_lock, device)) = gpu("gradients_of_any_size_give_the_codes_of_the_cpus") else { return };
     let len = 6 * CHUNK + 77;
     let mut failures = Vec::new();
     for (name, rule) in [("adamw", Rule::AdamW), ("sgd", Rule::Sgd(Sgd::default()))] {
@@ -195,7 +198,7 @@ fn gradients_of_any_size_give_the_codes_of_the_cpus() {
 
 #[test]
 fn nan_shows_in_its_block_and_no_other() {
-    let Some(device) = gpu("nan_shows_in_its_block_and_no_other") else { return };
+    let Some((_lock, device)) = gpu("nan_shows_in_its_block_and_no_other") else { return };
     let len = 2 * CHUNK + 300;
     let run = |device: &Device, bad: f32| {
         let vars = named(&[&[len]], DType::F32, device);
@@ -227,7 +230,9 @@ fn nan_shows_in_its_block_and_no_other() {
 
 #[test]
 fn masks_groups_missing_and_skipped_gradients_are_as_on_the_cpu() {
-    let Some(device) = gpu("masks_groups_missing_and_skipped_gradients_are_as_on_the_cpu") else { return };
+    let Some((_lock, device)) = gpu("masks_groups_missing_and_skipped_gradients_are_as_on_the_cpu") else {
+        return;
+    };
     let run = |device: &Device| {
         let shapes: [&[usize]; 5] = [&[100, 50], &[70, 80], &[5000], &[40], &[90, 60]];
         let vars = named(&shapes, DType::F32, device);
@@ -273,7 +278,9 @@ fn config_of(opt: &Velvet) -> VelvetConfig {
 
 #[test]
 fn gradients_that_are_views_are_read_as_their_elements_into_blocks() {
-    let Some(device) = gpu("gradients_that_are_views_are_read_as_their_elements_into_blocks") else { return };
+    let Some((_lock, device)) = gpu("gradients_that_are_views_are_read_as_their_elements_into_blocks") else {
+        return;
+    };
     let run = |device: &Device| {
         let base = on(&tensor(5, &[60, 400], DType::F32), device);
         let views = [
@@ -296,7 +303,9 @@ fn gradients_that_are_views_are_read_as_their_elements_into_blocks() {
 
 #[test]
 fn without_kernels_for_all_the_state_on_the_device_is_whole() {
-    let Some(device) = gpu("without_kernels_for_all_the_state_on_the_device_is_whole") else { return };
+    let Some((_lock, device)) = gpu("without_kernels_for_all_the_state_on_the_device_is_whole") else {
+        return;
+    };
     // An f64 parameter among them: all are updated by candle operations, which read no codes.
     let new = |device: &Device| {
         let mut vars = named(&[&[5000], &[6000]], DType::F32, device);
@@ -318,7 +327,7 @@ fn without_kernels_for_all_the_state_on_the_device_is_whole() {
 
 #[test]
 fn eight_bit_state_is_read_and_written_in_other_formats() {
-    let Some(device) = gpu("eight_bit_state_is_read_and_written_in_other_formats") else { return };
+    let Some((_lock, device)) = gpu("eight_bit_state_is_read_and_written_in_other_formats") else { return };
     let shapes: [&[usize]; 2] = [&[70, 80], &[40]];
     let vars = named(&shapes, DType::F32, &device);
     let (mut blocks, mut whole) = (

@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn updates_over_elements_have_the_bits_of_the_cpus() {
-    let Some(device) = gpu("updates_over_elements_have_the_bits_of_the_cpus") else { return };
+    let Some((_lock, device)) = gpu("updates_over_elements_have_the_bits_of_the_cpus") else { return };
     let shapes: [&[usize]; 10] =
         [&[0], &[1], &[7], &[1023], &[2, CHUNK], &[CHUNK + 3], &[3, 5, 7], &[2, 0, 4], &[], &[129, 257]];
     let types = [
@@ -34,7 +34,7 @@ fn updates_over_elements_have_the_bits_of_the_cpus() {
 
 #[test]
 fn rates_that_follow_measured_updates_are_near_the_cpus() {
-    let Some(device) = gpu("rates_that_follow_measured_updates_are_near_the_cpus") else { return };
+    let Some((_lock, device)) = gpu("rates_that_follow_measured_updates_are_near_the_cpus") else { return };
     let shapes: [&[usize]; 8] =
         [&[0], &[1], &[1023], &[2, CHUNK], &[CHUNK + 3], &[3, 5, 7], &[], &[129, 257]];
     let types = [(DType::F32, DType::F32), (DType::BF16, DType::BF16), (DType::F16, DType::F32)];
@@ -58,7 +58,9 @@ fn rates_that_follow_measured_updates_are_near_the_cpus() {
 
 #[test]
 fn a_step_without_a_gradient_does_not_lift_the_trust_region() {
-    let Some(device) = gpu("a_step_without_a_gradient_does_not_lift_the_trust_region") else { return };
+    let Some((_lock, device)) = gpu("a_step_without_a_gradient_does_not_lift_the_trust_region") else {
+        return;
+    };
     let config = VelvetConfig::language_model(8192).with_lr(8e-3);
     let config = VelvetConfig { hidden_matrices: None, ..config };
     let run = |device: &Device| {
@@ -85,7 +87,7 @@ fn a_step_without_a_gradient_does_not_lift_the_trust_region() {
 
 #[test]
 fn rows_without_a_gradient_keep_weights_and_moments() {
-    let Some(device) = gpu("rows_without_a_gradient_keep_weights_and_moments") else { return };
+    let Some((_lock, device)) = gpu("rows_without_a_gradient_keep_weights_and_moments") else { return };
     let kinds = [(DType::F32, 64), (DType::F32, 37), (DType::BF16, 64), (DType::BF16, 36)];
     let cautious = [CautiousUpdate::Off, CautiousUpdate::Aligned];
     for ((dtype, width), cautious_update) in kinds.into_iter().flat_map(|kind| cautious.map(|c| (kind, c))) {
@@ -118,7 +120,7 @@ fn rows_without_a_gradient_keep_weights_and_moments() {
 
 #[test]
 fn many_tiny_parameters_are_all_updated() {
-    let Some(device) = gpu("many_tiny_parameters_are_all_updated") else { return };
+    let Some((_lock, device)) = gpu("many_tiny_parameters_are_all_updated") else { return };
     let shapes: Vec<Vec<usize>> =
         (0..if brief() { 300 } else { 2000 }).map(|i| vec![i % 13 + 1, i % 3 + 1]).collect();
     let shapes: Vec<&[usize]> = shapes.iter().map(Vec::as_slice).collect();
@@ -130,7 +132,7 @@ fn many_tiny_parameters_are_all_updated() {
 
 #[test]
 fn gradients_that_are_views_are_read_as_their_elements() {
-    let Some(device) = gpu("gradients_that_are_views_are_read_as_their_elements") else { return };
+    let Some((_lock, device)) = gpu("gradients_that_are_views_are_read_as_their_elements") else { return };
     let run = |device: &Device| {
         let base = on(&tensor(5, &[6, 40], DType::F32), device);
         let views = [
@@ -154,7 +156,7 @@ fn gradients_that_are_views_are_read_as_their_elements() {
 
 #[test]
 fn a_gradient_that_shares_a_parameters_storage_is_read_before_it_is_written() {
-    let Some(device) = gpu("a_gradient_that_shares_a_parameters_storage") else { return };
+    let Some((_lock, device)) = gpu("a_gradient_that_shares_a_parameters_storage") else { return };
     let run = |device: &Device| {
         let vars = named(&[&[33], &[33]], DType::F32, device);
         let mut opt = Velvet::named(vars.clone(), config()).unwrap();
@@ -167,7 +169,7 @@ fn a_gradient_that_shares_a_parameters_storage_is_read_before_it_is_written() {
 
 #[test]
 fn masked_elements_stay_zero() {
-    let Some(device) = gpu("masked_elements_stay_zero") else { return };
+    let Some((_lock, device)) = gpu("masked_elements_stay_zero") else { return };
     let rules = [Rule::AdamW, Rule::Orthogonal(Orthogonal::default())];
     for (rule, dtype) in rules.into_iter().flat_map(|rule| [DType::F32, DType::BF16].map(|d| (rule, d))) {
         let vars = named(&[&[16, 24]], dtype, &device);
@@ -191,7 +193,9 @@ fn masked_elements_stay_zero() {
 
 #[test]
 fn weights_that_were_loaded_later_train_from_where_they_are() {
-    let Some(device) = gpu("weights_that_were_loaded_later_train_from_where_they_are") else { return };
+    let Some((_lock, device)) = gpu("weights_that_were_loaded_later_train_from_where_they_are") else {
+        return;
+    };
     let run = |device: &Device| {
         let vars = named(&[&[100]], DType::BF16, device);
         let config = config().with_half_parameters(HalfParameters::Master);
@@ -207,7 +211,9 @@ fn weights_that_were_loaded_later_train_from_where_they_are() {
 
 #[test]
 fn f64_parameters_and_the_plain_back_end_work_on_the_device() {
-    let Some(device) = gpu("f64_parameters_and_the_plain_back_end_work_on_the_device") else { return };
+    let Some((_lock, device)) = gpu("f64_parameters_and_the_plain_back_end_work_on_the_device") else {
+        return;
+    };
     for (dtype, backend) in [(DType::F64, BackendChoice::Auto), (DType::F32, BackendChoice::Plain)] {
         let config = measured().with_backend(backend);
         let [cpu, cuda] = both(&[&[100], &[40, 5]], dtype, dtype, &config, &device);
@@ -222,7 +228,7 @@ fn f64_parameters_and_the_plain_back_end_work_on_the_device() {
 
 #[test]
 fn every_rule_goes_downhill_on_rosenbrock() {
-    let Some(device) = gpu("every_rule_goes_downhill_on_rosenbrock") else { return };
+    let Some((_lock, device)) = gpu("every_rule_goes_downhill_on_rosenbrock") else { return };
     if brief() {
         eprintln!(
             "every_rule_goes_downhill_on_rosenbrock: left out, 2000 steps of each rule on four numbers"

@@ -14,7 +14,7 @@ use candle_core::cuda_backend::cudarc::driver::sys;
 use candle_core::{DType, Device, Tensor, Var};
 use common::{bits, config, noise, record_warnings, store, tensor};
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
+use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use velvet_optim::{
     BackendChoice, Brake, CautiousUpdate, DecayMode, EntropyLr, Error, GradClip, HalfParameters, Lion,
     Momentum, NonFinite, Optimizer, Orthogonal, ParamGroup, PerplexityMomentum, PolyakCap, ProgressSignal,
@@ -26,14 +26,18 @@ type Named = Vec<(String, Var)>;
 /// Elements of a block of the kernels.
 const CHUNK: usize = 4096;
 
+/// What a test on the device holds: a capture of another thread can fail by what this one does to the driver's context.
+static AT_WORK: RwLock<()> = RwLock::new(());
+
 /// One device, with a stream of its own, for all tests.
-fn gpu(test: &str) -> Option<Device> {
+fn gpu(test: &str) -> Option<(RwLockReadGuard<'static, ()>, Device)> {
     static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    let guard = AT_WORK.read().unwrap_or_else(PoisonError::into_inner);
     let device = DEVICE.get_or_init(|| Device::new_cuda_with_stream(0).ok()).clone();
     if device.is_none() {
         eprintln!("{test}: skipped, there is no CUDA device");
     }
-    device
+    Some((guard, device?))
 }
 
 /// Whether `VESPER_CUDA_TESTS` is `brief`: for compute-sanitizer, under which every access of a kernel takes some hundred
@@ -253,6 +257,7 @@ fn replay(test: &str, shapes: &[&[usize]], config: &VelvetConfig) {
         return;
     }
     // A device of its own: a capture takes in whatever any thread sends to its stream.
+    let _alone = AT_WORK.write().unwrap_or_else(PoisonError::into_inner);
     let device = Device::new_cuda_with_stream(0).unwrap();
     let Device::Cuda(cuda) = &device else { panic!("{device:?}") };
     // SAFETY: all tensors of this device are used on its one stream.

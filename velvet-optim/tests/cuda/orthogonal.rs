@@ -11,7 +11,7 @@ fn distance(before: &Tensor, a: &Tensor, b: &Tensor) -> f64 {
 
 #[test]
 fn orthogonalised_updates_are_near_the_cpus() {
-    let Some(device) = gpu("orthogonalised_updates_are_near_the_cpus") else { return };
+    let Some((_lock, device)) = gpu("orthogonalised_updates_are_near_the_cpus") else { return };
     let shapes: [&[usize]; 9] =
         [&[64, 64], &[64, 64], &[96, 32], &[64, 200], &[200, 64], &[33, 47], &[2, 2], &[24, 8, 3], &[5]];
     let moments = [RowMoment::Off, RowMoment::Average { decay: 0.95 }];
@@ -66,7 +66,9 @@ fn orthogonalised_updates_are_near_the_cpus() {
 
 #[test]
 fn large_matrices_are_orthogonalised_within_the_rounding_of_bf16() {
-    let Some(device) = gpu("large_matrices_are_orthogonalised_within_the_rounding_of_bf16") else { return };
+    let Some((_lock, device)) = gpu("large_matrices_are_orthogonalised_within_the_rounding_of_bf16") else {
+        return;
+    };
     let shapes = [[256usize, 768], [768, 256], [512, 512]];
     for shape in shapes.into_iter().take(if brief() { 1 } else { 3 }) {
         let step = |device: &Device| {

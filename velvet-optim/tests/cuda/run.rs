@@ -4,7 +4,9 @@ use super::*;
 
 #[test]
 fn parameters_without_a_gradient_and_frozen_ones_keep_everything() {
-    let Some(device) = gpu("parameters_without_a_gradient_and_frozen_ones_keep_everything") else { return };
+    let Some((_lock, device)) = gpu("parameters_without_a_gradient_and_frozen_ones_keep_everything") else {
+        return;
+    };
     let run = |device: &Device| {
         let vars = named(&[&[100], &[40, 5], &[300], &[17]], DType::F32, device);
         let frozen = ParamGroup { training: Training::Frozen, ..ParamGroup::of(["w3"]) };
@@ -39,7 +41,7 @@ fn poisoned(vars: &Named, step: u64) -> candle_core::backprop::GradStore {
 
 #[test]
 fn steps_with_nan_are_skipped_and_counted() {
-    let Some(device) = gpu("steps_with_nan_are_skipped_and_counted") else { return };
+    let Some((_lock, device)) = gpu("steps_with_nan_are_skipped_and_counted") else { return };
     let run = |device: &Device| {
         let vars = named(&[&[100], &[40, 5]], DType::F32, device);
         let config =
@@ -58,7 +60,9 @@ fn steps_with_nan_are_skipped_and_counted() {
 
 #[test]
 fn a_step_with_nan_is_an_error_of_the_next_call_that_looks() {
-    let Some(device) = gpu("a_step_with_nan_is_an_error_of_the_next_call_that_looks") else { return };
+    let Some((_lock, device)) = gpu("a_step_with_nan_is_an_error_of_the_next_call_that_looks") else {
+        return;
+    };
     let new = || {
         let vars = named(&[&[100], &[40, 5], &[3]], DType::F32, &device);
         let mut opt = Velvet::named(vars.clone(), config()).unwrap();
@@ -109,7 +113,7 @@ fn a_step_with_nan_is_an_error_of_the_next_call_that_looks() {
 
 #[test]
 fn losses_on_the_device_are_taken_in_there() {
-    let Some(device) = gpu("losses_on_the_device_are_taken_in_there") else { return };
+    let Some((_lock, device)) = gpu("losses_on_the_device_are_taken_in_there") else { return };
     for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
         let run = |device: &Device| {
             let vars = named(&[&[100], &[40, 5]], DType::F32, device);
@@ -143,7 +147,7 @@ fn losses_on_the_device_are_taken_in_there() {
 
 #[test]
 fn a_loaded_run_goes_on_with_the_same_bits() {
-    let Some(device) = gpu("a_loaded_run_goes_on_with_the_same_bits") else { return };
+    let Some((_lock, device)) = gpu("a_loaded_run_goes_on_with_the_same_bits") else { return };
     let orthogonal = config().with_hidden_matrices(Rule::Orthogonal(Orthogonal::default()));
     let master = measured().with_half_parameters(HalfParameters::Master);
     for (dtype, config) in [(DType::F32, measured()), (DType::BF16, master), (DType::F32, orthogonal)] {
@@ -185,7 +189,7 @@ fn a_loaded_run_goes_on_with_the_same_bits() {
 
 #[test]
 fn the_configuration_can_change_in_mid_run() {
-    let Some(device) = gpu("the_configuration_can_change_in_mid_run") else { return };
+    let Some((_lock, device)) = gpu("the_configuration_can_change_in_mid_run") else { return };
     let run = |device: &Device| {
         let vars = named(&[&[100], &[40, 5]], DType::F32, device);
         let frozen = ParamGroup { training: Training::Frozen, ..ParamGroup::of(["w1"]) };
@@ -206,7 +210,7 @@ fn the_configuration_can_change_in_mid_run() {
 
 #[test]
 fn a_rule_can_change_while_a_parameter_is_frozen() {
-    let Some(device) = gpu("a_rule_can_change_while_a_parameter_is_frozen") else { return };
+    let Some((_lock, device)) = gpu("a_rule_can_change_while_a_parameter_is_frozen") else { return };
     let run = |device: &Device| {
         let vars = named(&[&[100], &[40, 5]], DType::F32, device);
         let frozen = ParamGroup { training: Training::Frozen, ..ParamGroup::of(["w1"]) };
@@ -223,7 +227,9 @@ fn a_rule_can_change_while_a_parameter_is_frozen() {
 
 #[test]
 fn eight_bit_state_outlasts_a_time_in_which_everything_is_frozen() {
-    let Some(device) = gpu("eight_bit_state_outlasts_a_time_in_which_everything_is_frozen") else { return };
+    let Some((_lock, device)) = gpu("eight_bit_state_outlasts_a_time_in_which_everything_is_frozen") else {
+        return;
+    };
     let run = |device: &Device| {
         let vars = named(&[&[5000]], DType::F32, device);
         let eight = || config().with_state_format(StateFormat::Blockwise8);
@@ -250,7 +256,7 @@ fn a_captured_step_replays_as_steps_do() {
 
 #[test]
 fn every_rule_trains_a_small_transformer_on_the_device() {
-    let Some(device) = gpu("every_rule_trains_a_small_transformer_on_the_device") else { return };
+    let Some((_lock, device)) = gpu("every_rule_trains_a_small_transformer_on_the_device") else { return };
     let (steps, share) = if brief() { (6, f64::INFINITY) } else { (400, 0.6) };
     let mut failures = Vec::new();
     for (name, config) in common::rules() {

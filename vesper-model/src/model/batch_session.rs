@@ -72,6 +72,42 @@ impl BatchSession {
         }
     }
 
+    /// As [`Session::greedy`](super::Session::greedy), of several rows at once: for each row that has ids, reads them and then
+    /// chooses the likeliest token `n` times; the others get none. On CUDA the host waits once for all of it.
+    ///
+    /// # Errors
+    /// What [`BatchLogits::append`] refuses; nothing is read where the tokens of a row do not fit.
+    /// [`ModelError::InvalidLogits`](crate::ModelError::InvalidLogits) where the model gives no numbers.
+    ///
+    /// # Examples
+    /// ```
+    /// use vesper_model::candle_core::{DType, Device};
+    /// use vesper_model::candle_nn::VarMap;
+    /// use vesper_model::{VesperConfig, VesperLM};
+    ///
+    /// let config = VesperConfig::preset("nano")?.with_vocab(64);
+    /// let model = VesperLM::initialize(&config, &VarMap::new(), 0, DType::F32, &Device::Cpu)?;
+    /// let mut batch = model.batch_session(3, 16)?;
+    /// let chosen = batch.greedy(&[&[1, 2, 3], &[], &[4]], 5)?;
+    /// assert_eq!(chosen.iter().map(Vec::len).collect::<Vec<_>>(), [5, 0, 5]);
+    /// assert_eq!((batch.len(0), batch.len(1), batch.len(2)), (7, 0, 5));
+    /// # Ok::<(), vesper_model::ModelError>(())
+    /// ```
+    pub fn greedy(&mut self, ids: &[&[u32]], n: usize) -> Result<Vec<Vec<u32>>> {
+        let rows = self.decoding.greedy(ids, n)?;
+        let mut all = Vec::with_capacity(rows.len());
+        for (own, row) in self.last_hidden.iter_mut().zip(rows) {
+            all.push(match row {
+                Some((chosen, hidden)) => {
+                    *own = Some(hidden);
+                    chosen
+                }
+                None => Vec::new(),
+            });
+        }
+        Ok(all)
+    }
+
     /// As [`Session::last_hidden`](super::Session::last_hidden), of a row.
     pub fn last_hidden(&self, row: usize) -> Option<&Tensor> {
         self.last_hidden.get(row)?.as_ref()

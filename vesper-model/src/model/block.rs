@@ -7,7 +7,7 @@ use era_act::Activation;
 use super::cache::LayerCache;
 use super::projection::{Fetch, Packed};
 use crate::ops::{
-    CpuLayer, DecoderSettings, DecoderWeights, Heads, Path, Place, Rope, causal_attention, decoder_block,
+    DecoderSettings, DecoderWeights, Heads, Path, Place, Rope, StepLayer, causal_attention, decoder_block,
     gated_feed_forward, residual_rms_norm, rms_norm, self_attention,
 };
 use crate::quantized::Weight;
@@ -103,9 +103,9 @@ impl Block {
         })
     }
 
-    /// The parameters for a step on the CPU, where no projection has an adapter.
-    pub(super) fn cpu_layer(&self) -> Option<CpuLayer> {
-        Some(CpuLayer {
+    /// The parameters for a decoding step, where no projection has an adapter.
+    pub(super) fn step_layer(&self) -> Option<StepLayer> {
+        Some(StepLayer {
             norm_attention: self.norm_attention.clone(),
             qkv: self.qkv.bare()?.clone(),
             out: self.output.bare()?.clone(),

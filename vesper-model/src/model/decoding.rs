@@ -4,9 +4,10 @@ use candle_core::{DType, Tensor};
 
 use super::VesperLM;
 use super::cache::LayerCache;
+use crate::generate::scores::argmax;
 #[cfg(feature = "cuda")]
-use crate::ops::CudaStep;
-use crate::ops::{CpuStep, Place};
+use crate::ops::{CudaStep, scores::are_numbers};
+use crate::ops::{Place, StepWeights};
 use crate::{ModelError, Result};
 
 /// How a session takes single tokens through the model.
@@ -17,9 +18,9 @@ pub enum DecodeStep {
     Auto,
     /// By the operations of [`ops`](crate::ops), which take every model.
     Composed,
-    /// By a few kernels that read the weights and the cache once: on the CPU for f32 and bf16, on CUDA for f32, bf16 and
-    /// f16; for weights of the dtype of the computation (on the CPU also f32 beside bf16, and blocks) without adapters. Other models
-    /// are composed.
+    /// By a few kernels that read the weights and the cache once, with activations in f32: on the CPU for computation in f32
+    /// and bf16, on CUDA also in f16; for weights in blocks, in f32, or in the dtype of the computation, without adapters. Other
+    /// models are composed.
     Fused,
     /// The same on CUDA, recorded as a graph that is replayed for each token; elsewhere as [`DecodeStep::Fused`]. The
     /// device must be one of [`cuda_device`](crate::ops::cuda_device), with no other thread at work on it during the
@@ -31,13 +32,16 @@ pub enum DecodeStep {
 #[derive(Debug)]
 enum Stepper {
     Composed,
-    Cpu(Box<CpuStep>),
+    Cpu(Box<StepWeights>),
     #[cfg(feature = "cuda")]
     Cuda(Box<CudaStep>),
 }
 
 /// Logits of the last token of a row, and its hidden state (1, 1, hidden).
 pub(super) type Last = (Vec<f32>, Tensor);
+
+/// Tokens that a row chose, and its last hidden state (1, 1, hidden).
+pub(super) type Greedy = (Vec<u32>, Tensor);
 
 #[derive(Debug)]
 pub(super) struct Decoding {
@@ -74,16 +78,17 @@ impl Decoding {
         if !wanted || self.capacity == 0 {
             return Ok(());
         }
+        let Some(weights) = self.model.step_weights() else { return Ok(()) };
         if self.model.device().is_cpu() {
-            if let Some(step) = self.model.cpu_step().filter(|step| step.takes(self.model.compute)) {
-                self.stepper = Stepper::Cpu(Box::new(step));
+            if weights.takes(self.model.compute) {
+                self.stepper = Stepper::Cpu(Box::new(weights));
             }
             return Ok(());
         }
         #[cfg(feature = "cuda")]
-        if let Some(weights) = self.model.step_weights() {
+        {
             let caches: Vec<Tensor> = self.layers.iter().map(|layer| layer.tensor().clone()).collect();
-            if let Some(cuda) = CudaStep::new(&weights, &caches, step == DecodeStep::Captured)? {
+            if let Some(cuda) = CudaStep::new(weights, &caches, step == DecodeStep::Captured)? {
                 self.stepper = Stepper::Cuda(Box::new(cuda));
             }
         }
@@ -177,23 +182,68 @@ impl Decoding {
         each.map(|(i, logits)| Ok((logits, hidden.narrow(0, i, 1)?))).collect()
     }
 
-    /// Reads `id` and then `n - 1` times the likeliest token in row 0, where the device does that by itself: the likeliest
-    /// token after each, and the last hidden state. The tokens fit, and the id is in the vocabulary.
-    #[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "on CUDA it can fail"))]
-    pub(super) fn greedy(&mut self, id: u32, n: usize) -> Result<Option<(Vec<u32>, Tensor)>> {
-        match &mut self.stepper {
-            Stepper::Composed | Stepper::Cpu(_) => {
-                let _ = (id, n);
-                Ok(None)
-            }
-            #[cfg(feature = "cuda")]
-            Stepper::Cuda(cuda) => {
-                let place = Place { row: 0, position: self.lens[0] };
-                let (chosen, hidden) = cuda.greedy(id, place, n)?;
-                self.lens[0] += n;
-                Ok(Some((chosen, hidden.to_dtype(self.model.compute)?)))
+    /// Reads the ids of their rows and chooses the likeliest token after them, `n` times: of each row that has ids what it chose,
+    /// and its hidden state after all but the last of those. The rows have room, or nothing is read.
+    pub(super) fn greedy(&mut self, ids: &[&[u32]], n: usize) -> Result<Vec<Option<Greedy>>> {
+        self.check(ids)?;
+        for (row, ids) in ids.iter().enumerate().filter(|(_, ids)| !ids.is_empty()) {
+            let needed = ids.len().saturating_add(n.saturating_sub(1));
+            if needed > self.remaining(row) {
+                let got = self.lens[row].saturating_add(needed);
+                return Err(ModelError::SequenceTooLong { got, limit: self.capacity });
             }
         }
+        let mut rows = Vec::with_capacity(ids.len());
+        for last in self.append(ids)? {
+            rows.push(match last {
+                Some((logits, hidden)) => Some((vec![argmax(&logits)?], hidden)),
+                None => None,
+            });
+        }
+        while let Some(done) =
+            rows.iter().flatten().map(|(chosen, _)| chosen.len()).max().filter(|&len| len < n)
+        {
+            let next: Vec<(usize, u32)> = rows
+                .iter()
+                .enumerate()
+                .filter_map(|(row, own)| Some((row, *own.as_ref()?.0.last()?)))
+                .collect();
+            for ((row, _), (more, hidden)) in next.iter().zip(self.likeliest(&next, n - done)?) {
+                if let Some(own) = &mut rows[*row] {
+                    own.0.extend(more);
+                    own.1 = hidden;
+                }
+            }
+        }
+        Ok(rows.into_iter().map(|row| row.map(|(chosen, hidden)| (chosen[..n].to_vec(), hidden))).collect())
+    }
+
+    /// The likeliest tokens after one more token of each of these rows: `n` of them where the device chooses by itself, or one.
+    fn likeliest(&mut self, next: &[(usize, u32)], n: usize) -> Result<Vec<Greedy>> {
+        let places: Vec<Place> =
+            next.iter().map(|&(row, _)| Place { row, position: self.lens[row] }).collect();
+        let ids: Vec<u32> = next.iter().map(|&(_, id)| id).collect();
+        #[cfg(feature = "cuda")]
+        if let Stepper::Cuda(cuda) = &mut self.stepper {
+            let (chosen, hidden) = cuda.greedy(&ids, &places, n)?;
+            // What is no number at one position is none at all later ones.
+            if !are_numbers(&hidden.flatten_all()?.to_vec1::<f32>()?) {
+                let reason = "a hidden state is no number (has training diverged?)".into();
+                return Err(ModelError::InvalidLogits { reason });
+            }
+            let hidden = hidden.to_dtype(self.model.compute)?;
+            for place in &places {
+                self.lens[place.row] += n;
+            }
+            let each = chosen.into_iter().enumerate();
+            return each.map(|(i, chosen)| Ok((chosen, hidden.narrow(0, i, 1)?))).collect();
+        }
+        let _ = n;
+        let last = self.one_each(&ids, &places)?;
+        for place in &places {
+            self.lens[place.row] += 1;
+        }
+        last.into_iter().map(|(logits, hidden)| Ok((vec![argmax(&logits)?], hidden))).collect()
     }
 
     /// Several tokens of one row.

@@ -13,10 +13,8 @@ mod session;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 
-#[cfg(feature = "cuda")]
-use crate::ops::StepWeights;
 use crate::ops::{
-    CpuStep, CrossEntropy, DecoderWeights, Heads, LossAndEntropy, Path, Rope, cast, checkpoint,
+    CrossEntropy, DecoderWeights, Heads, LossAndEntropy, Path, Rope, StepWeights, cast, checkpoint,
     decoder_blocks, embedding_in, linear, linear_cross_entropy, rms_norm,
 };
 use crate::quantized::Weight;
@@ -335,26 +333,12 @@ impl VesperLM {
         self.blocks.iter().map(Block::plain).collect()
     }
 
-    /// What a fused decoding step on CUDA reads; none where that takes more than plain weights.
-    #[cfg(feature = "cuda")]
+    /// What a fused decoding step reads; none where there are adapters.
     fn step_weights(&self) -> Option<StepWeights> {
         let settings = self.blocks.first().filter(|_| self.path == Path::Fused)?.settings();
         Some(StepWeights {
-            embed: self.embed.plain()?.clone(),
-            layers: self.plain_blocks()?,
-            norm: self.norm.clone(),
-            head: self.output_weight().plain()?.clone(),
-            settings,
-            rope: self.rope.clone(),
-        })
-    }
-
-    /// What a fused decoding step on the CPU reads; none where there are adapters.
-    fn cpu_step(&self) -> Option<CpuStep> {
-        let settings = self.blocks.first().filter(|_| self.path == Path::Fused)?.settings();
-        Some(CpuStep {
             embed: self.embed.clone(),
-            layers: self.blocks.iter().map(Block::cpu_layer).collect::<Option<_>>()?,
+            layers: self.blocks.iter().map(Block::step_layer).collect::<Option<_>>()?,
             norm: self.norm.clone(),
             head: self.output_weight().clone(),
             settings,

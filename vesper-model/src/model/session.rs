@@ -1,12 +1,10 @@
 //! Decoding one sequence with a key-value cache.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::VesperLM;
 use super::decoding::{DecodeStep, Decoding};
 use crate::generate::NextLogits;
-use crate::generate::scores::argmax;
-use crate::ops::scores::are_numbers;
 use crate::{ModelError, Result};
 
 /// One sequence being decoded: the model and the keys and values of what it has read.
@@ -100,30 +98,13 @@ impl Session {
     /// # Ok::<(), vesper_model::ModelError>(())
     /// ```
     pub fn greedy(&mut self, ids: &[u32], n: usize) -> Result<Vec<u32>> {
-        let needed = ids.len().saturating_add(n.saturating_sub(1));
-        if needed > self.remaining() {
-            let limit = self.len() + self.remaining();
-            return Err(ModelError::SequenceTooLong { got: self.len().saturating_add(needed), limit });
-        }
-        let first = argmax(&self.append(ids)?)?;
-        if n > 1
-            && let Some((rest, hidden)) = self.decoding.greedy(first, n - 1)?
-        {
-            // What is no number at one position is none at all later ones.
-            let last = hidden.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-            if !are_numbers(&last) {
-                let reason = "the hidden state is no number (has training diverged?)".into();
-                return Err(ModelError::InvalidLogits { reason });
+        match self.decoding.greedy(&[ids], n)?.pop().flatten() {
+            Some((chosen, hidden)) => {
+                self.last_hidden = Some(hidden);
+                Ok(chosen)
             }
-            self.last_hidden = Some(hidden);
-            return Ok([&[first][..], &rest].concat());
+            None => Err(ModelError::EmptyPrompt),
         }
-        let mut chosen = vec![first];
-        while let Some(&id) = chosen.last().filter(|_| chosen.len() < n) {
-            chosen.push(argmax(&self.append(&[id])?)?);
-        }
-        chosen.truncate(n);
-        Ok(chosen)
     }
 }
 

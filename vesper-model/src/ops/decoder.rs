@@ -32,14 +32,16 @@ impl DecoderWeights {
         [&self.norm_attention, &self.qkv, &self.out, &self.norm_feed_forward, &self.gate_up, &self.down]
     }
 
-    pub(super) fn try_map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+    /// Made of its tensors in the order of [`DecoderWeights::all`].
+    pub(super) fn from_all(mut next: impl FnMut() -> Option<Tensor>) -> Result<Self> {
+        let mut take = || next().map_or_else(|| bail!("a block with too few weights"), Ok);
         Ok(Self {
-            norm_attention: f(&self.norm_attention)?,
-            qkv: f(&self.qkv)?,
-            out: f(&self.out)?,
-            norm_feed_forward: f(&self.norm_feed_forward)?,
-            gate_up: f(&self.gate_up)?,
-            down: f(&self.down)?,
+            norm_attention: take()?,
+            qkv: take()?,
+            out: take()?,
+            norm_feed_forward: take()?,
+            gate_up: take()?,
+            down: take()?,
         })
     }
 }

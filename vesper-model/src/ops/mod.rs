@@ -84,9 +84,7 @@ pub use checkpoint::checkpoint;
 pub use cross_entropy::{CrossEntropy, LossAndEntropy, linear_cross_entropy};
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::decode::CudaStep;
-#[cfg(feature = "cuda")]
-pub(crate) use decode::StepWeights;
-pub(crate) use decode::{CpuLayer, CpuStep, Place};
+pub(crate) use decode::{Place, StepLayer, StepWeights};
 pub use decoder::{DecoderSettings, DecoderWeights, decoder_block, decoder_blocks};
 pub use device::{cuda_device, prepare_cpu, prepare_cuda_device, release_unused_memory};
 pub use dropout::dropout;

@@ -43,6 +43,12 @@ impl BlockMatrix {
         [self.rows, self.columns]
     }
 
+    /// The groups of rows, in their order.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn groups(&self) -> &[Arc<QTensor>] {
+        &self.groups
+    }
+
     /// x: (.., in) to (.., out)
     pub(crate) fn linear(&self, x: &Tensor) -> Result<Tensor> {
         match &*self.groups {
@@ -181,6 +187,15 @@ impl Weight {
         match self {
             Self::Plain(tensor) => Some(tensor),
             Self::Blocks(_) => None,
+        }
+    }
+
+    /// (out, in)
+    #[cfg(feature = "cuda")]
+    pub(crate) fn dims(&self) -> Result<[usize; 2]> {
+        match self {
+            Self::Plain(tensor) => tensor.dims2().map(<[usize; 2]>::from),
+            Self::Blocks(blocks) => Ok(blocks.dims()),
         }
     }
 

@@ -165,3 +165,53 @@ fn a_stack_of_blocks_is_one_block_after_the_other() {
         }
     }
 }
+
+#[test]
+fn weights_in_f32_give_the_bits_of_their_rounded_values() {
+    let name = "weights_in_f32_give_the_bits_of_their_rounded_values";
+    let Some((_lock, device)) = gpu(name) else { return };
+    // 12 blocks have more weights than a launch casts; 33 x 7 elements fill no vectors.
+    let ((shape, heads), count) = (CASES[2], if brief() { 2 } else { 12 });
+    let values = inputs(shape, heads);
+    for dtype in [DType::BF16, DType::F16] {
+        let x = values[0].to_dtype(dtype).unwrap().to_device(&device).unwrap();
+        let stack = |rounded: bool, first_tracked: usize| -> (Vec<u64>, Vec<Tensor>) {
+            let mut vars = Vec::new();
+            let blocks: Vec<DecoderWeights> = (0..count)
+                .map(|i| {
+                    let mut own = vec![x.clone()];
+                    for value in &values[1..] {
+                        let wide = (value * (1.0 + 0.01 * i as f64)).unwrap().to_dtype(DType::F32).unwrap();
+                        let wide = if rounded { wide.to_dtype(dtype).unwrap() } else { wide };
+                        let var = Var::from_tensor(&wide.to_device(&device).unwrap()).unwrap();
+                        let tracked = i >= first_tracked;
+                        own.push(if tracked { var.as_tensor().clone() } else { var.as_detached_tensor() });
+                        if tracked {
+                            vars.push(var);
+                        }
+                    }
+                    weights(&own)
+                })
+                .collect();
+            let y = decoder_blocks(&x, &blocks, settings(heads, Activation::Silu), None, Path::Fused);
+            let y = y.unwrap();
+            let bits = to_f64(&y).flatten_all().unwrap().to_vec1::<f64>().unwrap();
+            let bits = bits.into_iter().map(f64::to_bits).collect();
+            if !y.track_op() {
+                return (bits, Vec::new());
+            }
+            let grads = backward(&y.to_dtype(DType::F32).unwrap().sum_all().unwrap()).unwrap();
+            (bits, vars.iter().map(|var| to_f64(grads.get(var).unwrap())).collect())
+        };
+        for first_tracked in [0, count / 3, count] {
+            let ((wide, gradients), (rounded, expected)) =
+                (stack(false, first_tracked), stack(true, first_tracked));
+            assert!(wide == rounded, "{dtype:?}, a gradient from block {first_tracked} on");
+            assert_eq!(gradients.len(), 6 * (count - first_tracked));
+            for (gradient, expected) in gradients.iter().zip(&expected) {
+                let off = error(gradient, expected);
+                assert!(off < 1e-2, "{dtype:?}, a gradient from block {first_tracked} on: off by {off:e}");
+            }
+        }
+    }
+}

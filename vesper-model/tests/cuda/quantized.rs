@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::VarMap;
+use candle_nn::{VarBuilder, VarMap};
 use vesper_model::flylora::{self, AdapterKind, FlyLoraConfig, LoraConfig, Targets};
-use vesper_model::generate::NextLogits;
-use vesper_model::ops::{quantized_embedding, quantized_linear};
+use vesper_model::generate::{BatchLogits, NextLogits};
+use vesper_model::ops::{cuda_device, quantized_embedding, quantized_linear};
 use vesper_model::quantized::{BlockType, Policy};
-use vesper_model::{VesperConfig, VesperLM};
+use vesper_model::{DecodeStep, VesperConfig, VesperLM};
 
-use crate::common::{error, gpu, ids, random, to_f64};
+use crate::common::{brief, error, gpu, ids, random, to_f64};
 
 /// The same blocks on the device, and their values in f64 on the CPU.
 fn blocks(block: BlockType, (out, input): (usize, usize), device: &Device) -> (Arc<QTensor>, Tensor) {
@@ -88,6 +88,83 @@ fn a_model_in_blocks_writes_what_its_values_would() {
             assert!(off < 1e-1, "{block}: after {read} tokens off by {off:e}");
         }
     }
+}
+
+/// The model of the blocks' values in f64 on the CPU, as a function from tokens to their logits (n, vocab).
+fn exact(small: &VesperLM) -> impl Fn(&[u32]) -> Tensor {
+    let weights = small.dequantized().unwrap().weights();
+    let weights = weights.into_iter().map(|(name, weight)| (name, to_f64(&weight))).collect();
+    let vb = VarBuilder::from_tensors(weights, DType::F64, &Device::Cpu);
+    let exact = VesperLM::new(small.config(), vb).unwrap();
+    move |tokens| {
+        let ids = Tensor::new(tokens, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+        exact.forward(&ids).unwrap().squeeze(0).unwrap()
+    }
+}
+
+/// The largest difference between the logits of single tokens, of `rows` sequences at once, and those of the values in f64.
+fn step_off(small: &VesperLM, rows: usize, n: usize) -> f64 {
+    let exact = exact(small);
+    let mut batch = small.batch_session(rows, n).unwrap().with_step(DecodeStep::Captured).unwrap();
+    assert!(batch.is_fused());
+    let tokens: Vec<Vec<u32>> =
+        (0..rows).map(|row| (0..n).map(|i| ((i * 97 + row * 31) % 301) as u32).collect()).collect();
+    let exact: Vec<Tensor> = tokens.iter().map(|tokens| exact(tokens)).collect();
+    let mut most: f64 = 0.0;
+    for i in 0..n {
+        let ids: Vec<&[u32]> = tokens.iter().map(|tokens| &tokens[i..=i]).collect();
+        for (logits, exact) in batch.append(&ids).unwrap().into_iter().zip(&exact) {
+            let logits = to_f64(&Tensor::new(logits, &Device::Cpu).unwrap());
+            most = most.max(error(&logits, &exact.get(i).unwrap()));
+        }
+    }
+    most
+}
+
+#[test]
+fn the_fused_step_reads_blocks_of_every_type() {
+    let Some((_lock, _)) = gpu("the_fused_step_reads_blocks_of_every_type") else { return };
+    let device = cuda_device(0).unwrap(); // of its own: a recording takes in what other threads send
+    let of = |config: &VesperConfig, policy: &Policy| {
+        let plain = VesperLM::initialize(config, &VarMap::new(), 7, DType::F32, &device).unwrap();
+        plain.quantized(policy).unwrap().0
+    };
+    let untied = VesperConfig { tie_word_embeddings: false, ..config() };
+    for block in BlockType::ALL {
+        let small = of(&untied, &Policy::new(block).with_head(block).with_embedding(block));
+        for rows in if brief() { 1..2 } else { 1..6 } {
+            let off = step_off(&small, rows, 12);
+            println!("{block}, {rows} rows: off by {off:.1e}");
+            assert!(off < 1e-4, "{block}, {rows} rows: off by {off:e}");
+        }
+    }
+    // Matrices of several types, rows of several types in one, and sizes that leave parts of a warp without work.
+    let mixed = Policy::new(BlockType::Q4K)
+        .with_pattern("v_proj", BlockType::Q6K)
+        .with_pattern("o_proj", BlockType::F16)
+        .with_pattern("layers.1.mlp.down", BlockType::Q5_1);
+    let small = of(&config(), &mixed);
+    assert!(step_off(&small, 3, 12) < 1e-4, "of several types");
+    let odd = VesperConfig {
+        hidden_size: 96,
+        num_attention_heads: 3,
+        num_key_value_heads: 1,
+        head_dim: 32,
+        intermediate_size: 160,
+        ..config()
+    };
+    for block in [BlockType::Q8_0, BlockType::Q5_0, BlockType::Q4_1] {
+        assert!(step_off(&of(&odd, &Policy::new(block)), 9, 12) < 1e-4, "{block}, rows of 96 and 160");
+    }
+    // A cache in half types, and numbers in f32 beside it.
+    let plain = VesperLM::initialize(&config(), &VarMap::new(), 7, DType::F32, &device).unwrap();
+    for (model, dtype) in [(&small, DType::BF16), (&small, DType::F16), (&plain, DType::BF16)] {
+        let off = step_off(&model.clone().with_compute_dtype(dtype), 2, 12);
+        assert!(off < 1e-2, "{dtype:?}: off by {off:e}");
+    }
+    // Gates and the other half of two types are composed, and so is what no step has kernels for.
+    let apart = of(&config(), &Policy::new(BlockType::Q8_0).with_pattern("up_proj", BlockType::Q4_0));
+    assert!(!apart.session(8).unwrap().is_fused());
 }
 
 #[test]

@@ -1,4 +1,4 @@
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use vesper_model::generate::{BatchLogits, NextLogits};
 use vesper_model::ops::Path;
 use vesper_model::{BatchSession, VesperLM};
@@ -117,4 +117,35 @@ fn what_does_not_fit_is_refused_and_changes_no_row() {
     assert_eq!((batch.len(7), batch.remaining(7)), (0, 0));
     let logits = append(&mut batch, &[tokens(1, 4), tokens(1, 5)]);
     assert_eq!(bits(&logits[0]), bits(&alone(&model, &[tokens(5, 1), tokens(1, 4)])));
+}
+
+#[test]
+fn greedy_rows_choose_what_they_choose_alone() {
+    let mut config = config(2, 16);
+    config.tie_word_embeddings = false; // else each token is followed by itself
+    for path in [Path::Fused, Path::Reference] {
+        let model = model(&config, DType::F32).with_path(path);
+        let mut batch = model.batch_session(3, 20).unwrap();
+        let prompts = [tokens(9, 1), tokens(4, 2), tokens(1, 3)];
+        let [first, second, third] = [0, 1, 2].map(|row| prompts[row].as_slice());
+        let mut chosen = batch.greedy(&[first, &[], third], 8).unwrap();
+        assert!(chosen[1].is_empty() && batch.is_empty(1));
+        chosen[1] = batch.greedy(&[&[], second, &[]], 8).unwrap().swap_remove(1);
+        for (row, prompt) in prompts.iter().enumerate() {
+            let mut alone = model.session(20).unwrap();
+            assert_eq!(chosen[row], alone.greedy(prompt, 8).unwrap(), "{path:?} row {row}");
+            assert_eq!(batch.len(row), prompt.len() + 7);
+            let numbers = |hidden: Option<&Tensor>| -> Vec<f32> {
+                hidden.unwrap().flatten_all().unwrap().to_vec1().unwrap()
+            };
+            let expected: Vec<f64> = numbers(alone.last_hidden()).into_iter().map(f64::from).collect();
+            assert!(apart(&numbers(batch.last_hidden(row)), &expected) < 1e-5, "{path:?} row {row}");
+        }
+        // One row has no room: none is read.
+        let message = batch.greedy(&[&[1], &[1], &[1, 2, 3]], 5).unwrap_err().to_string();
+        assert!(message.contains("21 tokens") && message.contains("20"), "{message}");
+        assert_eq!([0, 1, 2].map(|row| batch.len(row)), [16, 11, 8]);
+        assert_eq!(batch.greedy(&[&[1], &[], &[1]], 0).unwrap(), [const { Vec::<u32>::new() }; 3]);
+        assert_eq!([0, 1, 2].map(|row| batch.len(row)), [17, 11, 9]);
+    }
 }

@@ -3,18 +3,18 @@
 use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaGraph, CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice, sys,
+    CudaFunction, CudaGraph, CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice,
 };
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 use era_act::{Activation, Era};
 
 use super::chain::{Chain, follow};
+use super::decode_matrix::{Needs, Part, address_of, load, part, parts, table};
 use super::graph::record;
 use super::launch::{
-    Element, Held, Module, allocate, allow_shared, blocks, by_dtype, has_kernels, multiprocessors, size,
-    tensor,
+    Element, Module, allocate, blocks, by_dtype, has_kernels, multiprocessors, size, tensor,
 };
-use crate::ops::decode::{Place, StepWeights};
+use crate::ops::decode::{Place, StepLayer, StepWeights};
 
 /// Warps of a block of the products with two rows a warp, and of the others.
 const WARPS: usize = 8;
@@ -26,8 +26,6 @@ const POSITIONS: usize = 128;
 const QUERIES: usize = 4;
 /// Thread blocks that share the positions of a head, at most: the lanes of a warp put their parts together.
 const MAX_SPLITS: usize = 32;
-/// How many sequences read the weights together, and from how many on.
-const TOGETHER: [(usize, usize); 2] = [(8, 5), (4, 2)];
 
 /// `DecodeParams` of the kernels.
 #[repr(C)]
@@ -47,20 +45,21 @@ struct Params {
     a: f32,
     b: f32,
     eps: f32,
+    numbers: u32,
 }
 
-const _: () = assert!(size_of::<Params>() == 56);
+const _: () = assert!(size_of::<Params>() == 60);
 // SAFETY: plain numbers in the layout of `DecodeParams`.
 unsafe impl DeviceRepr for Params {}
 
-/// Addresses of a block's parameters and of its cache.
+/// A block: the addresses of its norms and its cache, and its products.
 struct Layer {
     norm_attention: u64,
-    qkv: u64,
-    out: u64,
+    qkv: Vec<Part>,
+    out: Part,
     norm_feed_forward: u64,
-    gate_up: u64,
-    down: u64,
+    gate_up: Part,
+    down: Part,
     cache: u64,
 }
 
@@ -68,7 +67,6 @@ struct Layer {
 struct Addresses {
     embed: u64,
     norm: u64,
-    head: u64,
     cos: u64,
     sin: u64,
     position: u64,
@@ -85,36 +83,26 @@ struct Addresses {
     best: u64,
 }
 
+/// The kernels that are not of a block's matrices.
 struct Kernels {
     embed: CudaFunction,
-    qkv: CudaFunction,
     attention: CudaFunction,
-    output: CudaFunction,
-    gate_up: CudaFunction,
-    down: CudaFunction,
-    head: CudaFunction,
     next: CudaFunction,
-}
-
-/// Bytes of shared memory of the products over the residual stream, the attention's output and the feed-forward.
-struct Shared {
-    stream: u32,
-    attended: u32,
-    inner: u32,
 }
 
 /// A step of all rows of a cache, see `decode.cuh`.
 pub(crate) struct CudaStep {
     device: CudaDevice,
-    /// What the addresses lead to.
+    /// What the addresses lead to; the norms' weights are in f32.
     _weights: StepWeights,
+    _norms: Vec<Tensor>,
     _caches: Vec<Tensor>,
     params: Params,
     layers: Vec<Layer>,
+    head: Part,
     at: Addresses,
     kernels: Kernels,
     chain: Chain,
-    shared: Shared,
     /// Of each row: position, whether it takes part, token; then the tokens at 0 ..= capacity of each row.
     state: CudaSlice<u32>,
     logits: CudaSlice<f32>,
@@ -141,47 +129,54 @@ impl std::fmt::Debug for CudaStep {
 
 impl CudaStep {
     /// A step over these caches `(2, rows, kv, capacity, dim)`; none where there are no kernels for the model.
-    pub(crate) fn new(weights: &StepWeights, caches: &[Tensor], captured: bool) -> Result<Option<Self>> {
+    pub(crate) fn new(weights: StepWeights, caches: &[Tensor], captured: bool) -> Result<Option<Self>> {
         let Some(cache) = caches.first() else { return Ok(None) };
         let Device::Cuda(device) = cache.device() else { return Ok(None) };
-        let dtype = cache.dtype();
-        let fits = |x: &Tensor| x.dtype() == dtype && x.is_contiguous();
-        if !has_kernels(dtype) || !weights.tensors().all(fits) {
-            return Ok(None);
-        }
-        by_dtype!(dtype, T => Self::of_type::<T>(device, weights, caches, captured))
-    }
-
-    fn of_type<T: Element>(
-        device: &CudaDevice,
-        weights: &StepWeights,
-        caches: &[Tensor],
-        captured: bool,
-    ) -> Result<Option<Self>> {
+        let device = device.clone();
+        let numbers = match cache.dtype() {
+            DType::F32 => 0,
+            DType::BF16 => 1,
+            DType::F16 => 2,
+            _ => return Ok(None),
+        };
         let Some((kind, a, b)) = activation(weights.settings.activation) else { return Ok(None) };
-        let heads = weights.settings.heads;
-        let (_, rows, kv, capacity, dim) = caches[0].dims5()?;
-        let (vocab, d) = weights.embed.dims2()?;
-        let (ffn, width) = (weights.layers[0].down.dim(1)?, heads.query * dim);
-        let aligned = |x: &Tensor| (x.layout().start_offset() * size_of::<T>()).is_multiple_of(16);
-        let wide = [d, ffn, width, dim].iter().all(|n| n.is_multiple_of(T::WIDE))
-            && weights.tensors().chain(caches).all(aligned);
-        let vector = if wide { T::WIDE } else { 1 };
-        let processors = multiprocessors(device)?;
-        // Shared memory of one vector of n, as `padded` has it.
-        let bytes = |n: usize| 4 * if vector > 4 { n.next_multiple_of(32 * vector) } else { n };
-        let longest = bytes(d.max(ffn).max(width));
-        let limit = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-        let limit = device.cuda_stream().context().attribute(limit).w()? as usize;
+        let (heads, d) = (weights.settings.heads, weights.norm.elem_count());
+        let (_, rows, kv, capacity, dim) = cache.dims5()?;
+        let (vocab, ffn) = (weights.head.dims()?[0], weights.layers[0].down.dims()?[1]);
+        let processors = multiprocessors(&device)?;
         // Enough blocks for the device, and none for less than 64 positions.
         let splits = capacity.div_ceil(64).min(2 * processors / (kv * rows)).clamp(1, MAX_SPLITS);
-        // With what the kernels declare for themselves, and the shares of an attention's parts.
-        let needed = |together: usize| 2048 + together * (longest + 4 * heads.query * splits);
-        let together = TOGETHER.into_iter().find(|&(n, least)| rows >= least && needed(n) <= limit);
-        let together = together.map_or(1, |(n, _)| n);
-        if needed(1) > limit || dim / vector > POSITIONS || 4 * QUERIES * dim > 32 * 1024 || rows > 65_535 {
+        if 4 * QUERIES * dim > 32 * 1024 || rows > 65_535 {
             return Ok(None);
         }
+        let Some(attention) = attention(&device, caches, dim)? else { return Ok(None) };
+        // What an attention's parts count is kept beside its vector, whose elements are read four at a time in a head.
+        let stream = Needs { rows, beside: 0, wide: true };
+        let attended = Needs { beside: 4 * heads.query * splits, wide: dim.is_multiple_of(4), ..stream };
+        let norms = weights.norms().map(|norm| norm.to_dtype(DType::F32)?.contiguous());
+        let norms = norms.collect::<Result<Vec<_>>>()?;
+        let mut layers = Vec::with_capacity(caches.len());
+        for ((layer, cache), norms) in weights.layers.iter().zip(caches).zip(norms.chunks_exact(2)) {
+            let one = |name, weight, needs| part(&device, name, weight, needs);
+            let StepLayer { qkv, out, gate_up, down, .. } = layer;
+            let (Some(qkv), Some(out)) = (parts(&device, "qkv", qkv, stream)?, one("output", out, attended)?)
+            else {
+                return Ok(None);
+            };
+            let (Some(gate_up), Some(down)) = (one("gate_up", gate_up, stream)?, one("down", down, stream)?)
+            else {
+                return Ok(None);
+            };
+            // A kernel takes whole heads.
+            if qkv.iter().any(|part| !(part.rows as usize).is_multiple_of(dim)) {
+                return Ok(None);
+            }
+            let [norm_attention, norm_feed_forward] = [address_of(&norms[0])?, address_of(&norms[1])?];
+            let cache = address_of(cache)?;
+            layers.push(Layer { norm_attention, qkv, out, norm_feed_forward, gate_up, down, cache });
+        }
+        let Some(head) = part(&device, "head", &weights.head, stream)? else { return Ok(None) };
+        let Some((embed, embed_at)) = table(&device, &weights.embed)? else { return Ok(None) };
         let head_blocks = vocab.div_ceil(HEAD_ROWS * WARPS).min(4 * processors);
         let params = Params {
             rows: size(rows)?,
@@ -198,31 +193,31 @@ impl CudaStep {
             a,
             b,
             eps: weights.settings.eps as f32,
+            numbers,
         };
         let state = device.alloc_zeros::<u32>(rows * (3 + capacity + 1))?;
-        let stream = device.cuda_stream();
-        let floats = |n: usize| allocate::<f32>(device, n);
+        let queue = device.cuda_stream();
+        let floats = |n: usize| allocate::<f32>(&device, n);
         let (logits, hidden) = (floats(rows * vocab)?, floats(rows * d)?);
         // SAFETY: the device writes all of it before the host reads.
-        let arrived = unsafe { stream.context().alloc_pinned_with_flags::<f32>(rows * vocab, 0) }.w()?;
+        let arrived = unsafe { queue.context().alloc_pinned_with_flags::<f32>(rows * vocab, 0) }.w()?;
         let parts = rows * heads.query * splits;
         let others = [
             floats(rows * d)?,
-            floats(rows * width)?,
+            floats(rows * heads.query * dim)?,
             floats(parts * dim)?,
             floats(2 * parts)?,
             floats(rows * ffn)?,
             floats(2 * rows * head_blocks)?,
         ];
-        let own = |x: &CudaSlice<f32>| x.device_ptr(&stream).0;
-        let start = state.device_ptr(&stream).0;
+        let own = |x: &CudaSlice<f32>| x.device_ptr(&queue).0;
+        let start = state.device_ptr(&queue).0;
         let numbers = |n: usize| start + 4 * n as u64;
         let at = Addresses {
-            embed: address::<T>(&weights.embed)?,
-            norm: address::<T>(&weights.norm)?,
-            head: address::<T>(&weights.head)?,
-            cos: address::<f32>(weights.rope.cos())?,
-            sin: address::<f32>(weights.rope.sin())?,
+            embed: embed_at,
+            norm: address_of(&norms[norms.len() - 1])?,
+            cos: address_of(weights.rope.cos())?,
+            sin: address_of(weights.rope.sin())?,
             position: numbers(0),
             active: numbers(rows),
             token: numbers(2 * rows),
@@ -236,54 +231,18 @@ impl CudaStep {
             hidden: own(&hidden),
             best: own(&others[5]),
         };
-        let layers = weights.layers.iter().zip(caches).map(|(layer, cache)| {
-            Ok(Layer {
-                norm_attention: address::<T>(&layer.norm_attention)?,
-                qkv: address::<T>(&layer.qkv)?,
-                out: address::<T>(&layer.out)?,
-                norm_feed_forward: address::<T>(&layer.norm_feed_forward)?,
-                gate_up: address::<T>(&layer.gate_up)?,
-                down: address::<T>(&layer.down)?,
-                cache: address::<T>(cache)?,
-            })
-        });
-        let layers = layers.collect::<Result<_>>()?;
-        let kind = format!("{}_{}", T::NAME, if wide { "wide" } else { "single" });
-        let shared = |n: usize| size(together * bytes(n));
-        // The output layer's kernel also keeps what each part of the attention counts.
-        let factors = size(4 * together * heads.query * splits)?;
-        let shared = Shared { stream: shared(d)?, attended: shared(width)? + factors, inner: shared(ffn)? };
-        let load = |name: &str, bytes: u32| -> Result<CudaFunction> {
-            let module = match T::DTYPE {
-                DType::BF16 => Module::DecodeBf16,
-                DType::F16 => Module::DecodeF16,
-                _ => Module::DecodeF32,
-            };
-            let function = device.get_or_load_custom_func(name, module.name(), module.ptx())?;
-            allow_shared(&function, bytes)?;
-            Ok(function.into_cuda_function())
-        };
-        let product = |name: &str, bytes: u32| load(&format!("decode_{name}_{kind}_{together}"), bytes);
-        let kernels = Kernels {
-            embed: load(&format!("decode_embed_{}", T::NAME), 0)?,
-            qkv: product("qkv", shared.stream)?,
-            attention: load(&format!("decode_attention_{kind}"), 0)?,
-            output: product("output", shared.attended)?,
-            gate_up: product("gate_up", shared.stream)?,
-            down: product("down", shared.inner)?,
-            head: product("head", shared.stream)?,
-            next: load(&format!("decode_next_{}", T::NAME), 0)?,
-        };
+        let next = load(&device, Module::DecodeCache, "decode_next", 0)?;
         Ok(Some(Self {
-            device: device.clone(),
-            _weights: weights.clone(),
+            chain: Chain::new(&device)?,
+            device,
+            _weights: weights,
+            _norms: norms,
             _caches: caches.to_vec(),
             params,
             layers,
+            head,
             at,
-            kernels,
-            chain: Chain::new(device)?,
-            shared,
+            kernels: Kernels { embed, attention, next },
             state,
             logits,
             arrived,
@@ -309,17 +268,25 @@ impl CudaStep {
         Ok((logits.collect(), hidden))
     }
 
-    /// Reads a token at a place and then `n - 1` times the likeliest one after it: the likeliest after each, and the last
-    /// hidden state (1, 1, d) in f32. The host waits once.
-    pub(crate) fn greedy(&mut self, id: u32, place: Place, n: usize) -> Result<(Vec<u32>, Tensor)> {
-        self.place(&[id], &[place])?;
+    /// Reads a token a place and then `n - 1` times the likeliest one after it: of each place the likeliest after each, and
+    /// the last hidden states (places, 1, d) in f32. The host waits once.
+    pub(crate) fn greedy(
+        &mut self,
+        ids: &[u32],
+        places: &[Place],
+        n: usize,
+    ) -> Result<(Vec<Vec<u32>>, Tensor)> {
+        self.place(ids, places)?;
         for _ in 0..n {
             self.advance()?;
         }
         let (rows, capacity) = (self.params.rows as usize, self.params.capacity as usize);
-        let start = 3 * rows + place.row * (capacity + 1) + place.position + 1;
-        let chosen = self.device.clone_dtoh(&self.state.slice(start..start + n))?;
-        Ok((chosen, self.hidden(&[place])?))
+        let log = self.device.clone_dtoh(&self.state.slice(3 * rows..))?;
+        let chosen = places.iter().map(|place| {
+            let start = place.row * (capacity + 1) + place.position + 1;
+            log[start..start + n].to_vec()
+        });
+        Ok((chosen.collect(), self.hidden(places)?))
     }
 
     /// Tells the device which rows read what where.
@@ -374,89 +341,85 @@ impl CudaStep {
 
     fn launch_all(&self) -> Result<()> {
         let (chain, at, kernels, p) = (&self.chain, &self.at, &self.kernels, &self.params);
-        let (rows, d) = (p.rows as usize, p.d as usize);
-        let product = |count: usize, warps: usize, bytes: u32| -> Result<LaunchConfig> {
-            let config = blocks(count.div_ceil(warps), 32 * warps as u32)?;
-            Ok(LaunchConfig { shared_mem_bytes: bytes, ..config })
+        let rows = p.rows as usize;
+        let product = |part: &Part, count: u32, warps: usize| -> Result<LaunchConfig> {
+            let config = blocks((count as usize).div_ceil(warps), 32 * warps as u32)?;
+            Ok(LaunchConfig { shared_mem_bytes: part.shared, ..config })
         };
-        let pairs = (p.query + 2 * p.kv) as usize * (p.dim / 2) as usize;
-        let qkv = product(pairs, WARPS, self.shared.stream)?;
         let attention = LaunchConfig {
             grid_dim: (p.splits, p.kv, p.rows),
             block_dim: (POSITIONS as u32, 1, 1),
             shared_mem_bytes: size(4 * QUERIES * p.dim as usize)?,
         };
-        let output = product(d, FEW_WARPS, self.shared.attended)?;
-        let gate_up = product(p.ffn as usize, WARPS, self.shared.stream)?;
-        let down = product(d, FEW_WARPS, self.shared.inner)?;
-        let head = LaunchConfig {
+        follow!(chain, &kernels.embed, blocks(rows, 256)?, &at.embed, &at.token, &at.h, p);
+        for Layer { norm_attention, qkv, out, norm_feed_forward, gate_up, down, cache } in &self.layers {
+            for part in qkv {
+                let pairs = part.rows / 2;
+                follow!(
+                    chain,
+                    &part.kernel,
+                    product(part, pairs, WARPS)?,
+                    &at.h,
+                    norm_attention,
+                    &part.address,
+                    &part.first,
+                    &pairs,
+                    &at.cos,
+                    &at.sin,
+                    &at.position,
+                    &at.q,
+                    cache,
+                    p
+                );
+            }
+            follow!(chain, &kernels.attention, attention, &at.q, cache, &at.position, &at.part, &at.share, p);
+            let config = product(out, p.d, FEW_WARPS)?;
+            follow!(chain, &out.kernel, config, &at.part, &at.share, &out.address, &at.h, p);
+            let config = product(gate_up, p.ffn, WARPS)?;
+            follow!(chain, &gate_up.kernel, config, &at.h, norm_feed_forward, &gate_up.address, &at.inner, p);
+            let config = product(down, p.d, FEW_WARPS)?;
+            follow!(chain, &down.kernel, config, &at.inner, &down.address, &at.h, p);
+        }
+        let head = &self.head;
+        let config = LaunchConfig {
             grid_dim: (p.blocks, 1, 1),
             block_dim: (32 * WARPS as u32, 1, 1),
-            shared_mem_bytes: self.shared.stream,
+            shared_mem_bytes: head.shared,
         };
-        follow!(chain, &kernels.embed, blocks(rows, 256)?, &at.embed, &at.token, &at.h, p);
-        for layer in &self.layers {
-            follow!(
-                chain,
-                &kernels.qkv,
-                qkv,
-                &at.h,
-                &layer.norm_attention,
-                &layer.qkv,
-                &at.cos,
-                &at.sin,
-                &at.position,
-                &at.q,
-                &layer.cache,
-                p
-            );
-            follow!(
-                chain,
-                &kernels.attention,
-                attention,
-                &at.q,
-                &layer.cache,
-                &at.position,
-                &at.part,
-                &at.share,
-                p
-            );
-            follow!(chain, &kernels.output, output, &at.part, &at.share, &layer.out, &at.h, p);
-            follow!(
-                chain,
-                &kernels.gate_up,
-                gate_up,
-                &at.h,
-                &layer.norm_feed_forward,
-                &layer.gate_up,
-                &at.inner,
-                p
-            );
-            follow!(chain, &kernels.down, down, &at.inner, &layer.down, &at.h, p);
-        }
-        follow!(chain, &kernels.head, head, &at.h, &at.norm, &at.head, &at.logits, &at.hidden, &at.best, p);
         follow!(
             chain,
-            &kernels.next,
-            blocks(rows, 256)?,
+            &head.kernel,
+            config,
+            &at.h,
+            &at.norm,
+            &head.address,
+            &at.logits,
+            &at.hidden,
             &at.best,
-            &at.active,
-            &at.token,
-            &at.position,
-            &at.log,
             p
         );
+        let config = blocks(rows, 256)?;
+        follow!(chain, &kernels.next, config, &at.best, &at.active, &at.token, &at.position, &at.log, p);
         Ok(())
     }
 }
 
-/// Where a contiguous tensor begins.
-fn address<T: Element>(tensor: &Tensor) -> Result<u64> {
-    let held = Held::new(tensor);
-    let stream = held.device()?.cuda_stream();
-    let view = held.view::<T>()?;
-    let (address, _) = view.device_ptr(&stream);
-    Ok(address)
+/// The attention's kernel over these caches; none where there is none for them.
+fn attention(device: &CudaDevice, caches: &[Tensor], dim: usize) -> Result<Option<CudaFunction>> {
+    fn of<T: Element>(device: &CudaDevice, caches: &[Tensor], dim: usize) -> Result<Option<CudaFunction>> {
+        let aligned = |x: &Tensor| (x.layout().start_offset() * size_of::<T>()).is_multiple_of(16);
+        let wide = dim.is_multiple_of(T::WIDE) && caches.iter().all(aligned);
+        if dim / if wide { T::WIDE } else { 1 } > POSITIONS || !caches.iter().all(Tensor::is_contiguous) {
+            return Ok(None);
+        }
+        let name = format!("decode_attention_{}_{}", T::NAME, if wide { "wide" } else { "single" });
+        load(device, Module::DecodeCache, &name, 0).map(Some)
+    }
+    let dtype = caches[0].dtype();
+    if !has_kernels(dtype) {
+        return Ok(None);
+    }
+    by_dtype!(dtype, T => of::<T>(device, caches, dim))
 }
 
 /// The kind of an activation and its numbers, as `decode.cuh` has them.

@@ -103,15 +103,18 @@ __device__ __forceinline__ void attention(const float *q, const T *cache, const 
 }
 
 // h += W attention, where the parts of the attention are put together first.
-template <typename T, int V, int B>
-__device__ __forceinline__ void output(const float *part, const float2 *weight, const T *w, float *h, DecodeParams p) {
+template <typename F, int B>
+__device__ __forceinline__ void output(const float *part, const float2 *weight, const uint8_t *w, float *h,
+                                       DecodeParams p) {
     extern __shared__ __align__(16) float xs[];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    constexpr int V = F::V;
     const uint32_t width = p.query * p.dim, stride = padded<V>(width), own_row = blockIdx.x * warps + warp;
     float *const factors = xs + B * stride;  // (B, query, splits)
     constexpr int S = TOGETHER<V>;
+    const size_t bytes = F::bytes(width);
     let_next_begin();
-    if (own_row < p.d) ask_for(w + (size_t)own_row * width, width);
+    if (own_row < p.d) ask_for(w + own_row * bytes, bytes);
     wait_for_previous();
     for (uint32_t first = 0; first < p.rows; first += B) {
         if (first > 0) __syncthreads();  // the vectors before are still read
@@ -152,9 +155,9 @@ __device__ __forceinline__ void output(const float *part, const float2 *weight, 
         }
         __syncthreads();
         for (uint32_t i = own_row; i < p.d; i += gridDim.x * warps) {
-            const T *const rows[1] = {w + (size_t)i * width};
+            const uint8_t *const rows[1] = {w + i * bytes};
             float sums[1][B], own[1];
-            dots<T, V, 1, B>(rows, xs, stride, width, sums);
+            dots<F, 1, B>(rows, xs, stride, width, sums);
             mine<1, B>(sums, own);
             if (lane < B && first + lane < p.rows) h[(size_t)(first + lane) * p.d + i] += own[0];
         }

@@ -14,8 +14,9 @@ struct DecodeParams {
     uint32_t kind;      // of the activation
     float a, b;         // its numbers: 1 / temperature and strength, or gamma
     float eps;          // of the norms
+    uint32_t numbers;   // of the cache: 0 is f32, 1 bf16, 2 f16
 };
-static_assert(sizeof(DecodeParams) == 56, "the Rust side has the same layout");
+static_assert(sizeof(DecodeParams) == 60, "the Rust side has the same layout");
 
 // From compute capability 9.0 on the kernels of a step overlap: each lets the next one begin as soon as it runs itself, which
 // asks for its weights and then waits until what it reads of the kernels before has been written. (Elsewhere the next
@@ -32,12 +33,11 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// Asks for n elements to come into the L2 cache, by a whole warp.
-template <typename T> __device__ __forceinline__ void ask_for(const T *from, uint32_t n) {
+// Asks for n bytes to come into the L2 cache, by a whole warp.
+__device__ __forceinline__ void ask_for(const uint8_t *from, size_t n) {
 #if __CUDA_ARCH__ >= 900
-    const char *bytes = reinterpret_cast<const char *>(from);
-    for (size_t i = threadIdx.x % 32 * 128; i < n * sizeof(T); i += 32 * 128)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(bytes + i));
+    for (size_t i = threadIdx.x % 32 * 128; i < n; i += 32 * 128)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
 #endif
 }
 

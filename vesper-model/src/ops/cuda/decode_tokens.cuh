@@ -4,12 +4,21 @@
 #include "decode_vectors.cuh"
 
 // h[row] = table[token[row]]: one thread block a row.
-template <typename T> __device__ __forceinline__ void embed(const T *table, const uint32_t *token, float *h, DecodeParams p) {
+template <typename F> __device__ __forceinline__ void embed(const uint8_t *table, const uint32_t *token, float *h,
+                                                            DecodeParams p) {
     const uint32_t row = blockIdx.x;
     let_next_begin();
     wait_for_previous();
-    const T *from = table + (size_t)min(token[row], p.vocab - 1) * p.d;
-    for (uint32_t i = threadIdx.x; i < p.d; i += blockDim.x) h[(size_t)row * p.d + i] = to_float(from[i]);
+    const uint8_t *const from = table + min(token[row], p.vocab - 1) * F::bytes(p.d);
+    for (uint32_t unit = threadIdx.x; unit < p.d / F::V; unit += blockDim.x) {
+        const typename F::Unit loaded = F::load(from, unit);
+        const float scale = F::scale(loaded), least = F::least(loaded);
+        float own[F::V];
+        F::values(loaded, own);
+#pragma unroll
+        for (int j = 0; j < F::V; j++)
+            h[(size_t)row * p.d + unit * F::V + j] = F::SCALED ? scale * own[j] - least : own[j];
+    }
 }
 
 struct Best {
@@ -23,23 +32,25 @@ __device__ __forceinline__ void keep(Best &best, float value, uint32_t id) {
 }
 
 // logits: (rows, vocab); hidden: (rows, d), what they are made of; best: (rows, blocks).
-template <typename T, int V, int B>
-__device__ __forceinline__ void head(const float *h, const T *norm, const T *weight, float *logits, float *hidden, Best *best,
-                                     DecodeParams p) {
+template <typename F, int B>
+__device__ __forceinline__ void head(const float *h, const float *norm, const uint8_t *weight, float *logits,
+                                     float *hidden, Best *best, DecodeParams p) {
     extern __shared__ __align__(16) float xs[];
     __shared__ float scratch[B * WARPS];
     __shared__ Best found[WARPS][B];
     constexpr uint32_t R = 4;  // rows of the weight that a warp takes at once
+    constexpr int V = F::V;
+    const size_t bytes = F::bytes(p.d);
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, stride = padded<V>(p.d);
     let_next_begin();
     for (uint32_t r = 0; r < R; r++) {
         const uint32_t id = (blockIdx.x * WARPS + warp) * R + r;
-        if (id < p.vocab) ask_for(weight + (size_t)id * p.d, p.d);
+        if (id < p.vocab) ask_for(weight + id * bytes, bytes);
     }
     wait_for_previous();
     for (uint32_t first = 0; first < p.rows; first += B) {
         if (first > 0) __syncthreads();
-        stage_normed<T, V, B>(xs, h, norm, first, p, scratch);
+        stage_normed<V, B>(xs, h, norm, first, p, scratch);
         const uint32_t row = first + lane;
         const bool finishes = lane < B && row < p.rows;
         if (blockIdx.x == 0)
@@ -48,12 +59,10 @@ __device__ __forceinline__ void head(const float *h, const T *norm, const T *wei
                     hidden[(size_t)(first + b) * p.d + i] = xs[b * stride + slot<V>(i)];
         Best largest = {-INFINITY, UINT32_MAX};
         for (uint32_t id = (blockIdx.x * WARPS + warp) * R; id < p.vocab; id += gridDim.x * WARPS * R) {
-            const T *rows[R];
-#pragma unroll
-            for (uint32_t r = 0; r < R; r++) rows[r] = weight + (size_t)min(id + r, p.vocab - 1) * p.d;
-            const T *const fixed[R] = {rows[0], rows[1], rows[2], rows[3]};
+            const auto at = [&](uint32_t r) { return weight + min(id + r, p.vocab - 1) * bytes; };
+            const uint8_t *const rows[R] = {at(0), at(1), at(2), at(3)};
             float sums[R][B], own[R];
-            dots<T, V, R, B>(fixed, xs, stride, p.d, sums);
+            dots<F, R, B>(rows, xs, stride, p.d, sums);
             mine<R, B>(sums, own);
             if (!finishes) continue;
 #pragma unroll

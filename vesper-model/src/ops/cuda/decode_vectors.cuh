@@ -1,6 +1,7 @@
 // Vectors in shared memory, and their products with rows of weights.
 #pragma once
 
+#include "decode_rows.cuh"
 #include "decode_step.cuh"
 
 // Where element i of a vector lies in shared memory. A lane reads 8 elements of half types at once, as two float4: those
@@ -32,39 +33,53 @@ template <int V> __device__ __forceinline__ void read(const float *xs, uint32_t 
     }
 }
 
-// out[r][b] = w[r] . xs[b], n elements each, in every lane of the warp.
-template <typename T, int V, int R, int B>
-__device__ __forceinline__ void dots(const T *const (&w)[R], const float *xs, uint32_t stride, uint32_t n,
+// out[r][b] = w[r] . xs[b], n elements each, in every lane of the warp. F is the format of the rows.
+template <typename F, int R, int B>
+__device__ __forceinline__ void dots(const uint8_t *const (&w)[R], const float *xs, uint32_t stride, uint32_t n,
                                      float (&out)[R][B]) {
-    constexpr int LOADS = V == 1 ? 4 : R >= 4 ? 2 : 8 / R;  // of each row, before the first is used
-    const uint32_t lane = threadIdx.x % 32, vectors = n / V;
+    constexpr int V = F::V, LOADS = V == 1 ? 4 : R >= 4 ? 2 : 8 / R;  // of each row, before the first is used
+    const uint32_t lane = threadIdx.x % 32, units = n / V;
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
         for (int b = 0; b < B; b++) out[r][b] = 0.0f;
-    for (uint32_t first = 0; first < vectors; first += 32 * LOADS) {
-        Vec<T, V> loaded[LOADS][R];
+    for (uint32_t first = 0; first < units; first += 32 * LOADS) {
+        typename F::Unit loaded[LOADS][R];
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
             const uint32_t at = first + 32 * i + lane;
-            if (at < vectors) {
+            if (at < units) {
 #pragma unroll
-                for (int r = 0; r < R; r++) loaded[i][r] = load<T, V>(w[r] + (size_t)at * V);
+                for (int r = 0; r < R; r++) loaded[i][r] = F::load(w[r], at);
             }
         }
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
             const uint32_t at = first + 32 * i + lane;
-            if (at < vectors) {
+            if (at < units) {
+                float own[R][V], scale[R], least[R];
+#pragma unroll
+                for (int r = 0; r < R; r++) {
+                    F::values(loaded[i][r], own[r]);
+                    scale[r] = F::scale(loaded[i][r]);
+                    least[r] = F::least(loaded[i][r]);
+                }
 #pragma unroll
                 for (int b = 0; b < B; b++) {
-                    float x[V];
+                    float x[V], all = 0.0f;
                     read<V>(xs + b * stride, (first + 32 * i) * V, x);
+                    if (F::LEAST) {
 #pragma unroll
-                    for (int r = 0; r < R; r++)
+                        for (int j = 0; j < V; j++) all += x[j];
+                    }
 #pragma unroll
-                        for (int j = 0; j < V; j++)
-                            out[r][b] = __fmaf_rn(to_float(loaded[i][r].v[j]), x[j], out[r][b]);
+                    for (int r = 0; r < R; r++) {
+                        float sum = F::SCALED ? 0.0f : out[r][b];
+#pragma unroll
+                        for (int j = 0; j < V; j++) sum = __fmaf_rn(own[r][j], x[j], sum);
+                        out[r][b] = F::SCALED ? __fmaf_rn(scale[r], sum, out[r][b]) : sum;
+                        if (F::LEAST) out[r][b] = __fmaf_rn(-least[r], all, out[r][b]);
+                    }
                 }
             }
         }
@@ -106,8 +121,8 @@ __device__ __forceinline__ void stage(float *xs, const float *x, uint32_t n, uin
 }
 
 // The same of rms_norm(h).
-template <typename T, int V, int B>
-__device__ __forceinline__ void stage_normed(float *xs, const float *h, const T *weight, uint32_t first,
+template <int V, int B>
+__device__ __forceinline__ void stage_normed(float *xs, const float *h, const float *weight, uint32_t first,
                                              const DecodeParams &p, float *scratch) {
     constexpr int S = TOGETHER<V>;
     const uint32_t stride = padded<V>(p.d);
@@ -130,13 +145,13 @@ __device__ __forceinline__ void stage_normed(float *xs, const float *h, const T 
     for (int b = 0; b < B; b++) scale[b] = 1.0f / sqrtf(scale[b] / p.d + p.eps);
     // What a thread has put there itself.
     for (uint32_t i = threadIdx.x * S; i < p.d; i += blockDim.x * S) {
-        const Vec<T, S> w = load<T, S>(weight + i);
+        const Vec<float, S> w = load<float, S>(weight + i);
 #pragma unroll
         for (int b = 0; b < B; b++) {
             float *at = xs + b * stride + slot<V>(i);
             Vec<float, S> own = load<float, S>(at);
 #pragma unroll
-            for (int j = 0; j < S; j++) own.v[j] = own.v[j] * scale[b] * to_float(w.v[j]);
+            for (int j = 0; j < S; j++) own.v[j] = own.v[j] * scale[b] * w.v[j];
             store<float, S>(at, own);
         }
     }

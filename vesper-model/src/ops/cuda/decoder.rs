@@ -26,13 +26,14 @@ pub(in crate::ops) fn decoder_blocks(
     let (x, dtype) = (aligned(x)?, x.dtype());
     let result = Normed::default();
     let (mut layers, mut input, mut tracked) = (Vec::new(), x.detach(), x.track_op());
+    let mut narrowed = Narrowed::new(blocks, tracked, dtype);
     for (i, weights) in blocks.iter().enumerate() {
         let wanted = weights.all().map(|weight| weight.track_op().then(|| weight.dtype()));
         let block = Block {
             eps: settings.eps,
             attention: Attention { heads: settings.heads, rope: positions.cloned() },
             activation: settings.activation,
-            weights: weights.try_map(|weight| cast::weight(weight, dtype))?,
+            weights: narrowed.of_next()?,
             wanted,
         };
         let (y, saved) = by_dtype!(dtype, T => block.forward::<T>(&input)?);
@@ -53,6 +54,37 @@ pub(in crate::ops) fn decoder_blocks(
         blocks.iter().flat_map(DecoderWeights::all).filter(|weight| weight.track_op()).collect();
     let (link, gradients) = links::chain(&leaves, x.device())?;
     x.apply_op2(&link, Node { layers, result, gradients })
+}
+
+/// The blocks' weights in the dtype of the activations: of those whose weights are kept anyway, since a gradient goes
+/// through them, all at once; of others when their turn comes.
+struct Narrowed<'a> {
+    rest: &'a [DecoderWeights],
+    /// Blocks in `rest` before the first that a gradient goes through.
+    alone: usize,
+    dtype: DType,
+    ready: std::vec::IntoIter<Tensor>,
+}
+
+impl<'a> Narrowed<'a> {
+    fn new(blocks: &'a [DecoderWeights], tracked: bool, dtype: DType) -> Self {
+        let first = blocks.iter().position(|block| block.all().iter().any(|weight| weight.track_op()));
+        let alone = if tracked { 0 } else { first.unwrap_or(blocks.len()) };
+        Self { rest: blocks, alone, dtype, ready: Vec::new().into_iter() }
+    }
+
+    /// Of the next block.
+    fn of_next(&mut self) -> Result<DecoderWeights> {
+        if self.ready.len() == 0 {
+            let n = if self.alone > 0 { 1 } else { self.rest.len() };
+            let (now, rest) = self.rest.split_at(n);
+            let all: Vec<&Tensor> = now.iter().flat_map(DecoderWeights::all).collect();
+            self.ready = cast::weights(&all, self.dtype)?.into_iter();
+            self.rest = rest;
+            self.alone = self.alone.saturating_sub(1);
+        }
+        DecoderWeights::from_all(|| self.ready.next())
+    }
 }
 
 /// A block that a gradient goes through.

@@ -63,76 +63,62 @@ macro_rules! by_dtype {
 }
 pub(super) use by_dtype;
 
-/// A `.cu` file.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Module {
-    Attention,
-    AttentionBackward,
-    AttentionCached,
-    AttentionCachedPlain,
-    AttentionPlain,
-    Cache,
-    Cast,
-    CrossEntropy,
-    DecodeBf16,
-    DecodeF16,
-    DecodeF32,
-    Dropout,
-    Embedding,
-    LayerNorm,
-    Norms,
-    Residual,
-    RmsNorm,
-    Rope,
+/// A `.cu` file, and the constant of its compiled kernels.
+macro_rules! modules {
+    ($($module:ident $constant:ident,)+) => {
+        /// A `.cu` file.
+        #[derive(Debug, Clone, Copy)]
+        pub(super) enum Module {
+            $($module,)+
+        }
+
+        impl Module {
+            /// The name that candle keeps it under, unique in a process.
+            pub(super) fn name(self) -> &'static str {
+                match self {
+                    $(Self::$module => concat!("vesper-", stringify!($module)),)+
+                }
+            }
+
+            pub(super) fn ptx(self) -> &'static str {
+                match self {
+                    $(Self::$module => ptx::$constant,)+
+                }
+            }
+        }
+    };
 }
 
-impl Module {
-    /// The name that candle keeps it under, unique in a process.
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Attention => "vesper-attention",
-            Self::AttentionBackward => "vesper-attention-backward",
-            Self::AttentionCached => "vesper-attention-cached",
-            Self::AttentionCachedPlain => "vesper-attention-cached-plain",
-            Self::AttentionPlain => "vesper-attention-plain",
-            Self::Cache => "vesper-cache",
-            Self::Cast => "vesper-cast",
-            Self::CrossEntropy => "vesper-cross-entropy",
-            Self::DecodeBf16 => "vesper-decode-bf16",
-            Self::DecodeF16 => "vesper-decode-f16",
-            Self::DecodeF32 => "vesper-decode-f32",
-            Self::Dropout => "vesper-dropout",
-            Self::Embedding => "vesper-embedding",
-            Self::LayerNorm => "vesper-layer-norm",
-            Self::Norms => "vesper-norms",
-            Self::Residual => "vesper-residual",
-            Self::RmsNorm => "vesper-rms-norm",
-            Self::Rope => "vesper-rope",
-        }
-    }
-
-    pub(super) fn ptx(self) -> &'static str {
-        match self {
-            Self::Attention => ptx::ATTENTION,
-            Self::AttentionBackward => ptx::ATTENTION_BACKWARD,
-            Self::AttentionCached => ptx::ATTENTION_CACHED,
-            Self::AttentionCachedPlain => ptx::ATTENTION_CACHED_PLAIN,
-            Self::AttentionPlain => ptx::ATTENTION_PLAIN,
-            Self::Cache => ptx::CACHE,
-            Self::Cast => ptx::CAST,
-            Self::CrossEntropy => ptx::CROSS_ENTROPY,
-            Self::DecodeBf16 => ptx::DECODE_BF16,
-            Self::DecodeF16 => ptx::DECODE_F16,
-            Self::DecodeF32 => ptx::DECODE_F32,
-            Self::Dropout => ptx::DROPOUT,
-            Self::Embedding => ptx::EMBEDDING,
-            Self::LayerNorm => ptx::LAYER_NORM,
-            Self::Norms => ptx::NORMS,
-            Self::Residual => ptx::RESIDUAL,
-            Self::RmsNorm => ptx::RMS_NORM,
-            Self::Rope => ptx::ROPE,
-        }
-    }
+modules! {
+    Attention ATTENTION,
+    AttentionBackward ATTENTION_BACKWARD,
+    AttentionCached ATTENTION_CACHED,
+    AttentionCachedPlain ATTENTION_CACHED_PLAIN,
+    AttentionPlain ATTENTION_PLAIN,
+    Cache CACHE,
+    Cast CAST,
+    CrossEntropy CROSS_ENTROPY,
+    DecodeBf16 DECODE_BF16,
+    DecodeCache DECODE_CACHE,
+    DecodeF16 DECODE_F16,
+    DecodeF32 DECODE_F32,
+    DecodeQ2K DECODE_Q2_K,
+    DecodeQ3K DECODE_Q3_K,
+    DecodeQ4K DECODE_Q4_K,
+    DecodeQ4_0 DECODE_Q4_0,
+    DecodeQ4_1 DECODE_Q4_1,
+    DecodeQ5K DECODE_Q5_K,
+    DecodeQ5_0 DECODE_Q5_0,
+    DecodeQ5_1 DECODE_Q5_1,
+    DecodeQ6K DECODE_Q6_K,
+    DecodeQ8_0 DECODE_Q8_0,
+    Dropout DROPOUT,
+    Embedding EMBEDDING,
+    LayerNorm LAYER_NORM,
+    Norms NORMS,
+    Residual RESIDUAL,
+    RmsNorm RMS_NORM,
+    Rope ROPE,
 }
 
 /// Launches a kernel: `launch!(device, module, name, config, arguments...)`, each argument a reference.

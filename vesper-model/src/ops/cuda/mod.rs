@@ -11,6 +11,7 @@ mod cast;
 mod chain;
 pub(super) mod cross_entropy;
 pub(super) mod decode;
+mod decode_matrix;
 pub(super) mod decoder;
 pub(super) mod dropout;
 pub(super) mod embedding;

@@ -1,7 +1,8 @@
 //! One token after another: a decoder's step of a few rows, over a cache, without candle's operations between.
 //!
-//! On the CPU (here) the weights and the cache are read once, as they are stored (f32, bf16 or blocks), by all threads;
-//! activations are in f32 throughout. On CUDA (`cuda::decode`) each part of a block is one kernel, and a graph of them is replayed.
+//! The weights and the cache are read once, as they are stored (f32, bf16, f16 or blocks); activations are in f32 throughout.
+//! On the CPU (here) that is done by all threads. On CUDA (`cuda::decode`) each part of a block is one kernel, and a graph of
+//! them is replayed.
 
 mod attention;
 mod matvec;
@@ -11,8 +12,6 @@ use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
 use half::slice::HalfFloatSliceExt;
 use pulp::bytemuck;
 
-#[cfg(feature = "cuda")]
-use super::DecoderWeights;
 use super::{DecoderSettings, Rope};
 use crate::quantized::Weight;
 use matvec::Rows;
@@ -24,35 +23,12 @@ pub(crate) struct Place {
     pub(crate) position: usize,
 }
 
-/// Everything that a step on CUDA reads but the cache.
-#[cfg(feature = "cuda")]
+/// Everything that a step reads but the cache.
 #[derive(Debug, Clone)]
 pub(crate) struct StepWeights {
     /// (vocab, d)
-    pub(crate) embed: Tensor,
-    pub(crate) layers: Vec<DecoderWeights>,
-    /// (d)
-    pub(crate) norm: Tensor,
-    /// (vocab, d)
-    pub(crate) head: Tensor,
-    pub(crate) settings: DecoderSettings,
-    pub(crate) rope: Rope,
-}
-
-#[cfg(feature = "cuda")]
-impl StepWeights {
-    pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        let layers = self.layers.iter().flat_map(DecoderWeights::all);
-        [&self.embed, &self.norm, &self.head].into_iter().chain(layers)
-    }
-}
-
-/// Everything that a step on the CPU reads but the cache.
-#[derive(Debug, Clone)]
-pub(crate) struct CpuStep {
-    /// (vocab, d)
     pub(crate) embed: Weight,
-    pub(crate) layers: Vec<CpuLayer>,
+    pub(crate) layers: Vec<StepLayer>,
     /// (d)
     pub(crate) norm: Tensor,
     /// (vocab, d)
@@ -61,9 +37,18 @@ pub(crate) struct CpuStep {
     pub(crate) rope: Rope,
 }
 
+#[cfg(feature = "cuda")]
+impl StepWeights {
+    /// Of the blocks, two each, and the last one.
+    pub(super) fn norms(&self) -> impl Iterator<Item = &Tensor> {
+        let layers = self.layers.iter().flat_map(|layer| [&layer.norm_attention, &layer.norm_feed_forward]);
+        layers.chain([&self.norm])
+    }
+}
+
 /// As [`DecoderWeights`](super::DecoderWeights), with matrices that may be in blocks.
 #[derive(Debug, Clone)]
-pub(crate) struct CpuLayer {
+pub(crate) struct StepLayer {
     pub(crate) norm_attention: Tensor,
     pub(crate) qkv: Weight,
     pub(crate) out: Weight,

@@ -4,12 +4,12 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::attention::Attention;
 use super::matvec::{Vectors, products};
-use super::{CpuStep, Place, StepOutput, with_rows};
+use super::{Place, StepOutput, StepWeights, with_rows};
 use crate::ops::real::{self, fold};
 use crate::quantized::Weight;
 
-impl CpuStep {
-    /// Whether [`CpuStep::step`] takes these weights beside a cache of `compute`.
+impl StepWeights {
+    /// Whether [`StepWeights::step`] takes these weights beside a cache of `compute`.
     pub(crate) fn takes(&self, compute: DType) -> bool {
         let matrices = self.layers.iter().flat_map(|l| [&l.qkv, &l.out, &l.gate_up, &l.down]);
         let fits = |matrix: &Weight| {
