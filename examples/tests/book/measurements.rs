@@ -267,3 +267,29 @@ fn quoted_decoding_on_a_cpu_is_that_of_its_record() {
     }
     assert_eq!(count, 18 + 12);
 }
+
+#[test]
+fn quoted_decoding_on_a_gpu_is_that_of_its_record() {
+    let record = record("nvidia-h100-80gb-hbm3/2026-11-27-decode.json");
+    let speed = |compute: &Value, batch: usize, step: &str| {
+        let found = rows(&record, "decoding")
+            .iter()
+            .find(|row| row["compute"] == *compute && row["batch"] == batch && row["step"] == step);
+        format!("{:.0}", number(&found.unwrap()["decode"], "tokens_per_s"))
+    };
+    let all: BTreeSet<&str> =
+        rows(&record, "decoding").iter().map(|row| row["compute"].as_str().unwrap()).collect();
+    for compute in &all {
+        let weights = match *compute {
+            plain @ ("F32" | "BF16") => plain.to_lowercase(),
+            blocks => blocks.to_uppercase(),
+        };
+        let own = Value::from(*compute);
+        let [one, eight, one_composed, eight_composed] =
+            [(1, "fused"), (8, "fused"), (1, "composed"), (8, "composed")]
+                .map(|(batch, step)| speed(&own, batch, step));
+        let cells = [format!("Vesper, {weights}"), one, eight, one_composed, eight_composed];
+        has_row("docs/src/results.md", &cells);
+    }
+    assert_eq!(all.len(), 5);
+}
