@@ -6,7 +6,9 @@ use vesper_model::ops::{
     residual_rms_norm,
 };
 
-use crate::common::{brief, gpu, ids, parity, random, rows, runs, same_bits};
+use crate::common::{
+    brief, error, gpu, ids, parity, random, rows, runs, same_bits, to_f64, value_and_gradients,
+};
 
 /// Rows that divide into vectors, rows that do not, long rows.
 const SHAPES: [&[usize]; 7] =
@@ -40,6 +42,30 @@ fn layer_norm_equals_its_reference() {
     same_bits("layer_norm", &device, &inputs(&[rows(3000), 768])[1..], |x| {
         layer_norm(&x[0], &x[1], Some(&x[2]), 1e-5, Path::Fused)
     });
+}
+
+#[test]
+fn rows_far_from_zero_keep_their_bits() {
+    let Some((_lock, device)) = gpu("rows_far_from_zero_keep_their_bits") else { return };
+    // In f32, 1000 is rounded to 6e-5: much more than what is left where the mean is subtracted. Rows in registers, wide
+    // and not, and rows that are read again.
+    for d in [33, 96, 1024, 5000] {
+        let x = (random(1, &[9, d]) + 1000.0).unwrap().to_dtype(DType::F32).unwrap();
+        let inputs = [x.to_dtype(DType::F64).unwrap(), random(2, &[d])];
+        let norm = |path| move |x: &[Tensor]| layer_norm(&x[0], &x[1], None, 1e-5, path);
+        let (y, gradients) = value_and_gradients(&inputs, DType::F32, &device, norm(Path::Fused)).unwrap();
+        let (exact, exact_gradients) =
+            value_and_gradients(&inputs, DType::F64, &Device::Cpu, norm(Path::Reference)).unwrap();
+        assert!(error(&to_f64(&y), &exact) < 1e-6, "rows of {d}: {:e}", error(&to_f64(&y), &exact));
+        for (gradient, exact) in gradients.iter().zip(&exact_gradients) {
+            let off = error(&to_f64(gradient), exact);
+            assert!(off < 1e-5, "rows of {d}: gradient off by {off:e}");
+        }
+        let same = Tensor::full(1000.1f32, (3, d), &device).unwrap();
+        let ones = Tensor::ones(d, DType::F32, &device).unwrap();
+        let y = layer_norm(&same, &ones, Some(&ones), 1e-5, Path::Fused).unwrap();
+        assert_eq!(y.flatten_all().unwrap().to_vec1::<f32>().unwrap(), vec![1.0; 3 * d], "rows of {d}");
+    }
 }
 
 #[test]

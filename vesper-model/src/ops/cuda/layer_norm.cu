@@ -58,7 +58,7 @@ __device__ void backward(const T *x, const T *w, const T *dy, T *dx, float *part
                 for (int k = 0; k < V; k++) {
                     const float gv = to_float(weight.v[k]) * to_float(dnow.v[j].v[k]);
                     g += gv;
-                    gn += gv * (to_float(now.v[j].v[k]) - s.mean);
+                    gn += gv * s.centred(to_float(now.v[j].v[k]));
                 }
             });
             g = warp_sum(g) / p.d;
@@ -68,7 +68,7 @@ __device__ void backward(const T *x, const T *w, const T *dy, T *dx, float *part
                 Vec<T, V> out;
 #pragma unroll
                 for (int k = 0; k < V; k++) {
-                    const float n = (to_float(now.v[j].v[k]) - s.mean) * s.r, dyv = to_float(dnow.v[j].v[k]);
+                    const float n = s.centred(to_float(now.v[j].v[k])) * s.r, dyv = to_float(dnow.v[j].v[k]);
                     out.v[k] = from_float<T>(s.r * (to_float(weight.v[k]) * dyv - g - n * gn));
                     sw[j][k] += n * dyv;
                     sb[j][k] += dyv;
@@ -99,7 +99,7 @@ __device__ void backward(const T *x, const T *w, const T *dy, T *dx, float *part
                 for (int k = 0; k < V; k++) {
                     const float gv = to_float(b.v[k]) * to_float(c.v[k]);
                     g += gv;
-                    gn += gv * (to_float(a.v[k]) - s.mean);
+                    gn += gv * s.centred(to_float(a.v[k]));
                 }
             }
             g = warp_sum(g) / p.d;
@@ -109,7 +109,7 @@ __device__ void backward(const T *x, const T *w, const T *dy, T *dx, float *part
                 Vec<T, V> out;
 #pragma unroll
                 for (int k = 0; k < V; k++) {
-                    const float n = (to_float(a.v[k]) - s.mean) * s.r, dyv = to_float(c.v[k]);
+                    const float n = s.centred(to_float(a.v[k])) * s.r, dyv = to_float(c.v[k]);
                     out.v[k] = from_float<T>(s.r * (to_float(b.v[k]) * dyv - g - n * gn));
                     if (partial) {
                         dw[i + k] += n * dyv; // the same lane alone, in each row

@@ -11,8 +11,12 @@ struct NormParams {
 };
 static_assert(sizeof(NormParams) == 16, "the Rust side has the same layout");
 
+// The mean is a sum of two numbers, to be subtracted one after the other: one alone is rounded to the size of the values,
+// which may be much more than the distances between them.
 struct Statistics {
-    float mean, r;
+    float mean, rest, r;
+
+    __device__ __forceinline__ float centred(float x) const { return x - mean - rest; }
 };
 
 // Lane l has the vectors l, l + 32, ...
@@ -43,15 +47,22 @@ template <typename T, int V, int J> struct Row {
 #pragma unroll
             for (int k = 0; k < V; k++) sum += to_float(v[j].v[k]);
         });
-        const float mean = warp_sum(sum) / d;
+        Statistics s = {warp_sum(sum) / d, 0, 0};
+        float rest = 0;
+        each(d, lane, [&](int j, uint32_t) {
+#pragma unroll
+            for (int k = 0; k < V; k++) rest += to_float(v[j].v[k]) - s.mean;
+        });
+        s.rest = warp_sum(rest) / d;
         each(d, lane, [&](int j, uint32_t) {
 #pragma unroll
             for (int k = 0; k < V; k++) {
-                const float centred = to_float(v[j].v[k]) - mean;
+                const float centred = s.centred(to_float(v[j].v[k]));
                 squares += centred * centred;
             }
         });
-        return {mean, 1.0f / sqrtf(warp_sum(squares) / d + eps)};
+        s.r = 1.0f / sqrtf(warp_sum(squares) / d + eps);
+        return s;
     }
 
     // 1 / sqrt(mean square + eps), in every lane.
@@ -71,7 +82,7 @@ template <typename T, int V, int J> struct Row {
             Vec<T, V> out;
 #pragma unroll
             for (int k = 0; k < V; k++)
-                out.v[k] = from_float<T>((to_float(v[j].v[k]) - s.mean) * s.r * to_float(c.v[k]) + to_float(e.v[k]));
+                out.v[k] = from_float<T>(s.centred(to_float(v[j].v[k])) * s.r * to_float(c.v[k]) + to_float(e.v[k]));
             store<T, V>(y + i, out);
         });
     }
@@ -99,16 +110,24 @@ template <typename T, int V> struct Row<T, V, 0> {
 #pragma unroll
             for (int k = 0; k < V; k++) sum += to_float(a.v[k]);
         }
-        const float mean = warp_sum(sum) / d;
+        Statistics s = {warp_sum(sum) / d, 0, 0};
+        float rest = 0;
+        for (uint32_t i = lane * V; i < d; i += 32 * V) {
+            const Vec<T, V> a = load<T, V>(x + i);
+#pragma unroll
+            for (int k = 0; k < V; k++) rest += to_float(a.v[k]) - s.mean;
+        }
+        s.rest = warp_sum(rest) / d;
         for (uint32_t i = lane * V; i < d; i += 32 * V) {
             const Vec<T, V> a = load<T, V>(x + i);
 #pragma unroll
             for (int k = 0; k < V; k++) {
-                const float centred = to_float(a.v[k]) - mean;
+                const float centred = s.centred(to_float(a.v[k]));
                 squares += centred * centred;
             }
         }
-        return {mean, 1.0f / sqrtf(warp_sum(squares) / d + eps)};
+        s.r = 1.0f / sqrtf(warp_sum(squares) / d + eps);
+        return s;
     }
 
     __device__ __forceinline__ void layer_norm(const T *w, const T *b, T *y, uint32_t d, float eps, int lane) const {
@@ -118,7 +137,7 @@ template <typename T, int V> struct Row<T, V, 0> {
             Vec<T, V> out;
 #pragma unroll
             for (int k = 0; k < V; k++)
-                out.v[k] = from_float<T>((to_float(a.v[k]) - s.mean) * s.r * to_float(c.v[k]) + to_float(e.v[k]));
+                out.v[k] = from_float<T>(s.centred(to_float(a.v[k])) * s.r * to_float(c.v[k]) + to_float(e.v[k]));
             store<T, V>(y + i, out);
         }
     }
