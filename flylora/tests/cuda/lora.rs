@@ -145,8 +145,8 @@ fn widths_ranks_and_the_order_of_the_weight_change_no_value() {
         for (dtype, turned) in
             [DType::F32, DType::BF16, DType::F16].into_iter().flat_map(|d| [(d, false), (d, true)])
         {
-            // A sanitizer finds hazards inside of cuBLAS's own kernels for these.
-            if brief() && rows == 1 && dtype == DType::F16 {
+            // A sanitizer finds hazards inside of cuBLAS's own kernels for few rows of f16.
+            if brief() && rows < 64 && dtype == DType::F16 {
                 continue;
             }
             let x = noise(&[rows, inputs], 1.0, dtype, 3);
