@@ -293,3 +293,21 @@ fn quoted_decoding_on_a_gpu_is_that_of_its_record() {
     }
     assert_eq!(all.len(), 5);
 }
+
+#[test]
+fn quoted_perplexities_of_quantised_weights_are_those_of_their_record() {
+    let record = record("intel-r-xeon-r-processor-16-cores/2026-11-27-quantize.json");
+    let perplexity = |of: &Value, key: &str| number(&of["measured"], key);
+    let before = perplexity(&record["before"], "perplexity");
+    for of in rows(&record, "types") {
+        let own = perplexity(of, "perplexity");
+        let change = format!("{:.2} %", (own / before - 1.0) * 100.0);
+        let cells = [
+            format!("{own:.2}"),
+            change.trim_start_matches('-').to_owned(),
+            format!("{:.2}", perplexity(of, "perplexity_token_by_token")),
+        ];
+        has_row("docs/src/quantisation.md", &cells);
+    }
+    assert_eq!(rows(&record, "types").len(), 7);
+}
