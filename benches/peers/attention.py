@@ -1,6 +1,6 @@
 """PyTorch's scaled_dot_product_attention at the shapes of the bench `model -- ops`, forward and backward, by back end.
 
-    python3 benches/peers/attention.py >> peers.txt     # then VESPER_BENCH_PEERS=peers.txt
+    python3 benches/peers/attention.py >> peers.txt     # then VESPER_BENCH_PEERS=$PWD/peers.txt
 
 32 rows of 1024 tokens, bf16, causal: 12 heads of 64 and 6 of 128. Queries, keys and values are contiguous, and nothing is
 rotated, which is less than what `causal_attention` does from a packed projection. One line a figure.
