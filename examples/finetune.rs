@@ -543,6 +543,18 @@ impl Comparison {
             );
         }
         say!("One seed, {} steps; memory beside the loaded model. Written to {}.", self.steps, out.display());
+        // Where the last rate tried is the best, the best is not known: such rows compare less than the others.
+        for (side, last) in [("highest", f64::max as fn(f64, f64) -> f64), ("lowest", f64::min)] {
+            let at = self.methods.iter().filter(|row| {
+                let rates = row.tried.iter().map(|(lr, _)| *lr);
+                row.tried.len() > 1 && rates.reduce(last) == Some(row.lr)
+            });
+            let at: Vec<&str> = at.map(|row| row.method).collect();
+            if !at.is_empty() {
+                let names = at.join(", ");
+                say!("Best at the {side} learning rate of those tried, and maybe better beyond it: {names}");
+            }
+        }
     }
 }
 

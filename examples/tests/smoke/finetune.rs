@@ -22,6 +22,15 @@ fn methods_are_compared_saved_and_talked_with() {
             "{row}"
         );
         assert_eq!(row["tried"].as_array().unwrap().len(), 2);
+        // Of two learning rates the best is the highest or the lowest.
+        let side = if row["lr"] == 0.01 { "highest" } else { "lowest" };
+        let said = |side: &str| {
+            let mut lines =
+                table.lines().filter_map(|line| line.strip_prefix(&format!("Best at the {side} ")));
+            lines.any(|line| line.split([' ', ',']).any(|word| word == name))
+        };
+        let other = if side == "lowest" { "highest" } else { "lowest" };
+        assert!(said(side) && !said(other), "{name}, {side}: {table}");
         assert!(row["peak_bytes"].as_u64().unwrap() > 0);
         if name != "full" {
             assert!(row["trainable"].as_u64() < of("full")["trainable"].as_u64());
