@@ -311,3 +311,89 @@ fn quoted_perplexities_of_quantised_weights_are_those_of_their_record() {
     }
     assert_eq!(rows(&record, "types").len(), 7);
 }
+
+/// The mean of some numbers, and their sample deviation.
+fn spread(values: &[f64]) -> (f64, f64) {
+    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    (mean, (squares / (values.len() - 1) as f64).sqrt())
+}
+
+/// Numbers from the smallest to the largest, or the one that they all are.
+fn range(values: &[f64], write: impl Fn(f64) -> String) -> String {
+    let least = write(values.iter().copied().fold(f64::INFINITY, f64::min));
+    let most = write(values.iter().copied().fold(f64::NEG_INFINITY, f64::max));
+    if least == most { most } else { format!("{least} to {most}") }
+}
+
+/// A count with a space before each three digits.
+fn spaced(count: f64) -> String {
+    let digits = format!("{count:.0}");
+    let mut text = String::new();
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place) % 3 == 0 {
+            text.push(' ');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[test]
+fn quoted_comparisons_of_adapters_are_those_of_their_records() {
+    let names = [
+        ("lora", "LoRA"),
+        ("rslora", "rank-stabilised LoRA"),
+        ("pissa", "PiSSA"),
+        ("dora", "DoRA"),
+        ("adalora", "AdaLoRA"),
+        ("flylora", "FlyLoRA"),
+        ("masked", "masked FlyLoRA"),
+        ("full", "all weights"),
+    ];
+    let text = read(&root().join("docs/src/adapters.md"));
+    let recorded = |bench: &str| {
+        ["", "-seed-1", "-seed-2"]
+            .map(|seed| record(&format!("amd-epyc-2-cores/2026-11-27-{bench}{seed}.json")))
+    };
+    let of = |seeds: &[Value; 3], method: &str, key: &str| {
+        seeds.each_ref().map(|seed| {
+            number(rows(seed, "methods").iter().find(|row| row["method"] == method).unwrap(), key)
+        })
+    };
+    for bench in ["finetune", "finetune-nano"] {
+        let seeds = recorded(bench);
+        let before = format!("{:.3}", number(&seeds[0], "base_loss"));
+        has_row("docs/src/adapters.md", &["none".into(), before]);
+        for (method, name) in names {
+            let of = |key| of(&seeds, method, key);
+            let (loss, deviation) = spread(&of("held_out_loss"));
+            let [trainable, ..] = of("trainable");
+            let bytes = of("peak_bytes").into_iter().fold(0.0, f64::max);
+            let cells = [
+                name.into(),
+                format!("{loss:.3} ± {}", short(deviation, 3)),
+                range(&of("lr"), |rate| short(rate, 3).trim_end_matches('0').into()),
+                spaced(trainable),
+                range(&of("active_per_token"), spaced),
+                format!("{:.1}", bytes / f64::from(1 << 20)),
+                range(&of("seconds"), |seconds| format!("{seconds:.1}")),
+            ];
+            has_row("docs/src/adapters.md", &cells);
+        }
+    }
+    // The next higher learning rate, for those that want the highest of the table.
+    let higher = recorded("finetune-nano-higher");
+    for (method, name) in [("adalora", "AdaLoRA"), ("flylora", "FlyLoRA")] {
+        let losses = range(&of(&higher, method, "held_out_loss"), |loss| format!("{loss:.3}"));
+        assert!(text.contains(&format!("{name} {losses}")), "{name} {losses} is not quoted");
+        assert_eq!(of(&higher, method, "lr"), [0.1; 3]);
+    }
+    let higher = record("amd-epyc-2-cores/2026-11-27-finetune-higher.json");
+    let [ada, fly] = ["adalora", "flylora"].map(|method| {
+        let row = rows(&higher, "methods").iter().find(|row| row["method"] == method).unwrap();
+        let of = rows(row, "tried").iter().find(|tried| tried[0] == 0.1).unwrap();
+        format!("{:.3}", of[1].as_f64().unwrap())
+    });
+    assert!(text.contains(&format!("{ada} and {fly}")), "{ada} and {fly} are not quoted");
+}
