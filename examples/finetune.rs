@@ -162,7 +162,7 @@ struct Row {
     method: &'static str,
     lr: f64,
     held_out_loss: f64,
-    /// Of each learning rate that was tried.
+    /// Of each learning rate that was tried; null where it is no number.
     tried: Vec<(f64, f64)>,
     trainable: usize,
     active_per_token: usize,
@@ -286,11 +286,17 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
             let (name, loss, seconds) = (method.name(), trained.loss, trained.seconds);
             say!("  {name:8} lr {lr:<8} held-out loss {loss:.4}, {seconds:.0} s");
             tried.push((lr, trained.loss));
-            if winner.as_ref().is_none_or(|(_, w)| trained.loss < w.loss) {
+            // A rate at which training diverges loses; it does not end the comparison.
+            if trained.loss.is_finite() && winner.as_ref().is_none_or(|(_, w)| trained.loss < w.loss) {
                 winner = Some((lr, trained));
             }
         }
-        let Some((lr, trained)) = winner else { break };
+        let Some((lr, trained)) = winner else {
+            if tried.len() < rates.len() {
+                break; // stopped
+            }
+            bail!("{}: the held-out loss is no number at any of the learning rates {rates:?}", method.name());
+        };
         folder.keep();
         let merge = run.save(&out.join(method.name()), method, &trained.model)?;
         comparison.methods.push(Row {
@@ -453,6 +459,7 @@ impl Run<'_> {
 
         let memory = Memory::start();
         let started = Instant::now();
+        let mut diverged = false;
         for index in 1..=flags.steps {
             if self.interrupt.is_set() {
                 return Ok(None);
@@ -470,7 +477,13 @@ impl Run<'_> {
             if index == 1 {
                 flylora::audit(named.iter().map(|(name, var)| (name, var.clone())), &grads)?;
             }
-            optimizer.step(&grads)?;
+            match optimizer.try_step(&grads) {
+                Err(velvet_optim::Error::NonFiniteGradients { .. }) => {
+                    diverged = true;
+                    break;
+                }
+                other => other?,
+            }
             let step = Step { index, total: flags.steps };
             for (_, adapter) in &adapters {
                 adapter.after_step(step, &grads)?;
@@ -483,10 +496,7 @@ impl Run<'_> {
             adapter.set_training(None);
         }
         let (seconds, peak_bytes) = (started.elapsed().as_secs_f64(), memory.peak());
-        let loss = self.held_out(&model)?;
-        if !loss.is_finite() {
-            bail!("the held-out loss is {loss}");
-        }
+        let loss = if diverged { f64::NAN } else { self.held_out(&model)? };
         let active = match method {
             Method::Full => trained_values,
             _ => adapters.iter().map(|(_, adapter)| adapter.active_parameters()).sum(),

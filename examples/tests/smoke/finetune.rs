@@ -140,6 +140,25 @@ fn dropout_changes_the_run_and_is_in_the_adapters_file() {
 }
 
 #[test]
+fn a_learning_rate_at_which_training_diverges_loses() {
+    let folder = copy(finished());
+    let dir = folder.path();
+    let args = [
+        "--model", "run", "--data", "text.txt", "--steps", "4", "--batch", "2", "--seq", "32", "--method",
+        "lora",
+    ];
+    let table =
+        succeeds("finetune", dir, &[&args[..], &["--lr", "1e38", "0.001", "--out", "tuned"]].concat());
+    let result = json(&dir.join("tuned/finetune.json"));
+    let row = &result["methods"][0];
+    assert_eq!(row["lr"], 0.001, "{table}");
+    assert!(row["tried"][0][1].is_null() && row["tried"][1][1].is_number(), "{row}");
+    let alone = [&args[..], &["--lr", "1e38", "--out", "never"]].concat();
+    fails("finetune", dir, &alone, &["lora", "no number", "1e38"]);
+    assert!(!dir.join("never").exists());
+}
+
+#[test]
 fn what_cannot_be_tuned_is_said_in_a_line() {
     let dir = finished();
     let args = ["--model", "run", "--data", "text.txt", "--out", "never"];
