@@ -295,7 +295,11 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
             if tried.len() < rates.len() {
                 break; // stopped
             }
-            bail!("{}: the held-out loss is no number at any of the learning rates {rates:?}", method.name());
+            say!(
+                "  {}: the held-out loss is no number at any of the learning rates {rates:?}",
+                method.name()
+            );
+            continue;
         };
         folder.keep();
         let merge = run.save(&out.join(method.name()), method, &trained.model)?;
@@ -317,7 +321,10 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
             best = Some((trained.loss, method, trained.model));
         }
     }
-    if done == 0 {
+    if comparison.methods.is_empty() {
+        if done == runs {
+            bail!("no method has a learning rate that gives a held-out loss: nothing is kept");
+        }
         say!("Stopped before a training had ended: nothing is kept");
         return Ok(ExitCode::from(INTERRUPTED));
     }

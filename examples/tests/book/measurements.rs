@@ -304,7 +304,7 @@ fn quoted_perplexities_of_quantised_weights_are_those_of_their_record() {
         let change = format!("{:.2} %", (own / before - 1.0) * 100.0);
         let cells = [
             format!("{own:.2}"),
-            change.trim_start_matches('-').to_owned(),
+            if change == "-0.00 %" { "0.00 %".into() } else { change },
             format!("{:.2}", perplexity(of, "perplexity_token_by_token")),
         ];
         has_row("docs/src/quantisation.md", &cells);

@@ -73,11 +73,13 @@ impl BatchSession {
     }
 
     /// As [`Session::greedy`](super::Session::greedy), of several rows at once: for each row that has ids, reads them and then
-    /// chooses the likeliest token `n` times; the others get none. On CUDA the host waits once for all of it.
+    /// chooses the likeliest token `n` times; the others get none. A fused step on CUDA chooses by itself, and the host
+    /// waits for the last token.
     ///
     /// # Errors
     /// What [`BatchLogits::append`] refuses; nothing is read where the tokens of a row do not fit.
-    /// [`ModelError::InvalidLogits`](crate::ModelError::InvalidLogits) where the model gives no numbers.
+    /// [`ModelError::InvalidLogits`](crate::ModelError::InvalidLogits) where the model gives no numbers in one of the rows;
+    /// what was read until then stays read in all.
     ///
     /// # Examples
     /// ```
@@ -94,7 +96,15 @@ impl BatchSession {
     /// # Ok::<(), vesper_model::ModelError>(())
     /// ```
     pub fn greedy(&mut self, ids: &[&[u32]], n: usize) -> Result<Vec<Vec<u32>>> {
-        let rows = self.decoding.greedy(ids, n)?;
+        let before = self.decoding.lens().to_vec();
+        let result = self.decoding.greedy(ids, n);
+        if result.is_err() {
+            let changed = before.iter().zip(self.decoding.lens()).map(|(before, now)| before != now);
+            for (hidden, _) in self.last_hidden.iter_mut().zip(changed).filter(|(_, changed)| *changed) {
+                *hidden = None;
+            }
+        }
+        let rows = result?;
         let mut all = Vec::with_capacity(rows.len());
         for (own, row) in self.last_hidden.iter_mut().zip(rows) {
             all.push(match row {

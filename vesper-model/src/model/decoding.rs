@@ -19,8 +19,9 @@ pub enum DecodeStep {
     /// By the operations of [`ops`](crate::ops), which take every model.
     Composed,
     /// By a few kernels that read the weights and the cache once, with activations in f32: on the CPU for computation in f32
-    /// and bf16, on CUDA also in f16; for weights in blocks, in f32, or in the dtype of the computation, without adapters. Other
-    /// models are composed.
+    /// and bf16, on CUDA also in f16; for weights in blocks, in f32, or in the dtype of the computation, without adapters.
+    /// Other models are composed, on CUDA also those whose gate and other half of the feed-forward are of two types, and
+    /// those with rows that its shared memory has no room for.
     Fused,
     /// The same on CUDA, recorded as a graph that is replayed for each token; elsewhere as [`DecodeStep::Fused`]. The
     /// device must be one of [`cuda_device`](crate::ops::cuda_device), with no other thread at work on it during the
@@ -226,7 +227,7 @@ impl Decoding {
         #[cfg(feature = "cuda")]
         if let Stepper::Cuda(cuda) = &mut self.stepper {
             let (chosen, hidden) = cuda.greedy(&ids, &places, n)?;
-            // What is no number at one position is none at all later ones.
+            // A number that is none in the cache makes all later ones so, and shows here.
             if !are_numbers(&hidden.flatten_all()?.to_vec1::<f32>()?) {
                 let reason = "a hidden state is no number (has training diverged?)".into();
                 return Err(ModelError::InvalidLogits { reason });

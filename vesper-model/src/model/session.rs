@@ -82,7 +82,7 @@ impl Session {
     ///
     /// # Errors
     /// [`ModelError::EmptyPrompt`] without ids, and what [`NextLogits::append`] refuses; nothing is read where the tokens
-    /// do not fit. [`ModelError::InvalidLogits`] where the model gives no numbers.
+    /// do not fit. [`ModelError::InvalidLogits`] where the model gives no numbers; what was read until then stays read.
     ///
     /// # Examples
     /// ```
@@ -98,7 +98,12 @@ impl Session {
     /// # Ok::<(), vesper_model::ModelError>(())
     /// ```
     pub fn greedy(&mut self, ids: &[u32], n: usize) -> Result<Vec<u32>> {
-        match self.decoding.greedy(&[ids], n)?.pop().flatten() {
+        let before = self.len();
+        let result = self.decoding.greedy(&[ids], n);
+        if result.is_err() && self.len() != before {
+            self.last_hidden = None;
+        }
+        match result?.pop().flatten() {
             Some((chosen, hidden)) => {
                 self.last_hidden = Some(hidden);
                 Ok(chosen)

@@ -224,8 +224,13 @@ fn a_model_that_gives_no_numbers_chooses_no_token() {
         var.set(&(var.as_tensor() * f64::NAN).unwrap()).unwrap();
     }
     for n in [1, 3] {
-        let error = model.session(8).unwrap().greedy(&[5, 6], n).unwrap_err().to_string();
+        let mut session = model.session(8).unwrap();
+        session.append(&[4]).unwrap();
+        assert!(session.last_hidden().is_some());
+        let error = session.greedy(&[5, 6], n).unwrap_err().to_string();
         assert!(error.contains("NaN"), "{error}");
+        // The hidden state is never that of another token than the last one.
+        assert_eq!((session.len(), session.last_hidden().is_none()), (3, true));
     }
 }
 

@@ -14,6 +14,7 @@ struct CastTable {
     uint32_t first[MANY + 1];  // thread block of each, and after them their number
     uint32_t weights;
 };
+static_assert(sizeof(CastTable) == 1800, "the Rust side has the same layout");
 
 // All pointers are aligned to 16 bytes. A thread reads 16 bytes at a time, several times before it writes.
 template <typename T> __device__ __forceinline__ void cast(const CastTable &table) {

@@ -1,7 +1,7 @@
 //! Weights in the precision of the activations.
 
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, bail};
 
 use super::launch::{Element, Held, Module, aligned, allocate, blocks, launch, size, tensor};
 
@@ -23,6 +23,7 @@ struct Table {
     weights: u32,
 }
 
+const _: () = assert!(size_of::<Table>() == 1800);
 // SAFETY: plain numbers in the layout of `CastTable`.
 unsafe impl DeviceRepr for Table {}
 
@@ -67,6 +68,9 @@ fn narrow<T: Element>(weights: &mut [&mut Tensor]) -> Result<()> {
     let stream = device.cuda_stream();
     let (mut total, mut out) = (0, Vec::with_capacity(from.len()));
     for (i, weight) in from.iter().enumerate() {
+        if !weight.device().same_device(first.device()) {
+            bail!("weights on {:?} and {:?}", first.device().location(), weight.device().location());
+        }
         let (held, n) = (Held::new(weight), weight.elem_count());
         let mut own = allocate::<T>(&device, n)?;
         table.from[i] = held.view::<f32>()?.device_ptr(&stream).0;

@@ -12,9 +12,10 @@ use super::chain::{Chain, follow};
 use super::decode_matrix::{Needs, Part, address_of, load, part, parts, table};
 use super::graph::record;
 use super::launch::{
-    Element, Module, allocate, blocks, by_dtype, has_kernels, multiprocessors, size, tensor,
+    Element, Module, aligned, allocate, blocks, by_dtype, has_kernels, multiprocessors, size, tensor,
 };
 use crate::ops::decode::{Place, StepLayer, StepWeights};
+use crate::quantized::Weight;
 
 /// Warps of a block of the products with two rows a warp, and of the others.
 const WARPS: usize = 8;
@@ -106,7 +107,7 @@ pub(crate) struct CudaStep {
     /// Of each row: position, whether it takes part, token; then the tokens at 0 ..= capacity of each row.
     state: CudaSlice<u32>,
     logits: CudaSlice<f32>,
-    /// Where the logits arrive on the host, which the device writes to without help.
+    /// Where the logits arrive on the host, in pinned memory.
     arrived: PinnedHostSlice<f32>,
     hidden: CudaSlice<f32>,
     _others: [CudaSlice<f32>; 6],
@@ -142,6 +143,9 @@ impl CudaStep {
         let Some((kind, a, b)) = activation(weights.settings.activation) else { return Ok(None) };
         let (heads, d) = (weights.settings.heads, weights.norm.elem_count());
         let (_, rows, kv, capacity, dim) = cache.dims5()?;
+        if rows == 0 {
+            return Ok(None);
+        }
         let (vocab, ffn) = (weights.head.dims()?[0], weights.layers[0].down.dims()?[1]);
         let processors = multiprocessors(&device)?;
         // Enough blocks for the device, and none for less than 64 positions.
@@ -149,11 +153,16 @@ impl CudaStep {
         if 4 * QUERIES * dim > 32 * 1024 || rows > 65_535 {
             return Ok(None);
         }
+        // As the other operations have it.
+        let fits = |matrix: &Tensor| matrix.dtype() == DType::F32 || matrix.dtype() == cache.dtype();
+        if !weights.matrices().filter_map(Weight::plain).all(fits) {
+            return Ok(None);
+        }
         let Some(attention) = attention(&device, caches, dim)? else { return Ok(None) };
         // What an attention's parts count is kept beside its vector, whose elements are read four at a time in a head.
         let stream = Needs { rows, beside: 0, wide: true };
         let attended = Needs { beside: 4 * heads.query * splits, wide: dim.is_multiple_of(4), ..stream };
-        let norms = weights.norms().map(|norm| norm.to_dtype(DType::F32)?.contiguous());
+        let norms = weights.norms().map(|norm| aligned(&norm.to_dtype(DType::F32)?));
         let norms = norms.collect::<Result<Vec<_>>>()?;
         let mut layers = Vec::with_capacity(caches.len());
         for ((layer, cache), norms) in weights.layers.iter().zip(caches).zip(norms.chunks_exact(2)) {

@@ -1,8 +1,13 @@
 //! Element types, views of storages, and launches.
 
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::cublas::sys::cudaDataType_t;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DeviceRepr, LaunchConfig, sys};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaFunction, CudaSlice, CudaView, DeviceRepr, LaunchConfig, sys,
+};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{
@@ -141,15 +146,27 @@ pub(super) use launch;
 
 /// Shared memory above 48 KiB a block has to be asked for: what a launch adds counts together with what the kernel itself
 /// declares, which is below 32 KiB in all that a launch adds to.
-pub(super) fn allow_shared(
-    function: &candle_core::cuda_backend::cudarc::driver::CudaFunction,
-    bytes: u32,
-) -> Result<()> {
+///
+/// What was asked for holds for all who launch the kernel on the device, so it never becomes less.
+pub(super) fn allow_shared(function: &CudaFunction, bytes: u32) -> Result<()> {
     const FREE: u32 = 48 * 1024;
-    if bytes > FREE - 32 * 1024 {
-        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        function.set_attribute(attribute, bytes.max(FREE) as i32).w()?; // never less than without asking
+    /// The most that was asked for, by the function's handle.
+    static ASKED: Mutex<BTreeMap<usize, u32>> = Mutex::new(BTreeMap::new());
+    if bytes <= FREE - 32 * 1024 {
+        return Ok(());
     }
+    let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    let wanted = bytes.max(FREE); // never less than without asking
+    let mut asked = ASKED.lock().unwrap_or_else(PoisonError::into_inner);
+    let handle = function.cu_function() as usize;
+    let most = asked.get(&handle).map_or(wanted, |&before| before.max(wanted));
+    if function.set_attribute(attribute, most as i32).is_ok() {
+        asked.insert(handle, most);
+        return Ok(());
+    }
+    // The handle may have been that of another function, which is gone.
+    function.set_attribute(attribute, wanted as i32).w()?;
+    asked.insert(handle, wanted);
     Ok(())
 }
 

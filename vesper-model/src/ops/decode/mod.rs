@@ -37,6 +37,14 @@ pub(crate) struct StepWeights {
     pub(crate) rope: Rope,
 }
 
+impl StepWeights {
+    /// All but the norms.
+    pub(super) fn matrices(&self) -> impl Iterator<Item = &Weight> {
+        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.out, &l.gate_up, &l.down]);
+        layers.chain([&self.embed, &self.head])
+    }
+}
+
 #[cfg(feature = "cuda")]
 impl StepWeights {
     /// Of the blocks, two each, and the last one.

@@ -11,7 +11,6 @@ use crate::quantized::Weight;
 impl StepWeights {
     /// Whether [`StepWeights::step`] takes these weights beside a cache of `compute`.
     pub(crate) fn takes(&self, compute: DType) -> bool {
-        let matrices = self.layers.iter().flat_map(|l| [&l.qkv, &l.out, &l.gate_up, &l.down]);
         let fits = |matrix: &Weight| {
             // Blocks on the CPU are always to be read.
             let Some(matrix) = matrix.plain() else { return true };
@@ -20,7 +19,7 @@ impl StepWeights {
         };
         matches!(compute, DType::F32 | DType::BF16)
             && self.settings.heads.dim.is_multiple_of(2)
-            && matrices.chain([&self.embed, &self.head]).all(fits)
+            && self.matrices().all(fits)
     }
 
     /// Reads one token a place into the caches `(2, rows, kv, capacity, dim)` of the layers; the places are free and in
