@@ -8,10 +8,8 @@
 //!     cargo run --release --example chat -- --model runs/nano-1 --adapter runs/finetune-1/lora/adapter
 //!     cargo run --release --example chat -- --model runs/finetune-1/lora/model
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -22,10 +20,11 @@ use flylora::{
     AdaLoraAdapter, AdaLoraConfig, Adapter, AdapterKind, FlyLoraConfig, LoraConfig, LoraInit,
     MaskedLoraConfig, RankBudget, RankBudgetConfig, Scaling, Step, Targets, penalty,
 };
-use serde::Serialize;
 use velvet_optim::{PerplexityMomentum, Schedule, Span, TrustRegion, Velvet, VelvetConfig};
 use vesper_data::{BatchSampler, SamplerConfig, Sources, TextTokenizer, TokenCache, Tokens};
 use vesper_examples::evaluate::held_out_loss;
+use vesper_examples::finetune::comparison::{Comparison, Row};
+use vesper_examples::finetune::memory::{Counting, Memory};
 use vesper_examples::interrupt::Interrupt;
 use vesper_examples::settings::Settings;
 use vesper_examples::{INTERRUPTED, device, export, files, model, printable, runs, say, settings};
@@ -136,43 +135,6 @@ impl Method {
             Self::Full => return None,
         })
     }
-}
-
-/// `finetune.json`; losses in nats a token.
-#[derive(Debug, Serialize)]
-struct Comparison {
-    model: String,
-    data: Vec<PathBuf>,
-    rank: usize,
-    dropout: f64,
-    steps: u64,
-    batch: usize,
-    seq: usize,
-    seed: u64,
-    train_tokens: usize,
-    held_out_tokens: usize,
-    /// Held-out loss of the model as it was.
-    base_loss: f64,
-    methods: Vec<Row>,
-}
-
-/// What came of a method, with its best learning rate.
-#[derive(Debug, Serialize)]
-struct Row {
-    method: &'static str,
-    lr: f64,
-    held_out_loss: f64,
-    /// Of each learning rate that was tried; null where it is no number.
-    tried: Vec<(f64, f64)>,
-    trainable: usize,
-    active_per_token: usize,
-    /// Of the model's parameters.
-    percent: f64,
-    /// Seconds in training steps.
-    seconds: f64,
-    /// The most memory that training took beside the loaded model, in bytes; none on a GPU, where it is not counted.
-    peak_bytes: Option<usize>,
-    merge: &'static str,
 }
 
 struct Run<'a> {
@@ -530,97 +492,5 @@ impl Run<'_> {
     }
 }
 
-impl Comparison {
-    fn print(&self, out: &Path) {
-        say!(
-            "\n{:8} {:>9} {:>13} {:>10} {:>10} {:>9} {:>9} {:>9}  merge",
-            "method",
-            "lr",
-            "held-out loss",
-            "trainable",
-            "per token",
-            "percent",
-            "MiB",
-            "seconds"
-        );
-        say!("{:8} {:>9} {:>13.4}", "none", "", self.base_loss);
-        for row in &self.methods {
-            let memory =
-                row.peak_bytes.map_or("-".into(), |b| format!("{:.1}", b as f64 / f64::from(1 << 20)));
-            say!(
-                "{:8} {:>9} {:>13.4} {:>10} {:>10} {:>8.2}% {memory:>9} {:>9.1}  {}",
-                row.method,
-                row.lr,
-                row.held_out_loss,
-                row.trainable,
-                row.active_per_token,
-                row.percent,
-                row.seconds,
-                row.merge
-            );
-        }
-        say!("One seed, {} steps; memory beside the loaded model. Written to {}.", self.steps, out.display());
-        // Where the last rate tried is the best, the best is not known: such rows compare less than the others.
-        for (side, last) in [("highest", f64::max as fn(f64, f64) -> f64), ("lowest", f64::min)] {
-            let at = self.methods.iter().filter(|row| {
-                let rates = row.tried.iter().map(|(lr, _)| *lr);
-                row.tried.len() > 1 && rates.reduce(last) == Some(row.lr)
-            });
-            let at: Vec<&str> = at.map(|row| row.method).collect();
-            if !at.is_empty() {
-                let names = at.join(", ");
-                say!("Best at the {side} learning rate of those tried, and maybe better beyond it: {names}");
-            }
-        }
-    }
-}
-
-/// Counts what is held on the heap, for the column of memory.
-struct Counting;
-
-static HELD: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-fn count(size: usize) {
-    let held = HELD.fetch_add(size, Ordering::Relaxed) + size;
-    PEAK.fetch_max(held, Ordering::Relaxed);
-}
-
-// SAFETY: every call goes on to the system's allocator as it is.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size());
-        // SAFETY: the caller keeps the contract of `alloc`, which is the same.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count(layout.size());
-        // SAFETY: as above.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
-
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
-
-/// The most that is held from a moment on, beside what was held then.
-struct Memory(usize);
-
-impl Memory {
-    fn start() -> Self {
-        let held = HELD.load(Ordering::Relaxed);
-        PEAK.store(held, Ordering::Relaxed);
-        Self(held)
-    }
-
-    fn peak(&self) -> usize {
-        PEAK.load(Ordering::Relaxed).saturating_sub(self.0)
-    }
-}

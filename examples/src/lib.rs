@@ -10,6 +10,7 @@ pub mod device;
 pub mod evaluate;
 pub mod export;
 pub mod files;
+pub mod finetune;
 pub mod interrupt;
 pub mod log;
 pub mod metacognition;

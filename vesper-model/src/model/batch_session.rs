@@ -104,18 +104,19 @@ impl BatchSession {
                 *hidden = None;
             }
         }
-        let rows = result?;
-        let mut all = Vec::with_capacity(rows.len());
-        for (own, row) in self.last_hidden.iter_mut().zip(rows) {
-            all.push(match row {
-                Some((chosen, hidden)) => {
-                    *own = Some(hidden);
-                    chosen
-                }
-                None => Vec::new(),
-            });
-        }
-        Ok(all)
+        Ok(self.take(result?))
+    }
+
+    /// Keeps the hidden states of the rows that have read something; what else these have, nothing of the others.
+    fn take<T>(&mut self, rows: Vec<Option<(Vec<T>, Tensor)>>) -> Vec<Vec<T>> {
+        let each = self.last_hidden.iter_mut().zip(rows);
+        let taken = each.map(|(own, row)| {
+            row.map_or_else(Vec::new, |(values, hidden)| {
+                *own = Some(hidden);
+                values
+            })
+        });
+        taken.collect()
     }
 
     /// As [`Session::last_hidden`](super::Session::last_hidden), of a row.
@@ -131,17 +132,7 @@ impl BatchLogits for BatchSession {
 
     fn append(&mut self, ids: &[&[u32]]) -> Result<Vec<Vec<f32>>> {
         let last = self.decoding.append(ids)?;
-        let mut all = Vec::with_capacity(last.len());
-        for (own, last) in self.last_hidden.iter_mut().zip(last) {
-            all.push(match last {
-                Some((logits, hidden)) => {
-                    *own = Some(hidden);
-                    logits
-                }
-                None => Vec::new(),
-            });
-        }
-        Ok(all)
+        Ok(self.take(last))
     }
 
     fn reorder(&mut self, from: &[usize]) -> Result<()> {
