@@ -44,137 +44,34 @@
 //! # NaN and infinity
 //! A block that holds one gets the scale NaN, and every element of it reads as NaN: a state that has diverged shows.
 
+mod codes;
+mod level;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod vectors;
+
+#[cfg(any(feature = "cuda", test))]
+pub(crate) use codes::{BINADES, code_tables};
+
+use codes::zero;
+use level::{Codec, Level, Work};
+
 /// Elements that share a scale.
 pub(crate) const BLOCK: usize = 256;
-
-const SIGNED_DECADES: usize = 7;
-const UNSIGNED_DECADES: usize = 8;
-
-static SIGNED: [f32; 256] = signed_table();
-static UNSIGNED: [f32; 256] = unsigned_table();
-
-const SIGNED_LINES: [Line; SIGNED_DECADES] = lines();
-const UNSIGNED_LINES: [Line; UNSIGNED_DECADES] = lines();
-
-/// The values of all codes in rising order, in units of the scale: what reads codes, here and in a kernel.
-pub(crate) fn table(signed: bool) -> &'static [f32; 256] {
-    if signed { &SIGNED } else { &UNSIGNED }
-}
-
-/// The code of 0.
-fn zero(signed: bool) -> u8 {
-    if signed { 128 } else { 0 }
-}
-
-/// One piece of k(y).
-#[derive(Clone, Copy)]
-struct Line {
-    slope: f32,
-    offset: f32,
-}
-
-/// 10^d, all exact.
-const POWERS: [f64; UNSIGNED_DECADES] = [1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7];
-
-/// The value of code k > 0 in units of the scale, where the uppermost decade has `top` codes.
-const fn magnitude(top: usize, k: usize) -> f32 {
-    let (mut d, mut n) = (0, top);
-    while k < n {
-        n /= 2;
-        d += 1;
-    }
-    ((0.1 + 0.9 * (k - n + 1) as f64 / n as f64) / POWERS[d]) as f32
-}
-
-const fn signed_table() -> [f32; 256] {
-    let mut table = [0.0; 256];
-    let mut k = 1;
-    while k < 128 {
-        table[128 + k] = magnitude(64, k);
-        table[128 - k] = -magnitude(64, k);
-        k += 1;
-    }
-    table[0] = -1.0;
-    table
-}
-
-const fn unsigned_table() -> [f32; 256] {
-    let mut table = [0.0; 256];
-    let mut k = 1;
-    while k < 256 {
-        table[k] = magnitude(128, k);
-        k += 1;
-    }
-    table
-}
-
-const fn lines<const DECADES: usize>() -> [Line; DECADES] {
-    let mut lines = [Line { slope: 0.0, offset: 0.0 }; DECADES];
-    let mut d = 0;
-    while d < DECADES {
-        let n = (1usize << (DECADES - 1 - d)) as f64;
-        lines[d] = if d + 1 == DECADES {
-            Line { slope: POWERS[d] as f32, offset: 0.0 }
-        } else {
-            Line { slope: (n * POWERS[d] / 0.9) as f32, offset: (n - 1.0 - n / 9.0) as f32 }
-        };
-        d += 1;
-    }
-    lines
-}
-
-/// What a kernel reads and makes codes by, in this order: the values of all codes, and for each i < [`BINADES`] the slopes
-/// and offsets of the two lines of which k(y) is the lesser for y in [2^-i, 2^(1 - i)), or in [0, 2^(1 - i)) where i is the last.
-///
-/// A binade meets two decades at the most, and no end of a decade but 1 is so close to one of a binade that rounding could
-/// make a third line the least: the same codes as of all lines, in a third of the operations.
-#[cfg(any(feature = "cuda", test))]
-pub(crate) fn code_tables(signed: bool) -> Vec<f32> {
-    let lines: &[Line] = if signed { &SIGNED_LINES } else { &UNSIGNED_LINES };
-    let line_at = |y: f64| {
-        let below = |&(d, _): &(usize, &Line)| d == 0 || y * POWERS[d] <= 1.0;
-        lines.iter().enumerate().take_while(below).last().map_or([0.0; 2], |(_, l)| [l.slope, l.offset])
-    };
-    let mut tables = table(signed).to_vec();
-    for i in 0..BINADES {
-        let lower = 0.5f64.powi(i);
-        let upper = (2.0 * lower).min(1.0);
-        tables.extend([line_at(upper), line_at(lower)].as_flattened());
-    }
-    tables
-}
-
-/// The rows of lines in [`code_tables`]: the last begins far below the last decade.
-#[cfg(any(feature = "cuda", test))]
-pub(crate) const BINADES: i32 = 32;
-
-/// k(y), rounded, in the low bits.
-#[inline(always)]
-fn index<const DECADES: usize>(lines: &[Line; DECADES], y: f32) -> u32 {
-    // Adding it leaves an integer in the low bits, rounded to nearest even; a conversion would have to saturate.
-    const ROUND: f32 = 8_388_608.0; // 2^23
-    let mut k = 255.0;
-    for line in lines {
-        let piece = line.slope * y + line.offset;
-        // Not `f32::min`, which has NaN to think of.
-        k = if piece < k { piece } else { k };
-    }
-    (k + ROUND).to_bits()
-}
 
 /// Writes `values` as codes and scales: a code for each value, a scale for each block of them. Values are for signed
 /// codes of both signs, and for unsigned ones at least 0 (negative ones become 0).
 pub(crate) fn quantise(values: &[f32], codes: &mut [u8], scales: &mut [f32], signed: bool) {
     debug_assert_eq!(values.len(), codes.len());
     debug_assert!(values.len().div_ceil(BLOCK) <= scales.len());
-    pulp::Arch::new().dispatch(Quantise { values, codes, scales, signed });
+    Level::new().run(Quantise { values, codes, scales, signed });
 }
 
 /// Reads codes and scales back, into an `out` of as many elements as there are codes.
 pub(crate) fn dequantise(codes: &[u8], scales: &[f32], signed: bool, out: &mut [f32]) {
     debug_assert_eq!(out.len(), codes.len());
     debug_assert!(out.len().div_ceil(BLOCK) <= scales.len());
-    pulp::Arch::new().dispatch(Dequantise { codes, scales, signed, out });
+    Level::new().run(Dequantise { codes, scales, signed, out });
 }
 
 struct Quantise<'a> {
@@ -184,12 +81,11 @@ struct Quantise<'a> {
     signed: bool,
 }
 
-impl pulp::WithSimd for Quantise<'_> {
-    type Output = ();
-
+impl Work for Quantise<'_> {
     #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, _: S) {
+    fn with<C: Codec>(self, codec: C) {
         let blocks = self.values.chunks(BLOCK).zip(self.codes.chunks_mut(BLOCK));
+        // Loops, not `for_each`: the compiler may leave a closure's call out of line, and with it out of the vector code.
         for ((values, codes), scale) in blocks.zip(self.scales) {
             // Magnitudes are ordered as their bits are, with infinity and NaN above all others.
             let largest = values.iter().fold(0, |a, x| (x.to_bits() & 0x7fff_ffff).max(a));
@@ -199,22 +95,8 @@ impl pulp::WithSimd for Quantise<'_> {
             }
             if scale.is_nan() || *scale == 0.0 {
                 codes.fill(zero(self.signed));
-                continue;
-            }
-            if self.signed {
-                codes.iter_mut().zip(values).for_each(|(code, &x)| {
-                    let k = index(&SIGNED_LINES, x.abs() / *scale);
-                    // -k for negative values, by two's complement
-                    let sign = (x.to_bits() as i32 >> 31) as u32;
-                    *code = (k ^ sign).wrapping_sub(sign).wrapping_add(128) as u8;
-                });
             } else {
-                codes.iter_mut().zip(values).for_each(|(code, &x)| {
-                    let x = if x > 0.0 { x } else { 0.0 };
-                    let k = index(&UNSIGNED_LINES, x / *scale) & 0xff;
-                    let least = u32::from(x > 0.0);
-                    *code = (if k > least { k } else { least }) as u8;
-                });
+                codec.write(values, codes, *scale, self.signed);
             }
         }
     }
@@ -227,15 +109,12 @@ struct Dequantise<'a> {
     out: &'a mut [f32],
 }
 
-impl pulp::WithSimd for Dequantise<'_> {
-    type Output = ();
-
+impl Work for Dequantise<'_> {
     #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, _: S) {
-        let table = table(self.signed);
+    fn with<C: Codec>(self, codec: C) {
         let blocks = self.codes.chunks(BLOCK).zip(self.out.chunks_mut(BLOCK));
         for ((codes, out), &scale) in blocks.zip(self.scales) {
-            codes.iter().zip(out).for_each(|(&code, out)| *out = table[usize::from(code)] * scale);
+            codec.read(codes, scale, self.signed, out);
         }
     }
 }
@@ -308,5 +187,4 @@ impl Blockwise {
 pub(crate) type ChunksMut<'a> = std::iter::Zip<std::slice::ChunksMut<'a, u8>, std::slice::ChunksMut<'a, f32>>;
 
 #[cfg(test)]
-#[path = "quantised_tests.rs"]
 mod tests;

@@ -1,5 +1,7 @@
 //! Error bounds and exactness of the 8-bit state.
 
+use super::codes::{Line, SIGNED_LINES, UNSIGNED_LINES, table};
+use super::portable::index;
 use super::*;
 
 /// Signed and unsigned.
@@ -266,5 +268,89 @@ fn parts_bring_the_array_back_and_broken_ones_are_refused() {
     assert_eq!(Blockwise::from_parts(codes.clone(), scales[..2].to_vec(), true), None);
     for bad in [-1.0, f32::INFINITY] {
         assert_eq!(Blockwise::from_parts(codes.clone(), vec![1.0, bad, 1.0], true), None);
+    }
+}
+
+/// Values, as quantised and read back on one level.
+fn on(level: Level, values: &[f32], signed: bool) -> (Vec<u8>, Vec<u32>, Vec<u32>) {
+    let (mut codes, mut scales) = (vec![7; values.len()], vec![-1.0; values.len().div_ceil(BLOCK)]);
+    level.run(Quantise { values, codes: &mut codes, scales: &mut scales, signed });
+    let mut out = vec![0.0; values.len()];
+    level.run(Dequantise { codes: &codes, scales: &scales, signed, out: &mut out });
+    let bits = |x: Vec<f32>| x.into_iter().map(f32::to_bits).collect();
+    (codes, bits(scales), bits(out))
+}
+
+#[test]
+fn every_level_reads_all_codes_to_the_same_bits() {
+    let codes: Vec<u8> = (0..=255).collect();
+    let smallest = f32::from_bits(1);
+    let scales = [1.0, 0.3, 1.7e-11, 9.9e20, f32::MAX, f32::MIN_POSITIVE, 1e-41, smallest, 0.0, f32::NAN];
+    for signed in BOTH {
+        for scale in scales {
+            for level in Level::all() {
+                let mut out = vec![0.0; 256];
+                level.run(Dequantise { codes: &codes, scales: &[scale], signed, out: &mut out });
+                for (code, (&value, read)) in table(signed).iter().zip(out).enumerate() {
+                    assert_eq!(read.to_bits(), (value * scale).to_bits(), "{level:?}, {code} of {scale}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_level_writes_the_same_codes_wherever_they_change() {
+    // Each exponent that a scale can have, with any mantissa, and the ends of those that have a way of their own.
+    let mantissas = uniform(3, 600).into_iter().map(|x| (x * f64::from(1 << 23)) as u32);
+    let mut scales: Vec<u32> = mantissas.enumerate().map(|(i, x)| (i as u32 % 255) << 23 | x).collect();
+    let ends = [1.0f32, f32::MAX, f32::MIN_POSITIVE, 1e-21, 1e30];
+    scales.extend(ends.iter().flat_map(|x| [x.to_bits() - 1, x.to_bits(), (x.to_bits() + 1).min(0x7f7f_ffff)]));
+    let anywhere: Vec<u32> = uniform(4, 1000).into_iter().map(|x| (x * f64::from(1 << 30)) as u32).collect();
+    for signed in BOTH {
+        // Codes, the middles between them, the ends of decades and of binades, and their surroundings.
+        let table = table(signed);
+        let middles = table.windows(2).map(|pair| f32::midpoint(pair[0], pair[1]));
+        let ends = (0..9).map(|d| 10f32.powi(-d)).chain((0..34).map(|i| 0.5f32.powi(i)));
+        let at: Vec<f32> = table.iter().copied().chain(middles).chain(ends).map(f32::abs).collect();
+        let near = at.iter().flat_map(|y| (0..7).map(|n| (y.to_bits() + n).saturating_sub(3)));
+        let ys: Vec<f32> = near.chain(anywhere.iter().copied()).map(f32::from_bits).map(|y| y.min(1.0)).collect();
+        for &scale in &scales {
+            let scale = f32::from_bits(scale);
+            // The scale itself begins each block.
+            let parts = ys.chunks(BLOCK - 1).enumerate();
+            let values: Vec<f32> = parts
+                .flat_map(|(i, ys)| {
+                    let sign = if i % 2 == 0 { 1.0 } else { -1.0 };
+                    std::iter::once(scale).chain(ys.iter().map(move |y| sign * y * scale))
+                })
+                .collect();
+            let expected = on(Level::Portable, &values, signed);
+            for level in Level::all() {
+                let got = on(level, &values, signed);
+                let differs = got.0.iter().zip(&expected.0).position(|(a, b)| a != b);
+                let at = differs.map(|i| (values[i], got.0[i], expected.0[i]));
+                assert_eq!(at, None, "{level:?}, signed {signed}, scale {scale:e}");
+                assert!(got == expected, "{level:?}, signed {signed}, scale {scale:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_level_takes_any_length_and_any_float() {
+    let uniform = uniform(5, 3 * BLOCK);
+    let any: Vec<f32> = uniform.iter().map(|x| f32::from_bits((x * 2f64.powi(32)) as u32)).collect();
+    let finite: Vec<f32> = any.iter().map(|x| if x.is_finite() { *x } else { -0.0 }).collect();
+    let tiny: Vec<f32> = any.iter().map(|x| f32::from_bits(x.to_bits() & 0x807f_ffff)).collect();
+    for signed in BOTH {
+        for values in [&any, &finite, &tiny, &data("normal", signed, 3 * BLOCK)] {
+            for len in (0..70).chain([255, 256, 257, 511, 513, 600, 768]) {
+                let expected = on(Level::Portable, &values[..len], signed);
+                for level in Level::all() {
+                    assert_eq!(on(level, &values[..len], signed), expected, "{level:?}, {len}");
+                }
+            }
+        }
     }
 }
