@@ -147,30 +147,31 @@ impl<P: Stored> Chunk<'_, P> {
     /// The sum of squares of some of the weights, in f64.
     fn weights(&self, range: std::ops::Range<usize>, buffer: &mut [P::Compute; BLOCK]) -> f64 {
         if let Some(master) = &self.master {
-            return sums::squares(&master[range]);
+            return sums::squares::<P::Compute, _>(&master[range]);
         }
         let mut sum = 0.0;
         for start in range.clone().step_by(BLOCK) {
             let stored = &self.p[start..range.end.min(start + BLOCK)];
             let block = &mut buffer[..stored.len()];
             P::load(stored, block);
-            sum += sums::squares(block);
+            sum += sums::squares::<P::Compute, _>(block);
         }
         sum
     }
 
-    /// The whole chunk at once, where nothing is to be converted or measured.
+    /// The whole chunk at once, where there is a loop for its types and nothing is to be measured.
     fn run_in_place(&mut self, rule: &dyn Elementwise) -> Option<Measured> {
         let plain = self.settings.sparse_row.is_none() && !self.settings.measure && self.master.is_none();
-        let (true, Some(g)) = (plain, P::Compute::gradient(self.g)) else { return None };
-        let p = P::in_place(self.p)?;
+        if !plain {
+            return None;
+        }
         let mut slices: [&mut [P::Compute]; SLOTS] = [&mut [], &mut []];
         let count = self.slots.len();
         for (slice, slot) in slices.iter_mut().zip(&mut self.slots) {
             let SlotRun::Full(x) = slot else { return None };
             *slice = x;
         }
-        P::Compute::apply(rule, p, g, &mut slices[..count], None);
+        rule.update(P::run(self.p, self.g, &mut slices[..count], self.settings.rounding)?);
         Some(Measured::default())
     }
 
@@ -186,13 +187,7 @@ impl<P: Stored> Chunk<'_, P> {
         for start in range.clone().step_by(BLOCK) {
             let block = start..range.end.min(start + BLOCK);
             let len = block.len();
-            let g = self.g.range(block.clone());
-            let g = if let Some(g) = P::Compute::gradient(g) {
-                g
-            } else {
-                P::Compute::load_gradient(g, &mut g_buffer[..len]);
-                &g_buffer[..len]
-            };
+            let (g, g_buffer) = (self.g.range(block.clone()), &mut g_buffer[..len]);
             let mut slices: [&mut [P::Compute]; SLOTS] = [&mut [], &mut []];
             let count = self.slots.len();
             for ((slice, slot), buffer) in slices.iter_mut().zip(&mut self.slots).zip(slot_buffers.iter_mut())
@@ -201,7 +196,7 @@ impl<P: Stored> Chunk<'_, P> {
             }
             let measured = self.settings.measure.then_some(&mut *measured);
             let update = |p: &mut [P::Compute]| {
-                P::Compute::apply(rule, p, g, &mut slices[..count], measured);
+                P::Compute::apply(rule, p, g, g_buffer, &mut slices[..count], measured);
             };
             let stored = &mut self.p[block.clone()];
             let separate = if let Some(master) = &mut self.master {

@@ -1,9 +1,9 @@
 //! The element types the fused pass reads and writes, and their way to the type it computes in.
 
-use super::Measured;
+use super::{Measured, Rounding};
 use crate::quantised;
 use crate::rounding;
-use crate::rule::{Elementwise, Real};
+use crate::rule::{Element, Elements, Elementwise, Real, Run};
 use crate::state::Data;
 use candle_core::CpuStorage;
 use half::slice::HalfFloatSliceExt;
@@ -77,18 +77,18 @@ impl<'a> Grad<'a> {
 
 /// A type the update is computed in.
 pub(super) trait Compute: Real + Default {
-    /// Updates a run of elements, and adds to `measured` what that did: then at most [`BLOCK`].
+    /// Updates a run of at most [`BLOCK`] elements, and adds to `measured` what that did. `buffer` has room for gradients.
     fn apply(
         rule: &dyn Elementwise,
         p: &mut [Self],
-        g: &[Self],
+        g: Grad<'_>,
+        buffer: &mut [Self],
         slots: &mut [&mut [Self]],
         measured: Option<&mut Measured>,
     );
     fn count_aligned(rule: &dyn Elementwise, g: &[Self], slots: &[&[Self]]) -> u64;
     /// The elements of a state array of this type.
     fn of(data: &mut Data) -> Option<&mut [Self]>;
-    fn gradient(g: Grad<'_>) -> Option<&[Self]>;
     /// Converts the elements of `g`; `out` has its length.
     fn load_gradient(g: Grad<'_>, out: &mut [Self]);
     /// Reads whole blocks of quantised state.
@@ -101,20 +101,25 @@ impl Compute for f32 {
     fn apply(
         rule: &dyn Elementwise,
         p: &mut [Self],
-        g: &[Self],
+        g: Grad<'_>,
+        buffer: &mut [Self],
         slots: &mut [&mut [Self]],
         measured: Option<&mut Measured>,
     ) {
-        rule.update_f32(p, g, slots, measured);
+        rule.update(match (g, measured) {
+            (Grad::F32(g), measured) => Run::F32(Elements { p, g, slots }, measured),
+            (Grad::Bf16(g), None) => Run::Bf16Gradients(Elements { p, g, slots }),
+            (g, measured) => {
+                Self::load_gradient(g, buffer);
+                Run::F32(Elements { p, g: buffer, slots }, measured)
+            }
+        });
     }
     fn count_aligned(rule: &dyn Elementwise, g: &[Self], slots: &[&[Self]]) -> u64 {
         rule.aligned_f32(g, slots)
     }
     fn of(data: &mut Data) -> Option<&mut [Self]> {
         if let Data::F32(x) = data { Some(x) } else { None }
-    }
-    fn gradient(g: Grad<'_>) -> Option<&[Self]> {
-        if let Grad::F32(g) = g { Some(g) } else { None }
     }
     fn load_gradient(g: Grad<'_>, out: &mut [Self]) {
         match g {
@@ -136,20 +141,24 @@ impl Compute for f64 {
     fn apply(
         rule: &dyn Elementwise,
         p: &mut [Self],
-        g: &[Self],
+        g: Grad<'_>,
+        buffer: &mut [Self],
         slots: &mut [&mut [Self]],
         measured: Option<&mut Measured>,
     ) {
-        rule.update_f64(p, g, slots, measured);
+        let g = if let Grad::F64(g) = g {
+            g
+        } else {
+            Self::load_gradient(g, buffer);
+            buffer
+        };
+        rule.update(Run::F64(Elements { p, g, slots }, measured));
     }
     fn count_aligned(rule: &dyn Elementwise, g: &[Self], slots: &[&[Self]]) -> u64 {
         rule.aligned_f64(g, slots)
     }
     fn of(data: &mut Data) -> Option<&mut [Self]> {
         if let Data::F64(x) = data { Some(x) } else { None }
-    }
-    fn gradient(g: Grad<'_>) -> Option<&[Self]> {
-        if let Grad::F64(g) = g { Some(g) } else { None }
     }
     fn load_gradient(g: Grad<'_>, out: &mut [Self]) {
         match g {
@@ -167,6 +176,13 @@ impl Compute for f64 {
 /// A type a parameter is stored in.
 pub(super) trait Stored: Copy + Send + Sync {
     type Compute: Compute;
+    /// The update of the elements where they lie, where there is a loop for these types and this rounding.
+    fn run<'a, 'b>(
+        p: &'a mut [Self],
+        g: Grad<'a>,
+        slots: &'a mut [&'b mut [Self::Compute]],
+        rounding: Rounding,
+    ) -> Option<Run<'a, 'b>>;
     /// The elements themselves, where they are stored in the type of the computation.
     fn in_place(p: &mut [Self]) -> Option<&mut [Self::Compute]>;
     /// Converts to the type of the computation; both slices have one length.
@@ -181,6 +197,18 @@ pub(super) trait Stored: Copy + Send + Sync {
 
 impl Stored for f32 {
     type Compute = Self;
+    fn run<'a, 'b>(
+        p: &'a mut [Self],
+        g: Grad<'a>,
+        slots: &'a mut [&'b mut [Self]],
+        _: Rounding,
+    ) -> Option<Run<'a, 'b>> {
+        match g {
+            Grad::F32(g) => Some(Run::F32(Elements { p, g, slots }, None)),
+            Grad::Bf16(g) => Some(Run::Bf16Gradients(Elements { p, g, slots })),
+            Grad::F64(_) | Grad::F16(_) => None,
+        }
+    }
     fn in_place(p: &mut [Self]) -> Option<&mut [Self]> {
         Some(p)
     }
@@ -194,6 +222,14 @@ impl Stored for f32 {
 
 impl Stored for f64 {
     type Compute = Self;
+    fn run<'a, 'b>(
+        p: &'a mut [Self],
+        g: Grad<'a>,
+        slots: &'a mut [&'b mut [Self]],
+        _: Rounding,
+    ) -> Option<Run<'a, 'b>> {
+        if let Grad::F64(g) = g { Some(Run::F64(Elements { p, g, slots }, None)) } else { None }
+    }
     fn in_place(p: &mut [Self]) -> Option<&mut [Self]> {
         Some(p)
     }
@@ -207,52 +243,63 @@ impl Stored for f64 {
 
 impl Stored for bf16 {
     type Compute = f32;
+    fn run<'a, 'b>(
+        p: &'a mut [Self],
+        g: Grad<'a>,
+        slots: &'a mut [&'b mut [f32]],
+        rounding: Rounding,
+    ) -> Option<Run<'a, 'b>> {
+        match (g, rounding) {
+            (Grad::Bf16(g), Rounding::Nearest) => Some(Run::Bf16(Elements { p, g, slots })),
+            _ => None,
+        }
+    }
     fn in_place(_: &mut [Self]) -> Option<&mut [f32]> {
         None
     }
     fn load(p: &[Self], out: &mut [f32]) {
-        pulp::Arch::new().dispatch(Widen(p.reinterpret_cast(), out));
+        pulp::Arch::new().dispatch(Load(p, out));
     }
     fn store(from: &[f32], p: &mut [Self]) {
-        pulp::Arch::new().dispatch(Round(from, p.reinterpret_cast_mut()));
+        pulp::Arch::new().dispatch(Store(from, p));
     }
     fn store_stochastic(from: &[f32], p: &mut [Self], key: u32, offset: usize) {
         rounding::to_bf16(from, p, key, offset);
     }
 }
 
-/// bf16 is the upper half of an f32.
-struct Widen<'a>(&'a [u16], &'a mut [f32]);
+struct Load<'a>(&'a [bf16], &'a mut [f32]);
 
-impl pulp::WithSimd for Widen<'_> {
+impl pulp::WithSimd for Load<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, _: S) {
-        self.0.iter().zip(self.1).for_each(|(&x, out)| *out = f32::from_bits(u32::from(x) << 16));
+        self.0.iter().zip(self.1).for_each(|(x, out)| *out = x.widen());
     }
 }
 
-/// To the nearest bf16, ties to even, without the branch of `bf16::from_f32`, so that vectors can do it.
-struct Round<'a>(&'a [f32], &'a mut [u16]);
+struct Store<'a>(&'a [f32], &'a mut [bf16]);
 
-impl pulp::WithSimd for Round<'_> {
+impl pulp::WithSimd for Store<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, _: S) {
-        self.0.iter().zip(self.1).for_each(|(&x, out)| {
-            let bits = x.to_bits();
-            let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-            // A NaN stays one: rounding could carry it into the exponent.
-            let nan = (bits >> 16) | 0x40;
-            *out = if x.is_nan() { nan } else { nearest } as u16;
-        });
+        self.0.iter().zip(self.1).for_each(|(&x, out)| *out = Element::round(x));
     }
 }
 
 impl Stored for f16 {
     type Compute = f32;
+    fn run<'a, 'b>(
+        _: &'a mut [Self],
+        _: Grad<'a>,
+        _: &'a mut [&'b mut [f32]],
+        _: Rounding,
+    ) -> Option<Run<'a, 'b>> {
+        None
+    }
     fn in_place(_: &mut [Self]) -> Option<&mut [f32]> {
         None
     }

@@ -305,7 +305,8 @@ fn every_level_writes_the_same_codes_wherever_they_change() {
     let mantissas = uniform(3, 600).into_iter().map(|x| (x * f64::from(1 << 23)) as u32);
     let mut scales: Vec<u32> = mantissas.enumerate().map(|(i, x)| (i as u32 % 255) << 23 | x).collect();
     let ends = [1.0f32, f32::MAX, f32::MIN_POSITIVE, 1e-21, 1e30];
-    scales.extend(ends.iter().flat_map(|x| [x.to_bits() - 1, x.to_bits(), (x.to_bits() + 1).min(0x7f7f_ffff)]));
+    scales
+        .extend(ends.iter().flat_map(|x| [x.to_bits() - 1, x.to_bits(), (x.to_bits() + 1).min(0x7f7f_ffff)]));
     let anywhere: Vec<u32> = uniform(4, 1000).into_iter().map(|x| (x * f64::from(1 << 30)) as u32).collect();
     for signed in BOTH {
         // Codes, the middles between them, the ends of decades and of binades, and their surroundings.
@@ -314,7 +315,8 @@ fn every_level_writes_the_same_codes_wherever_they_change() {
         let ends = (0..9).map(|d| 10f32.powi(-d)).chain((0..34).map(|i| 0.5f32.powi(i)));
         let at: Vec<f32> = table.iter().copied().chain(middles).chain(ends).map(f32::abs).collect();
         let near = at.iter().flat_map(|y| (0..7).map(|n| (y.to_bits() + n).saturating_sub(3)));
-        let ys: Vec<f32> = near.chain(anywhere.iter().copied()).map(f32::from_bits).map(|y| y.min(1.0)).collect();
+        let ys: Vec<f32> =
+            near.chain(anywhere.iter().copied()).map(f32::from_bits).map(|y| y.min(1.0)).collect();
         for &scale in &scales {
             let scale = f32::from_bits(scale);
             // The scale itself begins each block.

@@ -303,11 +303,11 @@ impl Lookup for V4 {
     fn to_codes<const SIGNED: bool>(self, k: &[f32; GROUP]) -> [u8; GROUP] {
         let halves: [pulp::f32x16; 2] = cast(*k);
         let bytes = halves.map(|half| {
-            let integers = self.avx512f._mm512_cvtps_epi32(cast(half));
-            self.avx512f._mm512_cvtepi32_epi8(integers) // the low byte
+            let k = self.avx512f._mm512_cvtps_epi32(cast(half));
+            let of_zero = self.avx512f._mm512_set1_epi32(if SIGNED { 128 } else { 0 });
+            self.avx512f._mm512_cvtepi32_epi8(self.avx512f._mm512_add_epi32(k, of_zero))
         });
-        let bytes: [u8; GROUP] = cast(bytes);
-        if SIGNED { bytes.map(|byte| byte ^ 0x80) } else { bytes }
+        cast(bytes)
     }
 
     #[inline(always)]
@@ -315,7 +315,11 @@ impl Lookup for V4 {
         let halves: [[u8; 16]; 2] = cast(*codes);
         cast(halves.map(|half| {
             let k = self.avx512f._mm512_cvtepu8_epi32(cast(half));
-            let k = if SIGNED { self.avx512f._mm512_sub_epi32(k, self.avx512f._mm512_set1_epi32(128)) } else { k };
+            let k = if SIGNED {
+                self.avx512f._mm512_sub_epi32(k, self.avx512f._mm512_set1_epi32(128))
+            } else {
+                k
+            };
             self.avx512f._mm512_cvtepi32_ps(k)
         }))
     }

@@ -17,9 +17,9 @@
 //! References: Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101; Dozat, Incorporating Nesterov
 //! Momentum into Adam (2016); Liang et al., Cautious Optimizers, arXiv 2411.16085.
 
-use super::real::{Loop, Real, vectorised};
+use super::elements::{Element, Loop, Run};
+use super::real::Real;
 use super::{Decay, Elementwise, SlotKind, SlotSpec, StepScalars, decayed_plain};
-use crate::backend::Measured;
 use candle_core::{Result, Tensor};
 
 pub(super) const NAME: &str = "adamw";
@@ -100,10 +100,10 @@ impl Adam {
 
     /// One loop for each set of choices, so that a choice costs nothing where it is off.
     #[inline(always)]
-    fn update<F: Real, const NESTEROV: bool, const CAUTIOUS: bool>(
+    fn update<F: Real, P: Element<F>, G: Element<F>, const NESTEROV: bool, const CAUTIOUS: bool>(
         &self,
-        p: &mut [F],
-        g: &[F],
+        p: &mut [P],
+        g: &[G],
         slots: &mut [&mut [F]],
     ) {
         let [m, v] = slots else { return }; // see Parameter::check_state
@@ -116,8 +116,8 @@ impl Adam {
         let aligned = if self.cautious { c(self.aligned_scale) } else { F::ONE };
         let misaligned = if self.cautious { F::ZERO } else { F::ONE };
         let cautious_keep = if self.cautious_decay { F::ONE } else { keep };
-        for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m.iter_mut()).zip(v.iter_mut()) {
-            let g = g * clip_scale;
+        for (((stored, &g), m), v) in p.iter_mut().zip(g).zip(m.iter_mut()).zip(v.iter_mut()) {
+            let (p, g) = (stored.widen(), g.widen() * clip_scale);
             *m = *m + (g - *m) * first_weight;
             *v = *v * beta2 + g * second_weight * g;
             let denominator = (*v).sqrt() * correction + eps;
@@ -125,10 +125,10 @@ impl Adam {
             let u = n / denominator;
             if CAUTIOUS {
                 let u = u * if n * g > F::ZERO { aligned } else { misaligned };
-                let keep = if *p * u > F::ZERO { keep } else { cautious_keep };
-                *p = *p * keep - u * step_size;
+                let keep = if p * u > F::ZERO { keep } else { cautious_keep };
+                *stored = P::round(p * keep - u * step_size);
             } else {
-                *p = *p * keep - u * step_size;
+                *stored = P::round(p * keep - u * step_size);
             }
         }
     }
@@ -136,35 +136,19 @@ impl Adam {
 
 impl Loop for Adam {
     #[inline(always)]
-    fn run<F: Real>(&self, p: &mut [F], g: &[F], slots: &mut [&mut [F]]) {
+    fn run<F: Real, P: Element<F>, G: Element<F>>(&self, p: &mut [P], g: &[G], slots: &mut [&mut [F]]) {
         match (self.nesterov.is_some(), self.cautious || self.cautious_decay) {
-            (false, false) => self.update::<F, false, false>(p, g, slots),
-            (true, false) => self.update::<F, true, false>(p, g, slots),
-            (false, true) => self.update::<F, false, true>(p, g, slots),
-            (true, true) => self.update::<F, true, true>(p, g, slots),
+            (false, false) => self.update::<F, P, G, false, false>(p, g, slots),
+            (true, false) => self.update::<F, P, G, true, false>(p, g, slots),
+            (false, true) => self.update::<F, P, G, false, true>(p, g, slots),
+            (true, true) => self.update::<F, P, G, true, true>(p, g, slots),
         }
     }
 }
 
 impl Elementwise for Adam {
-    fn update_f32(
-        &self,
-        p: &mut [f32],
-        g: &[f32],
-        slots: &mut [&mut [f32]],
-        measured: Option<&mut Measured>,
-    ) {
-        vectorised(self, p, g, slots, measured);
-    }
-
-    fn update_f64(
-        &self,
-        p: &mut [f64],
-        g: &[f64],
-        slots: &mut [&mut [f64]],
-        measured: Option<&mut Measured>,
-    ) {
-        vectorised(self, p, g, slots, measured);
+    fn update(&self, run: Run<'_, '_>) {
+        run.vectorised(self);
     }
 
     fn update_plain(&self, p: &Tensor, g: &Tensor, slots: &mut [Tensor]) -> Result<Tensor> {

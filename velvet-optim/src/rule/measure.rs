@@ -1,6 +1,7 @@
 //! A rule's loop that also sums what it did.
 
-use super::real::{Loop, Real};
+use super::elements::{Elements, Loop};
+use super::real::Real;
 use crate::backend::Measured;
 
 /// Elements that are updated and then summed: their old values stay in registers or next to them, and the processor goes
@@ -12,19 +13,17 @@ const TILE: usize = 64;
 const LANES: usize = 16;
 
 /// An update of few enough elements that sums in their own precision are good for: a block of the CPU back end.
-pub(super) struct RunMeasured<'a, 'b, L, F> {
-    pub(super) rule: &'a L,
-    pub(super) p: &'a mut [F],
-    pub(super) g: &'a [F],
-    pub(super) slots: &'a mut [&'b mut [F]],
+pub(super) struct RunMeasured<'a, 'b, 'r, L, F> {
+    pub(super) rule: &'r L,
+    pub(super) elements: Elements<'a, 'b, F>,
 }
 
-impl<L: Loop, F: Real> pulp::WithSimd for RunMeasured<'_, '_, L, F> {
+impl<L: Loop, F: Real> pulp::WithSimd for RunMeasured<'_, '_, '_, L, F> {
     type Output = Measured;
 
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, simd: S) -> Measured {
-        let Self { rule, p, g, slots } = self;
+        let Self { rule, elements: Elements { p, g, slots } } = self;
         let mut sums = Sums::<S, F>::new(simd);
         let mut before = [F::ZERO; TILE];
         let mut start = 0;
@@ -99,7 +98,7 @@ impl<S: pulp::Simd, F: Real> Sums<S, F> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rule::{AdamOptions, Decay, Elementwise, Rule, Sgd, Step, StepScalars};
+    use crate::rule::{AdamOptions, Decay, Elementwise, Rule, Run, Sgd, Step, StepScalars};
 
     fn sgd() -> Step {
         let options = AdamOptions { nesterov: false, cautious: false };
@@ -126,8 +125,10 @@ mod tests {
             let (mut p, mut plain, mut b, mut other) =
                 (before.clone(), before.clone(), vec![0.25; len], vec![0.25; len]);
             let mut measured = Measured::default();
-            rule.update_f32(&mut p, &g, &mut [b.as_mut_slice()], Some(&mut measured));
-            rule.update_f32(&mut plain, &g, &mut [other.as_mut_slice()], None);
+            let elements = Elements { p: &mut p, g: &g, slots: &mut [b.as_mut_slice()] };
+            rule.update(Run::F32(elements, Some(&mut measured)));
+            let elements = Elements { p: &mut plain, g: &g, slots: &mut [other.as_mut_slice()] };
+            rule.update(Run::F32(elements, None));
             assert_eq!((&p, &b), (&plain, &other), "measuring changes no bit");
             let sum = |f: &dyn Fn(f64, f64, f64) -> f64| -> f64 {
                 (0..len).map(|i| f(before[i].into(), p[i].into(), g[i].into())).sum()
@@ -148,7 +149,8 @@ mod tests {
         let g: Vec<f32> = (0..1000).map(|i| ((i * 7919 + 13) % 1009) as f32 / 504.5 - 1.0).collect();
         let run = |widest: bool| {
             let (mut p, mut b) = (g.clone(), vec![0.125f32; g.len()]);
-            let run = RunMeasured { rule: &rule, p: p.as_mut_slice(), g: &g, slots: &mut [b.as_mut_slice()] };
+            let elements = Elements { p: p.as_mut_slice(), g: g.as_slice(), slots: &mut [b.as_mut_slice()] };
+            let run = RunMeasured { rule: &rule, elements };
             let sums = if widest {
                 pulp::Arch::new().dispatch(run)
             } else {

@@ -5,6 +5,7 @@
 //! Back ends know nothing about learning rates or bias correction.
 
 mod adamw;
+mod elements;
 mod lion;
 mod measure;
 mod newton_schulz;
@@ -18,10 +19,10 @@ pub use orthogonal::{Orthogonal, RowMoment};
 pub use sgd::Sgd;
 
 pub(crate) use adamw::Adam;
+pub(crate) use elements::{Element, Elements, Run};
 pub(crate) use orthogonal::OrthogonalStep;
 pub(crate) use real::Real;
 
-use crate::backend::Measured;
 use crate::config::VelvetConfig;
 use crate::error::Result;
 use candle_core::Tensor;
@@ -222,12 +223,8 @@ impl Step {
 /// State arrays are of the state's element type (f64 for f64 parameters, f32 for all others), in the order of the
 /// rule's slots.
 pub(crate) trait Elementwise: Sync {
-    /// Updates a run of f32 elements in place, and adds to `measured` what that did: then at most some thousand elements,
-    /// which are summed in f32.
-    fn update_f32(&self, p: &mut [f32], g: &[f32], slots: &mut [&mut [f32]], measured: Option<&mut Measured>);
-
-    /// The same in f64.
-    fn update_f64(&self, p: &mut [f64], g: &[f64], slots: &mut [&mut [f64]], measured: Option<&mut Measured>);
+    /// Updates a run of elements in place.
+    fn update(&self, run: Run<'_, '_>);
 
     /// The same in candle operations: returns the new parameter and replaces the slots. All tensors are of the state's
     /// element type.

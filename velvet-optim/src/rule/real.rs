@@ -1,8 +1,5 @@
 //! The arithmetic a rule's loop needs of f32 and f64.
 
-use super::measure::RunMeasured;
-use crate::backend::Measured;
-
 /// f32 or f64.
 pub(crate) trait Real:
     Copy
@@ -89,42 +86,3 @@ macro_rules! real {
 }
 real!(f32, f32s, splat_f32s, add_f32s, sub_f32s, mul_f32s, as_simd_f32s, as_mut_simd_f32s);
 real!(f64, f64s, splat_f64s, add_f64s, sub_f64s, mul_f64s, as_simd_f64s, as_mut_simd_f64s);
-
-/// A rule's loop over one run of elements, with whatever vectors the processor has.
-///
-/// The loop has only additions, multiplications, divisions, roots and selections, none contracted: IEEE fixes every
-/// bit of the result, whatever the width of the vectors that the compiler makes of it.
-pub(super) trait Loop {
-    fn run<F: Real>(&self, p: &mut [F], g: &[F], slots: &mut [&mut [F]]);
-}
-
-/// Runs a loop on the processor's widest vectors, and adds to `measured` what it did: then at most some thousand elements.
-pub(super) fn vectorised<L: Loop, F: Real>(
-    rule: &L,
-    p: &mut [F],
-    g: &[F],
-    slots: &mut [&mut [F]],
-    measured: Option<&mut Measured>,
-) {
-    match measured {
-        None => pulp::Arch::new().dispatch(Run { rule, p, g, slots }),
-        Some(measured) => *measured += pulp::Arch::new().dispatch(RunMeasured { rule, p, g, slots }),
-    }
-}
-
-struct Run<'a, 'b, L, F> {
-    rule: &'a L,
-    p: &'a mut [F],
-    g: &'a [F],
-    slots: &'a mut [&'b mut [F]],
-}
-
-// Not a closure: the compiler may leave a closure's call out of line, and with it out of the vector code.
-impl<L: Loop, F: Real> pulp::WithSimd for Run<'_, '_, L, F> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, _: S) {
-        self.rule.run(self.p, self.g, self.slots);
-    }
-}

@@ -1,8 +1,8 @@
 //! Stochastic gradient descent with momentum.
 
-use super::real::{Loop, Real, vectorised};
+use super::elements::{Element, Loop, Run};
+use super::real::Real;
 use super::{Decay, Elementwise, SlotKind, SlotSpec, StepScalars, decayed_plain};
-use crate::backend::Measured;
 use crate::config::unit;
 use crate::error::Result;
 use crate::options::Momentum;
@@ -87,42 +87,26 @@ impl SgdStep {
 
 impl Loop for SgdStep {
     #[inline(always)]
-    fn run<F: Real>(&self, p: &mut [F], g: &[F], slots: &mut [&mut [F]]) {
+    fn run<F: Real, P: Element<F>, G: Element<F>>(&self, p: &mut [P], g: &[G], slots: &mut [&mut [F]]) {
         let [b] = slots else { return }; // see Parameter::check_state
         let c = F::coefficient;
         let (clip_scale, momentum, lr, keep) =
             (c(self.clip_scale), c(self.momentum), c(self.lr), c(self.keep));
         let [of_b, of_g] = self.weights.map(c);
         let cautious_keep = if self.cautious_decay { F::ONE } else { keep };
-        for ((p, &g), b) in p.iter_mut().zip(g).zip(b.iter_mut()) {
-            let g = g * clip_scale;
+        for ((stored, &g), b) in p.iter_mut().zip(g).zip(b.iter_mut()) {
+            let (p, g) = (stored.widen(), g.widen() * clip_scale);
             *b = *b * momentum + g;
             let u = *b * of_b + g * of_g;
-            let keep = if *p * u > F::ZERO { keep } else { cautious_keep };
-            *p = *p * keep - u * lr;
+            let keep = if p * u > F::ZERO { keep } else { cautious_keep };
+            *stored = P::round(p * keep - u * lr);
         }
     }
 }
 
 impl Elementwise for SgdStep {
-    fn update_f32(
-        &self,
-        p: &mut [f32],
-        g: &[f32],
-        slots: &mut [&mut [f32]],
-        measured: Option<&mut Measured>,
-    ) {
-        vectorised(self, p, g, slots, measured);
-    }
-
-    fn update_f64(
-        &self,
-        p: &mut [f64],
-        g: &[f64],
-        slots: &mut [&mut [f64]],
-        measured: Option<&mut Measured>,
-    ) {
-        vectorised(self, p, g, slots, measured);
+    fn update(&self, run: Run<'_, '_>) {
+        run.vectorised(self);
     }
 
     fn update_plain(&self, p: &Tensor, g: &Tensor, slots: &mut [Tensor]) -> candle_core::Result<Tensor> {
