@@ -84,22 +84,32 @@ struct Quantise<'a> {
 impl Work for Quantise<'_> {
     #[inline(always)]
     fn with<C: Codec>(self, codec: C) {
+        // All scales first, so that the processor need not wait for one before it goes on with the next. Loops, not
+        // `for_each`: the compiler may leave a closure's call out of line, and with it out of the vector code.
+        for (values, scale) in self.values.chunks(BLOCK).zip(&mut *self.scales) {
+            *scale = match <&[f32; BLOCK]>::try_from(values) {
+                Ok(whole) => scale_of(whole),
+                Err(_) => scale_of(values),
+            };
+        }
         let blocks = self.values.chunks(BLOCK).zip(self.codes.chunks_mut(BLOCK));
-        // Loops, not `for_each`: the compiler may leave a closure's call out of line, and with it out of the vector code.
-        for ((values, codes), scale) in blocks.zip(self.scales) {
-            // Magnitudes are ordered as their bits are, with infinity and NaN above all others.
-            let largest = values.iter().fold(0, |a, x| (x.to_bits() & 0x7fff_ffff).max(a));
-            *scale = f32::from_bits(largest);
-            if !scale.is_finite() {
-                *scale = f32::NAN;
-            }
-            if scale.is_nan() || *scale == 0.0 {
+        for ((values, codes), &mut scale) in blocks.zip(self.scales) {
+            if scale.is_nan() || scale == 0.0 {
                 codes.fill(zero(self.signed));
             } else {
-                codec.write(values, codes, *scale, self.signed);
+                codec.write(values, codes, scale, self.signed);
             }
         }
     }
+}
+
+/// The largest magnitude, or NaN where one is not finite.
+#[inline(always)]
+fn scale_of(values: &[f32]) -> f32 {
+    // Magnitudes are ordered as their bits are, with infinity and NaN above all others.
+    let largest = values.iter().fold(0, |a, x| (x.to_bits() & 0x7fff_ffff).max(a));
+    let scale = f32::from_bits(largest);
+    if scale.is_finite() { scale } else { f32::NAN }
 }
 
 struct Dequantise<'a> {

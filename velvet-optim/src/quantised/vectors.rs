@@ -3,32 +3,24 @@
 //! The same bits as [`portable`](super::portable), in half of the operations.
 //!
 //! # Reading
-//! The decade of k is in its exponent as a float, and a code's value is a quotient of small integers,
+//! The decade of k is in its exponent as a float, and a code's value is a quotient of two integers that floats hold:
 //!
 //! ```text
 //! value(k) = (9 k - 8 n_d + 9) / (10^(d+1) n_d)        n_d the power of two that k's exponent stands for
 //! ```
 //!
-//! A product with the divisor's inverse, which is kept as a sum of two floats, is rounded as the quotient is.
-//!
 //! # Writing
-//! y = |x| / scale is a product with the inverse and a correction by its remainder, both fused, which is the quotient
-//! to the last bit (Markstein, IBM Journal of Research and Development 34, 1990). Only the line of y's own
-//! decade is computed: the one that is the least, or at an end of the decade one that rounds to the same code. Two binades
-//! hold one end of a decade at the most: the exponent of y says which, and a comparison with it says on which side y is.
+//! Only the line of y's own decade is computed: the one that is the least, or at an end of the decade one that rounds to
+//! the same code. Two binades hold one end of a decade at the most: the exponent of y says which, and a comparison with
+//! it says on which side y is.
 
 use super::codes::{Line, POWERS, SIGNED_LINES, SIGNED_TOP, UNSIGNED_LINES, UNSIGNED_TOP};
 use super::level::Codec;
-use super::portable::Portable;
 use pulp::x86::{V3, V4};
 use pulp::{Simd, cast};
 
 /// Elements that are converted at a time.
 const GROUP: usize = 32;
-
-/// The scales for which the quotient is exact wherever it matters: the remainder for a y that does not round to 0 is no
-/// subnormal, nor is the inverse.
-const SCALES: std::ops::RangeInclusive<f32> = 1e-21..=1e30; // 2^-69.7 to 2^99.6
 
 #[derive(Clone, Copy)]
 pub(super) struct Vectors<S>(pub(super) S);
@@ -36,9 +28,7 @@ pub(super) struct Vectors<S>(pub(super) S);
 impl<S: Lookup> Codec for Vectors<S> {
     #[inline(always)]
     fn write(self, values: &[f32], codes: &mut [u8], scale: f32, signed: bool) {
-        if !SCALES.contains(&scale) {
-            Portable.write(values, codes, scale, signed);
-        } else if signed {
+        if signed {
             write::<S, true>(self.0, values, codes, scale);
         } else {
             write::<S, false>(self.0, values, codes, scale);
@@ -69,36 +59,23 @@ pub(super) trait Lookup: Simd {
     fn from_codes<const SIGNED: bool>(self, codes: &[u8; GROUP]) -> [f32; GROUP];
 }
 
-/// What codes are read by, for each exponent of k, by its low three bits.
-struct Inverses {
-    high: [f32; 8],
-    low: [f32; 8],
-}
+/// 10^(d+1) n_d for each exponent of k, by its low three bits.
+static SIGNED_DIVISORS: [f32; 8] = divisors(SIGNED_TOP);
+static UNSIGNED_DIVISORS: [f32; 8] = divisors(UNSIGNED_TOP);
 
-static SIGNED_INVERSES: Inverses = inverses(SIGNED_TOP);
-static UNSIGNED_INVERSES: Inverses = inverses(UNSIGNED_TOP);
-
-const fn inverses(top: usize) -> Inverses {
-    let mut inverses = Inverses { high: [0.0; 8], low: [0.0; 8] };
+const fn divisors(top: usize) -> [f32; 8] {
+    let mut divisors = [1.0; 8];
     let (mut d, mut n) = (0, top);
     while n > 0 {
-        inverses.set(n, 10.0 * POWERS[d] * n as f64);
+        divisors[(127 + n.ilog2() as usize) % 8] = (10.0 * POWERS[d] * n as f64) as f32;
         d += 1;
         n /= 2;
     }
     if top == SIGNED_TOP {
-        // Code 0 is k = -128 and stands for -1: (9 * 128 - 8 * 128 + 9) / 137.
-        inverses.set(128, 137.0);
+        // Code 0 is k = -128 and stands for -1: 9 * 128 - 8 * 128 + 9 = 137.
+        divisors[(127 + 7) % 8] = 137.0;
     }
-    inverses
-}
-
-impl Inverses {
-    const fn set(&mut self, n: usize, divisor: f64) {
-        let (at, inverse) = ((127 + n.ilog2() as usize) % 8, 1.0 / divisor);
-        self.high[at] = inverse as f32;
-        self.low[at] = (inverse - inverse as f32 as f64) as f32;
-    }
+    divisors
 }
 
 #[inline(always)]
@@ -124,7 +101,7 @@ fn read_group<S: Lookup, const SIGNED: bool>(
     out: &mut [f32; GROUP],
 ) {
     *out = simd.from_codes::<SIGNED>(codes);
-    let inverses = if SIGNED { &SIGNED_INVERSES } else { &UNSIGNED_INVERSES };
+    let divisors = if SIGNED { &SIGNED_DIVISORS } else { &UNSIGNED_DIVISORS };
     let [exponent, sign, shift] = [0x7f80_0000, 0x8000_0000, 23].map(|x| simd.splat_u32s(x));
     let [eight, nine] = [-8.0, 9.0].map(|x| simd.splat_f32s(x));
     let scale = simd.splat_f32s(scale);
@@ -135,9 +112,8 @@ fn read_group<S: Lookup, const SIGNED: bool>(
         let k_abs = if SIGNED { simd.abs_f32s(*k) } else { *k };
         let n = simd.transmute_f32s_u32s(power);
         let numerator = simd.mul_add_f32s(k_abs, nine, simd.mul_add_f32s(n, eight, nine));
-        let index = simd.wrapping_dyn_shr_u32s(power, shift);
-        let [high, low] = [&inverses.high, &inverses.low].map(|t| simd.lookup(t, index));
-        let value = simd.mul_add_f32s(numerator, high, simd.mul_f32s(numerator, low));
+        let divisor = simd.lookup(divisors, simd.wrapping_dyn_shr_u32s(power, shift));
+        let value = simd.div_f32s(numerator, divisor);
         // 0 for k = 0, whose exponent is that of no decade; all others are at most 1.
         let value = simd.min_f32s(value, k_abs);
         let value = if SIGNED {
@@ -209,14 +185,12 @@ fn write_group<S: Lookup, const SIGNED: bool>(simd: S, values: &[f32; GROUP], sc
     let decades = if SIGNED { &SIGNED_DECADES } else { &UNSIGNED_DECADES };
     let [zero, one, smallest] = [0.0, 1.0, SMALLEST].map(|x| simd.splat_f32s(x));
     let [sign, shift] = [0x8000_0000, 24].map(|x| simd.splat_u32s(x));
-    let (inverse, scale) = (simd.splat_f32s(1.0 / scale), simd.splat_f32s(scale));
+    let scale = simd.splat_f32s(scale);
     let mut k = [0.0; GROUP];
     let vectors = S::as_mut_simd_f32s(&mut k).0.iter_mut().zip(S::as_simd_f32s(values).0);
     for (k, &x) in vectors {
         let magnitude = if SIGNED { simd.abs_f32s(x) } else { simd.max_f32s(x, zero) };
-        let near = simd.mul_f32s(magnitude, inverse);
-        let remainder = simd.negate_mul_add_f32s(near, scale, magnitude);
-        let y = simd.mul_add_f32s(remainder, inverse, near);
+        let y = simd.div_f32s(magnitude, scale);
         let clamped = simd.transmute_u32s_f32s(simd.max_f32s(y, smallest));
         let upper = simd.lookup_small(&decades.of_binades, simd.wrapping_dyn_shr_u32s(clamped, shift));
         let d = simd.next_below(upper, y, simd.lookup(&decades.end, upper));
