@@ -51,7 +51,7 @@ mod portable;
 mod vectors;
 
 #[cfg(any(feature = "cuda", test))]
-pub(crate) use codes::{BINADES, code_tables};
+pub(crate) use codes::code_tables;
 
 use codes::zero;
 use level::{Codec, Level, Work};

@@ -1,6 +1,6 @@
 //! Error bounds and exactness of the 8-bit state.
 
-use super::codes::{Line, SIGNED_LINES, UNSIGNED_LINES, table};
+use super::codes::{BINADES, Line, SIGNED_LINES, UNSIGNED_LINES, table};
 use super::portable::index;
 use super::*;
 
@@ -312,18 +312,20 @@ fn every_level_writes_the_same_codes_wherever_they_change() {
         // Codes, the middles between them, the ends of decades and of binades, and their surroundings.
         let table = table(signed);
         let middles = table.windows(2).map(|pair| f32::midpoint(pair[0], pair[1]));
-        let ends = (0..9).map(|d| 10f32.powi(-d)).chain((0..34).map(|i| 0.5f32.powi(i)));
+        let decades = (0..9).map(|d| 10f32.powi(-d));
+        let about = decades.flat_map(|end| (-60..=60).map(move |n| end * (1.0 + 5e-4 * n as f32)));
+        let ends = about.chain((0..34).map(|i| 0.5f32.powi(i)));
         let at: Vec<f32> = table.iter().copied().chain(middles).chain(ends).map(f32::abs).collect();
         let near = at.iter().flat_map(|y| (0..7).map(|n| (y.to_bits() + n).saturating_sub(3)));
         let ys: Vec<f32> =
             near.chain(anywhere.iter().copied()).map(f32::from_bits).map(|y| y.min(1.0)).collect();
-        for &scale in &scales {
+        for (n, &scale) in scales.iter().enumerate() {
             let scale = f32::from_bits(scale);
             // The scale itself begins each block.
             let parts = ys.chunks(BLOCK - 1).enumerate();
             let values: Vec<f32> = parts
                 .flat_map(|(i, ys)| {
-                    let sign = if i % 2 == 0 { 1.0 } else { -1.0 };
+                    let sign = if signed && (i + n) % 2 == 1 { -1.0 } else { 1.0 };
                     std::iter::once(scale).chain(ys.iter().map(move |y| sign * y * scale))
                 })
                 .collect();
