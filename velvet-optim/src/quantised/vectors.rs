@@ -54,9 +54,9 @@ pub(super) trait Lookup: Simd {
     /// i, and one more where y is below a bound.
     fn next_below(self, i: Self::u32s, y: Self::f32s, bound: Self::f32s) -> Self::u32s;
     /// Rounds to the nearest integers, ties to even: of [-128, 127] plus 128, or of [0, 255].
-    fn to_codes<const SIGNED: bool>(self, k: &[f32; GROUP]) -> [u8; GROUP];
+    fn pack_codes<const SIGNED: bool>(self, k: &[f32; GROUP]) -> [u8; GROUP];
     /// And back.
-    fn from_codes<const SIGNED: bool>(self, codes: &[u8; GROUP]) -> [f32; GROUP];
+    fn unpack_codes<const SIGNED: bool>(self, codes: &[u8; GROUP]) -> [f32; GROUP];
 }
 
 /// 10^(d+1) n_d for each exponent of k, by its low three bits.
@@ -100,7 +100,7 @@ fn read_group<S: Lookup, const SIGNED: bool>(
     scale: f32,
     out: &mut [f32; GROUP],
 ) {
-    *out = simd.from_codes::<SIGNED>(codes);
+    *out = simd.unpack_codes::<SIGNED>(codes);
     let divisors = if SIGNED { &SIGNED_DIVISORS } else { &UNSIGNED_DIVISORS };
     let [exponent, sign, shift] = [0x7f80_0000, 0x8000_0000, 23].map(|x| simd.splat_u32s(x));
     let [eight, nine] = [-8.0, 9.0].map(|x| simd.splat_f32s(x));
@@ -205,7 +205,7 @@ fn write_group<S: Lookup, const SIGNED: bool>(simd: S, values: &[f32; GROUP], sc
             simd.max_f32s(index, least)
         };
     }
-    simd.to_codes::<SIGNED>(&k)
+    simd.pack_codes::<SIGNED>(&k)
 }
 
 impl Lookup for V3 {
@@ -227,7 +227,7 @@ impl Lookup for V3 {
     }
 
     #[inline(always)]
-    fn to_codes<const SIGNED: bool>(self, k: &[f32; GROUP]) -> [u8; GROUP] {
+    fn pack_codes<const SIGNED: bool>(self, k: &[f32; GROUP]) -> [u8; GROUP] {
         let [a, b, c, d]: [pulp::f32x8; 4] = cast(*k);
         let pack = |a, b| {
             let [a, b] = [a, b].map(|x| self.avx._mm256_cvtps_epi32(cast(x)));
@@ -245,7 +245,7 @@ impl Lookup for V3 {
     }
 
     #[inline(always)]
-    fn from_codes<const SIGNED: bool>(self, codes: &[u8; GROUP]) -> [f32; GROUP] {
+    fn unpack_codes<const SIGNED: bool>(self, codes: &[u8; GROUP]) -> [f32; GROUP] {
         let eights: [[u8; 8]; 4] = cast(*codes);
         cast(eights.map(|eight| {
             let codes = cast([eight, [0; 8]]);
@@ -274,7 +274,7 @@ impl Lookup for V4 {
     }
 
     #[inline(always)]
-    fn to_codes<const SIGNED: bool>(self, k: &[f32; GROUP]) -> [u8; GROUP] {
+    fn pack_codes<const SIGNED: bool>(self, k: &[f32; GROUP]) -> [u8; GROUP] {
         let halves: [pulp::f32x16; 2] = cast(*k);
         let bytes = halves.map(|half| {
             let k = self.avx512f._mm512_cvtps_epi32(cast(half));
@@ -285,7 +285,7 @@ impl Lookup for V4 {
     }
 
     #[inline(always)]
-    fn from_codes<const SIGNED: bool>(self, codes: &[u8; GROUP]) -> [f32; GROUP] {
+    fn unpack_codes<const SIGNED: bool>(self, codes: &[u8; GROUP]) -> [f32; GROUP] {
         let halves: [[u8; 16]; 2] = cast(*codes);
         cast(halves.map(|half| {
             let k = self.avx512f._mm512_cvtepu8_epi32(cast(half));
