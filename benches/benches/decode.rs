@@ -4,16 +4,18 @@
 //! cargo bench -p vesper-benches [--features cuda] --bench decode -- [nano small medium] [f32 bf16 q8_0 q4_k ...] [composed]
 //! ```
 //!
-//! A prompt of 64 tokens is read, then 128 tokens are chosen greedily, of one sequence and of eight; prefill is a prompt of
-//! 512 tokens, beside the model's forward over the same tokens in training. On the CPU the presets nano and small in f32,
-//! bf16 and blocks of 8 and 4 bits, on CUDA also medium, in bf16, by the step that is replayed as a graph. `composed` also measures decoding by the
-//! operations, without the fused step. The floor is what reading the weights and the filled cache once takes at the rate of
-//! a copy on this machine; a model that fits into the caches can be below it.
+//! A prompt of 64 tokens is read, then 128 tokens are chosen greedily, of one sequence and of eight, and of one also
+//! given one by one, as a sampler does that looks at the logits of each; prefill is a prompt of 512 tokens, beside the
+//! model's forward over the same tokens in training. On the CPU the presets nano and small in f32, bf16 and blocks of 8
+//! and 4 bits, on CUDA also medium, in bf16, by the step that is replayed as a graph (`fused`) and by its launches
+//! (`launched`). `composed` also measures decoding by the operations, without the fused step. The floor is what reading
+//! the weights and the filled cache once takes at the rate of a copy on this machine; a model that fits into the caches
+//! can be below it.
 //!
 //! A run writes `benches/record/<machine>/<date>-decode.json`, or the file that `VESPER_BENCH_RECORD` names. Lines that
 //! `benches/peers/torch_decode.py` printed in the same session are taken into the record from the file that
-//! `VESPER_BENCH_PEERS` names. Without `--bench`, which cargo bench passes, everything runs once on a tiny model and nothing
-//! is written.
+//! `VESPER_BENCH_PEERS` names. Without `--bench`, which cargo bench passes, everything runs once on a tiny model and
+//! nothing is written.
 
 use std::error::Error;
 use std::time::Instant;
@@ -52,6 +54,8 @@ struct Decoding {
     batch: usize,
     step: String,
     decode: Rate,
+    /// Tokens given one by one, with the logits of each; of one sequence.
+    one_by_one: Option<Rate>,
     /// What a step reads at least: the weights, and the cache at the mean length.
     bytes_per_step: f64,
     /// The share of the rate of a copy at which they are read.
@@ -119,19 +123,29 @@ fn copy(device: &Device, runs: usize, bytes: usize) -> Result<f64> {
     Ok(rate(device, runs, 2 * bytes, || Ok(from.copy().map(drop)?))?.tokens_per_s)
 }
 
-/// The rate, and whether single tokens took a fused step.
-fn decode(model: &VesperLM, batch: usize, step: DecodeStep, sizes: Sizes) -> Result<(Rate, bool)> {
+/// The rate, that of tokens one by one, and whether single tokens took a fused step.
+fn decode(
+    model: &VesperLM,
+    batch: usize,
+    step: DecodeStep,
+    sizes: Sizes,
+) -> Result<(Rate, Option<Rate>, bool)> {
     let capacity = (sizes.prompt + sizes.tokens).next_multiple_of(256);
     let vocab = model.config().vocab_size;
     let device = model.device();
     if batch == 1 {
         let mut session = model.session(capacity)?.with_step(step)?;
         session.append(&ids(sizes.prompt, vocab, 0))?;
-        let rate = rate(device, sizes.runs, sizes.tokens, || {
+        let chosen = rate(device, sizes.runs, sizes.tokens, || {
             session.truncate(sizes.prompt);
             session.greedy(&[1], sizes.tokens).map(drop)
         })?;
-        return Ok((rate, session.is_fused()));
+        let given = ids(sizes.tokens, vocab, 1);
+        let one_by_one = rate(device, sizes.runs, sizes.tokens, || {
+            session.truncate(sizes.prompt);
+            given.iter().try_for_each(|id| session.append(&[*id]).map(drop))
+        })?;
+        return Ok((chosen, Some(one_by_one), session.is_fused()));
     }
     let mut session = model.batch_session(batch, capacity)?.with_step(step)?;
     let prompts: Vec<Vec<u32>> = (0..batch).map(|row| ids(sizes.prompt, vocab, row)).collect();
@@ -140,7 +154,7 @@ fn decode(model: &VesperLM, batch: usize, step: DecodeStep, sizes: Sizes) -> Res
         (0..batch).for_each(|row| session.truncate(row, sizes.prompt));
         session.greedy(&vec![&[1][..]; batch], sizes.tokens).map(drop)
     })?;
-    Ok((rate, session.is_fused()))
+    Ok((rate, None, session.is_fused()))
 }
 
 fn prefill(name: &str, form: Form, model: &VesperLM, sizes: Sizes) -> Result<Prefill> {
@@ -225,24 +239,40 @@ fn measure(
     record: &mut Record,
 ) -> Result<()> {
     let (model, weights) = form.model(config, device)?;
-    let steps =
-        if composed { &[DecodeStep::Captured, DecodeStep::Composed][..] } else { &[DecodeStep::Captured] };
-    for &step in steps {
+    let mut steps = vec![DecodeStep::Captured];
+    if device.is_cuda() {
+        steps.push(DecodeStep::Fused); // elsewhere the same
+    }
+    if composed {
+        steps.push(DecodeStep::Composed);
+    }
+    for step in steps {
         for batch in [1, 8] {
-            let (decode, fused) = decode(&model, batch, step, sizes)?;
-            let step = if fused { "fused" } else { "composed" };
+            let (decode, one_by_one, fused) = decode(&model, batch, step, sizes)?;
+            let step = match step {
+                _ if !fused => "composed",
+                DecodeStep::Fused => "launched",
+                _ => "fused",
+            };
             let bytes_per_step = bytes(config, weights, form.dtype(), batch, sizes);
             let share = bytes_per_step * decode.tokens_per_s / batch as f64 / (record.copy_gb_per_s * 1e9);
             println!(
                 "decode {name} {form} batch {batch} {step}: {:.1} tok/s (from {:.1} to {:.1}), {:.2} of a copy's rate",
                 decode.tokens_per_s, decode.least, decode.most, share
             );
+            if let Some(rate) = &one_by_one {
+                println!(
+                    "    one by one: {:.1} tok/s (from {:.1} to {:.1})",
+                    rate.tokens_per_s, rate.least, rate.most
+                );
+            }
             record.decoding.push(Decoding {
                 preset: name.into(),
                 compute: form.to_string(),
                 batch,
                 step: step.into(),
                 decode,
+                one_by_one,
                 bytes_per_step,
                 share_of_copy: share,
             });

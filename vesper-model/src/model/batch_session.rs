@@ -72,14 +72,14 @@ impl BatchSession {
         }
     }
 
-    /// As [`Session::greedy`](super::Session::greedy), of several rows at once: for each row that has ids, reads them and then
-    /// chooses the likeliest token `n` times; the others get none. A fused step on CUDA chooses by itself, and the host
-    /// waits for the last token.
+    /// As [`Session::greedy`](super::Session::greedy), of several rows at once: for each row that has ids, reads them
+    /// and then chooses the likeliest token `n` times; the others get none. A fused step on CUDA chooses by itself, and
+    /// the host waits for the last token.
     ///
     /// # Errors
     /// What [`BatchLogits::append`] refuses; nothing is read where the tokens of a row do not fit.
-    /// [`ModelError::InvalidLogits`](crate::ModelError::InvalidLogits) where the model gives no numbers in one of the rows;
-    /// what was read until then stays read in all.
+    /// [`ModelError::InvalidLogits`](crate::ModelError::InvalidLogits) at the first token after which a logit of one of
+    /// the rows is NaN or infinity, or all of a row are minus infinity; what was read until then stays read in all.
     ///
     /// # Examples
     /// ```

@@ -6,22 +6,27 @@ use super::VesperLM;
 use super::cache::LayerCache;
 use crate::generate::scores::argmax;
 #[cfg(feature = "cuda")]
-use crate::ops::{CudaStep, scores::are_numbers};
+use crate::ops::CudaStep;
 use crate::ops::{Place, StepWeights};
 use crate::{ModelError, Result};
 
 /// How a session takes single tokens through the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DecodeStep {
-    /// As [`DecodeStep::Fused`], which asks nothing of the device.
+    /// As [`DecodeStep::Fused`], on CUDA too: [`DecodeStep::Captured`] asks that no other thread works on the device
+    /// during the second token, which a session cannot see to. What that would save is not on record: the record of
+    /// decoding on a GPU (`medium` in bf16 on an H100, 3091 tokens a second) has no rate of launches without a graph.
     #[default]
     Auto,
     /// By the operations of [`ops`](crate::ops), which take every model.
     Composed,
-    /// By a few kernels that read the weights and the cache once, with activations in f32: on the CPU for computation in f32
-    /// and bf16, on CUDA also in f16; for weights in blocks, in f32, or in the dtype of the computation, without adapters.
-    /// Other models are composed, on CUDA also those whose gate and other half of the feed-forward are of two types, and
-    /// those with rows that its shared memory has no room for.
+    /// By a few kernels that read the weights and the cache once, with activations in f32: on the CPU for computation
+    /// in f32 and bf16, on CUDA also in f16; for weights in blocks, in f32, or in the dtype of the computation, without
+    /// adapters. Other models are composed, on CUDA also those whose gate and other half of the feed-forward are of two
+    /// types, and those with rows that its shared memory has no room for.
+    ///
+    /// On CUDA the norms of a model in bf16 or f16 are turned into f32 when the session starts: it does not see what is
+    /// written to those variables later.
     Fused,
     /// The same on CUDA, recorded as a graph that is replayed for each token; elsewhere as [`DecodeStep::Fused`]. The
     /// device must be one of [`cuda_device`](crate::ops::cuda_device), with no other thread at work on it during the
@@ -183,8 +188,8 @@ impl Decoding {
         each.map(|(i, logits)| Ok((logits, hidden.narrow(0, i, 1)?))).collect()
     }
 
-    /// Reads the ids of their rows and chooses the likeliest token after them, `n` times: of each row that has ids what it chose,
-    /// and its hidden state after all but the last of those. The rows have room, or nothing is read.
+    /// Reads the ids of their rows and chooses the likeliest token after them, `n` times: of each row that has ids what
+    /// it chose, and its hidden state after all but the last of those. The rows have room, or nothing is read.
     pub(super) fn greedy(&mut self, ids: &[&[u32]], n: usize) -> Result<Vec<Option<Greedy>>> {
         self.check(ids)?;
         for (row, ids) in ids.iter().enumerate().filter(|(_, ids)| !ids.is_empty()) {
@@ -219,7 +224,8 @@ impl Decoding {
         Ok(rows.into_iter().map(|row| row.map(|(chosen, hidden)| (chosen[..n].to_vec(), hidden))).collect())
     }
 
-    /// The likeliest tokens after one more token of each of these rows: `n` of them where the device chooses by itself, or one.
+    /// The likeliest tokens after one more token of each of these rows: `n` of them where the device chooses by itself,
+    /// or one.
     fn likeliest(&mut self, next: &[(usize, u32)], n: usize) -> Result<Vec<Greedy>> {
         let places: Vec<Place> =
             next.iter().map(|&(row, _)| Place { row, position: self.lens[row] }).collect();
@@ -227,15 +233,20 @@ impl Decoding {
         #[cfg(feature = "cuda")]
         if let Stepper::Cuda(cuda) = &mut self.stepper {
             let (chosen, hidden) = cuda.greedy(&ids, &places, n)?;
-            // A number that is none in the cache makes all later ones so, and shows here.
-            if !are_numbers(&hidden.flatten_all()?.to_vec1::<f32>()?) {
-                let reason = "a hidden state is no number (has training diverged?)".into();
+            // The first row that could not choose ends the reading of all, after the token that it read last.
+            let shortest = places.iter().zip(&chosen).min_by_key(|(_, chosen)| chosen.len());
+            let read = shortest.map_or(n, |(_, chosen)| n.min(chosen.len() + 1));
+            for place in &places {
+                self.lens[place.row] += read;
+            }
+            if let Some((place, chosen)) = shortest
+                && chosen.len() < n
+            {
+                let id = argmax(&cuda.logits(place.row)?)?;
+                let reason = format!("the device finds none where token {id} is the likeliest");
                 return Err(ModelError::InvalidLogits { reason });
             }
             let hidden = hidden.to_dtype(self.model.compute)?;
-            for place in &places {
-                self.lens[place.row] += n;
-            }
             let each = chosen.into_iter().enumerate();
             return each.map(|(i, chosen)| Ok((chosen, hidden.narrow(0, i, 1)?))).collect();
         }

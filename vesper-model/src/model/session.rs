@@ -81,8 +81,9 @@ impl Session {
     /// last one.
     ///
     /// # Errors
-    /// [`ModelError::EmptyPrompt`] without ids, and what [`NextLogits::append`] refuses; nothing is read where the tokens
-    /// do not fit. [`ModelError::InvalidLogits`] where the model gives no numbers; what was read until then stays read.
+    /// [`ModelError::EmptyPrompt`] without ids, and what [`NextLogits::append`] refuses; nothing is read where the
+    /// tokens do not fit. [`ModelError::InvalidLogits`] at the first token after which a logit is NaN or infinity, or
+    /// all are minus infinity; what was read until then stays read.
     ///
     /// # Examples
     /// ```

@@ -21,6 +21,11 @@ pub(crate) fn gpu(test: &str) -> Option<(MutexGuard<'static, ()>, Device)> {
     Some((guard, device.clone()))
 }
 
+/// A device of its own: a recording takes in whatever any thread sends to its stream.
+pub(crate) fn own_device(test: &str) -> Option<(MutexGuard<'static, ()>, Device)> {
+    gpu(test).map(|(lock, _)| (lock, cuda_device(0).unwrap()))
+}
+
 /// Whether `VESPER_CUDA_TESTS` is `brief`: for compute-sanitizer, under which every access of a kernel takes some hundred
 /// times as long. Then the largest inputs are left out or cut, candle's composition does not run,
 /// and errors are not judged, for want of its own to compare with.

@@ -11,6 +11,7 @@ mod cross_entropy;
 mod decode;
 mod decoder;
 mod drawn;
+mod greedy;
 mod layers;
 mod model;
 mod norms_and_terms;

@@ -1,5 +1,5 @@
-// One token of each of a few rows through a decoder, over a cache: a kernel for each part of a block, so that a graph of
-// them can be replayed for every token. What changes from token to token (positions, tokens) is in device memory.
+// One token of each of a few rows through a decoder, over a cache: a kernel for each part of a block, so that a graph
+// of them can be replayed for every token. What changes from token to token (positions, tokens) is in device memory.
 //
 //     embed                       h = E[token]
 //     qkv          of each block  q, cache = rope(W rms_norm(h))
@@ -10,12 +10,13 @@
 //     head                        logits = E rms_norm(h), and each thread block's largest
 //     next                        the largest of all becomes the row's token, its position goes on
 //
-// Products are as fast as the weights come from memory: a warp takes whole rows of them, a unit a lane at a time, several
-// such loads before the first is used; the vectors lie in shared memory in f32. With B = 4, or 8 of plain numbers, the
-// weights are read once for so many rows. All sums are in f32 and in an order that depends on the sizes alone; nothing is added atomically.
+// Products are as fast as the weights come from memory: a warp takes whole rows of them, a unit a lane at a time,
+// several such loads before the first is used; the vectors lie in shared memory in f32. With B = 4, or 8 of plain
+// numbers, the weights are read once for so many rows. All sums are in f32 and in an order that depends on the sizes
+// alone; nothing is added atomically.
 //
-// Each matrix may be stored in a format of its own, see decode_rows.cuh; norms are in f32. The kernels of a format are in the
-// file of its name, those that know of no matrix in decode_cache.cu.
+// Each matrix may be stored in a format of its own, see decode_rows.cuh; norms are in f32. The kernels of a format are
+// in the file of its name, those that know of no matrix in decode_attention.cu and decode_next.cu.
 #pragma once
 
 #include "decode_attention.cuh"

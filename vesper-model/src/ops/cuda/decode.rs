@@ -27,6 +27,8 @@ const POSITIONS: usize = 128;
 const QUERIES: usize = 4;
 /// Thread blocks that share the positions of a head, at most: the lanes of a warp put their parts together.
 const MAX_SPLITS: usize = 32;
+/// `NOT_CHOSEN` of the kernels, in the log.
+const NOT_CHOSEN: u32 = u32::MAX;
 
 /// `DecodeParams` of the kernels.
 #[repr(C)]
@@ -107,8 +109,8 @@ pub(crate) struct CudaStep {
     /// Of each row: position, whether it takes part, token; then the tokens at 0 ..= capacity of each row.
     state: CudaSlice<u32>,
     logits: CudaSlice<f32>,
-    /// Where the logits arrive on the host, in pinned memory.
-    arrived: PinnedHostSlice<f32>,
+    /// Where the logits arrive on the host, in pinned memory, from the first time on that they are asked for.
+    arrived: Option<PinnedHostSlice<f32>>,
     hidden: CudaSlice<f32>,
     _others: [CudaSlice<f32>; 6],
     /// Whether steps are replayed.
@@ -208,8 +210,6 @@ impl CudaStep {
         let queue = device.cuda_stream();
         let floats = |n: usize| allocate::<f32>(&device, n);
         let (logits, hidden) = (floats(rows * vocab)?, floats(rows * d)?);
-        // SAFETY: the device writes all of it before the host reads.
-        let arrived = unsafe { queue.context().alloc_pinned_with_flags::<f32>(rows * vocab, 0) }.w()?;
         let parts = rows * heads.query * splits;
         let others = [
             floats(rows * d)?,
@@ -240,7 +240,7 @@ impl CudaStep {
             hidden: own(&hidden),
             best: own(&others[5]),
         };
-        let next = load(&device, Module::DecodeCache, "decode_next", 0)?;
+        let next = load(&device, Module::DecodeNext, "decode_next", 0)?;
         Ok(Some(Self {
             chain: Chain::new(&device)?,
             device,
@@ -254,7 +254,7 @@ impl CudaStep {
             kernels: Kernels { embed, attention, next },
             state,
             logits,
-            arrived,
+            arrived: None,
             hidden,
             _others: others,
             captured,
@@ -267,18 +267,38 @@ impl CudaStep {
     pub(crate) fn step(&mut self, ids: &[u32], places: &[Place]) -> Result<(Vec<Vec<f32>>, Tensor)> {
         self.place(ids, places)?;
         self.advance()?;
-        let vocab = self.params.vocab as usize;
         let hidden = self.hidden(places)?;
-        self.device.memcpy_dtoh(&self.logits, &mut self.arrived)?;
+        let (rows, vocab) = (self.params.rows as usize, self.params.vocab as usize);
+        let queue = self.device.cuda_stream();
+        let arrived = match &mut self.arrived {
+            Some(arrived) => arrived,
+            none => {
+                // SAFETY: what the host reads of it, the device has written before.
+                let pinned = unsafe { queue.context().alloc_pinned_with_flags::<f32>(rows * vocab, 0) };
+                none.insert(pinned.w()?)
+            }
+        };
+        // All from the first to the last row that takes part.
+        let taking_part = places.iter().map(|place| place.row);
+        let first = taking_part.clone().min().unwrap_or(0);
+        let end = taking_part.max().map_or(first, |row| row + 1);
+        let arrived = &mut arrived.as_mut_slice().w()?[..(end - first) * vocab];
+        queue.memcpy_dtoh(&self.logits.slice(first * vocab..end * vocab), arrived).w()?;
         // Waiting for `arrived` itself would not do: without event tracking no event says when it is there.
         self.device.synchronize()?;
-        let all = self.arrived.as_slice().w()?;
-        let logits = places.iter().map(|place| all[place.row * vocab..(place.row + 1) * vocab].to_vec());
+        let logits = places.iter().map(|place| arrived[(place.row - first) * vocab..][..vocab].to_vec());
         Ok((logits.collect(), hidden))
     }
 
-    /// Reads a token a place and then `n - 1` times the likeliest one after it: of each place the likeliest after each, and
-    /// the last hidden states (places, 1, d) in f32. The host waits once.
+    /// The logits of a row after the last step.
+    pub(crate) fn logits(&self, row: usize) -> Result<Vec<f32>> {
+        let vocab = self.params.vocab as usize;
+        self.device.clone_dtoh(&self.logits.slice(row * vocab..(row + 1) * vocab))
+    }
+
+    /// Reads a token a place and then `n - 1` times the likeliest one after it: of each place the likeliest after each,
+    /// and the last hidden states (places, 1, d) in f32. The host waits once. Where a row's logits are none to choose
+    /// from, its tokens end before, and it stays there: [`CudaStep::logits`] are those.
     pub(crate) fn greedy(
         &mut self,
         ids: &[u32],
@@ -293,7 +313,7 @@ impl CudaStep {
         let log = self.device.clone_dtoh(&self.state.slice(3 * rows..))?;
         let chosen = places.iter().map(|place| {
             let start = place.row * (capacity + 1) + place.position + 1;
-            log[start..start + n].to_vec()
+            log[start..start + n].iter().copied().take_while(|&id| id != NOT_CHOSEN).collect()
         });
         Ok((chosen.collect(), self.hidden(places)?))
     }
@@ -422,7 +442,7 @@ fn attention(device: &CudaDevice, caches: &[Tensor], dim: usize) -> Result<Optio
             return Ok(None);
         }
         let name = format!("decode_attention_{}_{}", T::NAME, if wide { "wide" } else { "single" });
-        load(device, Module::DecodeCache, &name, 0).map(Some)
+        load(device, Module::DecodeAttention, &name, 0).map(Some)
     }
     let dtype = caches[0].dtype();
     if !has_kernels(dtype) {

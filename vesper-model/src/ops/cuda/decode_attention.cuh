@@ -4,8 +4,8 @@
 #include "decode_vectors.cuh"
 
 // A part of the positions of a key and value head, for all of its query heads: thread blocks (splits, kv, rows).
-// part: (rows, query, splits, dim), not yet divided by its sum; weight: (rows, query, splits), the largest score and the
-// sum of exponentials, the latter 0 of a part without positions, which writes nothing else.
+// part: (rows, query, splits, dim), not yet divided by its sum; weight: (rows, query, splits), the largest score and
+// the sum of exponentials, the latter 0 of a part without positions, which writes nothing else.
 template <typename T, int V>
 __device__ __forceinline__ void attention(const float *q, const T *cache, const uint32_t *position, float *part,
                                           float2 *weight, DecodeParams p) {

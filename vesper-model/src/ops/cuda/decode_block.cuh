@@ -4,8 +4,8 @@
 #include "decode_activation.cuh"
 #include "decode_vectors.cuh"
 
-// Puts a number into the cache.
-__device__ __forceinline__ void keep(void *cache, size_t at, float x, const DecodeParams &p) {
+// Puts a number into the cache, in the cache's type.
+__device__ __forceinline__ void write_cached(void *cache, size_t at, float x, const DecodeParams &p) {
     switch (p.numbers) {
         case 0: static_cast<float *>(cache)[at] = x; break;
         case 1: static_cast<bf16 *>(cache)[at] = from_float<bf16>(x); break;
@@ -59,8 +59,8 @@ __device__ __forceinline__ void qkv(const float *h, const float *norm, const uin
                 const uint32_t values = head >= p.query + p.kv ? 1 : 0, own_head = head - p.query - values * p.kv;
                 const size_t to =
                     ((((size_t)values * p.rows + row) * p.kv + own_head) * p.capacity + at) * p.dim + i;
-                keep(cache, to, x, p);
-                keep(cache, to + half, y, p);
+                write_cached(cache, to, x, p);
+                write_cached(cache, to + half, y, p);
             }
         }
     }

@@ -65,8 +65,8 @@ struct Q8_0 {
     static __device__ __forceinline__ float least(const Unit &) { return 0.0f; }
 };
 
-// Blocks of 4 bits: the first 16 elements in the low halves of 16 bytes, the others in the high ones; with a smallest value
-// where MINIMUM says so, and with a fifth bit of each element in 4 more bytes where FIFTH does.
+// Blocks of 4 bits: the first 16 elements in the low halves of 16 bytes, the others in the high ones; with a smallest
+// value where MINIMUM says so, and with a fifth bit of each element in 4 more bytes where FIFTH does.
 template <bool MINIMUM, bool FIFTH> struct Q4_Q5 {
     static constexpr int V = 8;
     static constexpr bool SCALED = true, LEAST = MINIMUM;

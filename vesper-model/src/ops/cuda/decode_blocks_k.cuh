@@ -18,8 +18,8 @@ __device__ __forceinline__ uint2 single_bits(uint2 bytes, uint32_t shift, uint32
 
 __device__ __forceinline__ uint2 both(uint2 a, uint2 b) { return make_uint2(a.x | b.x, a.y | b.y); }
 
-// 8 groups of 32 with scales and smallest values of 6 bits each. The head of a block is 16 bytes: two numbers, by which the
-// scales and the smallest values are multiplied, and 12 bytes of both. Groups 2 i and 2 i + 1 share 32 bytes.
+// 8 groups of 32 with scales and smallest values of 6 bits each. The head of a block is 16 bytes: two numbers, by which
+// the scales and the smallest values are multiplied, and 12 bytes of both. Groups 2 i and 2 i + 1 share 32 bytes.
 template <bool FIFTH> struct Q4K_Q5K {
     static constexpr int V = 8;
     static constexpr bool SCALED = true, LEAST = true;
@@ -64,8 +64,8 @@ template <bool FIFTH> struct Q4K_Q5K {
 typedef Q4K_Q5K<false> Q4K;
 typedef Q4K_Q5K<true> Q5K;
 
-// 128 bytes of 4 bits, 64 of 2 bits, 16 scales, and the number that those are multiplied by. Of each half of the block, four
-// groups of 32: the low halves of 64 bytes, then the high ones; the 2 bits of all four are in the same 32 bytes.
+// 128 bytes of 4 bits, 64 of 2 bits, 16 scales, and the number that those are multiplied by. Of each half of the block,
+// four groups of 32: the low halves of 64 bytes, then the high ones; the 2 bits of all four are in the same 32 bytes.
 struct Q6K {
     static constexpr int V = 8;
     static constexpr bool SCALED = true, LEAST = false;
@@ -100,8 +100,8 @@ struct Q6K {
     static __device__ __forceinline__ float least(const Unit &) { return 0.0f; }
 };
 
-// 16 scales and smallest values of 4 bits, 64 bytes of 2 bits, and the numbers that both are multiplied by. Of each half of
-// the block, four groups of 32 in the same 32 bytes, each with two scales.
+// 16 scales and smallest values of 4 bits, 64 bytes of 2 bits, and the numbers that both are multiplied by. Of each
+// half of the block, four groups of 32 in the same 32 bytes, each with two scales.
 struct Q2K {
     static constexpr int V = 8;
     static constexpr bool SCALED = true, LEAST = true;
@@ -127,8 +127,8 @@ struct Q2K {
     static __device__ __forceinline__ float least(const Unit &u) { return half_bits(u.all >> 16) * (u.scales >> 4); }
 };
 
-// A third bit of each element in 32 bytes, the others as in Q2K, 16 scales of 6 bits in 12 bytes, and the number that those
-// are multiplied by.
+// A third bit of each element in 32 bytes, the others as in Q2K, 16 scales of 6 bits in 12 bytes, and the number that
+// those are multiplied by.
 struct Q3K {
     static constexpr int V = 8;
     static constexpr bool SCALED = true, LEAST = false;

@@ -83,7 +83,8 @@ struct Group {
     rows: usize,
 }
 
-/// The groups of a matrix; none where one of them has no kernels. `wide`: whether vectors may be read four elements at a time.
+/// The groups of a matrix; none where one of them has no kernels. `wide`: whether vectors may be read four elements at
+/// a time.
 fn groups(weight: &Weight, wide: bool) -> Result<Option<Vec<Group>>> {
     let numbers = |dtype, address: u64, rows, width: usize| {
         let unit = if dtype == DType::F32 { 4 } else { 8 };
@@ -138,8 +139,8 @@ pub(super) struct Needs {
     pub(super) wide: bool,
 }
 
-/// The kernel of this name for each group of a matrix's rows; none where there is none, or where the device has too little shared
-/// memory for it.
+/// The kernel of this name for each group of a matrix's rows; none where there is none, or where the device has too
+/// little shared memory for it.
 pub(super) fn parts(
     device: &CudaDevice,
     name: &str,

@@ -18,9 +18,9 @@ struct DecodeParams {
 };
 static_assert(sizeof(DecodeParams) == 60, "the Rust side has the same layout");
 
-// From compute capability 9.0 on the kernels of a step overlap: each lets the next one begin as soon as it runs itself, which
-// asks for its weights and then waits until what it reads of the kernels before has been written. (Elsewhere the next
-// kernel begins when this one has ended.)
+// From compute capability 9.0 on the kernels of a step overlap: each lets the next one begin as soon as it runs itself,
+// which asks for its weights and then waits until what it reads of the kernels before has been written. (Elsewhere the
+// next kernel begins when this one has ended.)
 __device__ __forceinline__ void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

@@ -21,13 +21,16 @@ template <typename F> __device__ __forceinline__ void embed(const uint8_t *table
     }
 }
 
+constexpr uint32_t NOT_CHOSEN = UINT32_MAX;  // in place of a token, where the logits are none to choose from
+
 struct Best {
     float value;
     uint32_t id;
 };
 
-// The larger one; of equal ones that of the smaller id. A NaN is never chosen.
-__device__ __forceinline__ void keep(Best &best, float value, uint32_t id) {
+// The larger one; of equal ones that of the smaller id. A NaN counts as infinity, so that none is overlooked.
+__device__ __forceinline__ void keep_larger(Best &best, float value, uint32_t id) {
+    value = value < INFINITY ? value : INFINITY;
     if (value > best.value || (value == best.value && id < best.id)) best = {value, id};
 }
 
@@ -57,7 +60,7 @@ __device__ __forceinline__ void head(const float *h, const float *norm, const ui
             for (uint32_t b = 0; b < B && first + b < p.rows; b++)
                 for (uint32_t i = threadIdx.x; i < p.d; i += blockDim.x)
                     hidden[(size_t)(first + b) * p.d + i] = xs[b * stride + slot<V>(i)];
-        Best largest = {-INFINITY, UINT32_MAX};
+        Best largest = {-INFINITY, NOT_CHOSEN};
         for (uint32_t id = (blockIdx.x * WARPS + warp) * R; id < p.vocab; id += gridDim.x * WARPS * R) {
             const auto at = [&](uint32_t r) { return weight + min(id + r, p.vocab - 1) * bytes; };
             const uint8_t *const rows[R] = {at(0), at(1), at(2), at(3)};
@@ -69,41 +72,42 @@ __device__ __forceinline__ void head(const float *h, const float *norm, const ui
             for (uint32_t r = 0; r < R; r++) {
                 if (id + r >= p.vocab) break;
                 logits[(size_t)row * p.vocab + id + r] = own[r];
-                keep(largest, own[r], id + r);
+                keep_larger(largest, own[r], id + r);
             }
         }
         if (lane < B) found[warp][lane] = largest;
         __syncthreads();
         if (warp == 0 && finishes) {
-            for (uint32_t w = 1; w < WARPS; w++) keep(largest, found[w][lane].value, found[w][lane].id);
+            for (uint32_t w = 1; w < WARPS; w++) keep_larger(largest, found[w][lane].value, found[w][lane].id);
             best[(size_t)row * p.blocks + blockIdx.x] = largest;
         }
     }
 }
 
-// One thread block of 256 a row. log: (rows, capacity + 1), the token at each position.
+// One thread block of 256 a row. log: (rows, capacity + 1), the token at each position. A row that can choose none, as
+// a logit is NaN or infinity or all are minus infinity, stays where it is: further steps give the same logits.
 __device__ __forceinline__ void next(const Best *best, const uint32_t *active, uint32_t *token, uint32_t *position,
                                      uint32_t *log, DecodeParams p) {
     __shared__ Best found[256];
     const uint32_t row = blockIdx.x, thread = threadIdx.x;
     let_next_begin();
     wait_for_previous();
-    Best largest = {-INFINITY, UINT32_MAX};
+    Best largest = {-INFINITY, NOT_CHOSEN};
     for (uint32_t i = thread; i < p.blocks; i += 256) {
         const Best other = best[(size_t)row * p.blocks + i];
-        keep(largest, other.value, other.id);
+        keep_larger(largest, other.value, other.id);
     }
     found[thread] = largest;
     for (uint32_t half = 128; half > 0; half /= 2) {
         __syncthreads();
-        if (thread < half) keep(found[thread], found[thread + half].value, found[thread + half].id);
+        if (thread < half) keep_larger(found[thread], found[thread + half].value, found[thread + half].id);
     }
     if (thread != 0 || active[row] == 0) return;
-    const uint32_t id = found[0].id < p.vocab ? found[0].id : 0;  // 0 where all are NaN
     const uint32_t at = position[row];
-    token[row] = id;
-    if (at < p.capacity) {
-        position[row] = at + 1;
-        log[(size_t)row * (p.capacity + 1) + at + 1] = id;
-    }
+    if (at >= p.capacity) return;
+    const bool chosen = fabsf(found[0].value) < INFINITY;
+    log[(size_t)row * (p.capacity + 1) + at + 1] = chosen ? found[0].id : NOT_CHOSEN;
+    if (!chosen) return;
+    token[row] = found[0].id;
+    position[row] = at + 1;
 }

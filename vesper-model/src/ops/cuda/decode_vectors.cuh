@@ -4,8 +4,8 @@
 #include "decode_rows.cuh"
 #include "decode_step.cuh"
 
-// Where element i of a vector lies in shared memory. A lane reads 8 elements of half types at once, as two float4: those
-// are put so that the lanes of a warp read from addresses that follow each other.
+// Where element i of a vector lies in shared memory. A lane reads 8 elements of half types at once, as two float4:
+// those are put so that the lanes of a warp read from addresses that follow each other.
 template <int V> __device__ __forceinline__ uint32_t slot(uint32_t i) {
     if (V <= 4) return i;
     const uint32_t in_chunk = i % (32 * V), lane = in_chunk / V, j = in_chunk % V;
