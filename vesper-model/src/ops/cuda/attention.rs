@@ -11,13 +11,13 @@ use candle_core::{
 use super::launch::{
     Element, Module, aligned, allocate, by_dtype, is_empty, launch, not_here, size, tensor, view, wrap, zeros,
 };
-use super::rope;
+use super::{attention_warpgroup as warpgroup, rope};
 use crate::ops::{Heads, Rope};
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct Params {
-    t: u32,
+    pub(super) t: u32,
     query: u32,
     kv: u32,
     dim: u32,
@@ -173,6 +173,10 @@ impl Attention {
         let Heads { query, dim, .. } = self.heads;
         let mut out = allocate::<T>(device, b * t * query * dim)?;
         let mut logs = allocate::<f32>(device, b * query * t)?;
+        if warpgroup::supports(self.heads, T::DTYPE) {
+            warpgroup::forward(device, rotated, (&mut out, &mut logs), (b, t), self.heads, &params)?;
+            return Ok((out, logs));
+        }
         let (name, config) = (kernels.name::<T>("forward"), kernels.forward.config(b * query, t)?);
         let module = if kernels.plain { Module::AttentionPlain } else { Module::Attention };
         launch!(device, module, &name, config, rotated, &mut out, &mut logs, &params);

@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 
 use super::attention::Attention;
 use super::launch::{Element, Held, allocate, blocks, launch, tensor};
-use super::rope;
+use super::{attention_warpgroup as warpgroup, rope};
 use crate::ops::Heads;
 
 impl Attention {
@@ -44,10 +44,18 @@ impl Attention {
         let held = tables.as_ref().map(|(cos, sin)| (cos.device_ptr(&stream), sin.device_ptr(&stream)));
         let (cos, sin) = held.as_ref().map_or((0, 0), |(cos, sin)| (cos.0, sin.0));
         let mut dqkv = allocate::<T>(device, b * t * packed)?;
-        let steps = [("backward_kv", kernels.backward_kv, kv), ("backward_q", kernels.backward_q, query)];
-        for (kernel, blocks, heads) in steps {
-            let (name, config) = (kernels.name::<T>(kernel), blocks.config(b * heads, t)?);
-            launch!(device, module, &name, config, &qkv, &dout, &logs, &dots, &cos, &sin, &mut dqkv, &params);
+        if warpgroup::supports(self.heads, T::DTYPE) {
+            let from =
+                warpgroup::Inputs { qkv: &qkv, dout: &dout, logs: &logs, dots: &dots, tables: (cos, sin) };
+            warpgroup::backward(device, &from, &mut dqkv, (b, t), self.heads, &params)?;
+        } else {
+            let steps = [("backward_kv", kernels.backward_kv, kv), ("backward_q", kernels.backward_q, query)];
+            for (kernel, blocks, heads) in steps {
+                let (name, config) = (kernels.name::<T>(kernel), blocks.config(b * heads, t)?);
+                launch!(
+                    device, module, &name, config, &qkv, &dout, &logs, &dots, &cos, &sin, &mut dqkv, &params
+                );
+            }
         }
         drop(held);
         if let Some(table) = self.rope.as_ref().filter(|_| !inside) {

@@ -7,6 +7,7 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CpuStorage, CudaStorage, InplaceOp2, Layout, Result, Tensor, bail};
 
 use super::attention::{Attention, Params};
+use super::attention_warpgroup as warpgroup;
 use super::launch::{
     Element, Held, Module, aligned, allocate, blocks, by_dtype, launch, name, not_here, size, tensor, view,
 };
@@ -14,12 +15,12 @@ use crate::ops::{Heads, Place, Rope};
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct CachedParams {
-    attention: Params,
-    first: u32,
+pub(super) struct CachedParams {
+    pub(super) attention: Params,
+    pub(super) first: u32,
     row: u32,
-    rows: u32,
-    capacity: u32,
+    pub(super) rows: u32,
+    pub(super) capacity: u32,
 }
 
 const _: () = assert!(size_of::<CachedParams>() == 36);
@@ -83,6 +84,10 @@ impl CachedAttention<'_> {
 
         let cache = cache.as_view();
         let mut out = allocate::<T>(device, t * query * dim)?;
+        if warpgroup::supports(self.heads, T::DTYPE) {
+            warpgroup::cached(device, (&q.as_view(), &cache), &mut out, self.heads, &params)?;
+            return Ok(tensor(out, device, (1, t, query * dim)));
+        }
         let module = if kernels.plain { Module::AttentionCachedPlain } else { Module::AttentionCached };
         let (kernel, config) = (kernels.name::<T>("cached"), kernels.forward.config(query, t)?);
         launch!(device, module, &kernel, config, &q, &cache, &mut out, &params);

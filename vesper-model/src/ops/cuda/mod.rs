@@ -5,6 +5,7 @@
 
 pub(super) mod attention;
 mod attention_backward;
+mod attention_warpgroup;
 mod blas;
 pub(super) mod cached_attention;
 mod cast;
