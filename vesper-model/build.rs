@@ -9,8 +9,8 @@ fn main() {
     kernels();
 }
 
-/// A compute capability to compile this crate's kernels for in place of `CUDA_COMPUTE_CAP`, so that those for older devices
-/// are tested on a newer one.
+/// A compute capability to compile this crate's kernels for in place of `CUDA_COMPUTE_CAP`, so that those for older
+/// devices are tested on a newer one.
 #[cfg(feature = "cuda")]
 const KERNELS_FOR: &str = "VESPER_KERNELS_FOR";
 
@@ -20,8 +20,13 @@ fn kernels() {
     let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default());
     println!("cargo::rerun-if-env-changed={KERNELS_FOR}");
     let wanted = std::env::var(KERNELS_FOR).ok();
+    let arch = wanted.as_ref().map_or_else(cudaforge::detect_compute_cap, |of| cudaforge::GpuArch::parse(of));
     let mut builder = cudaforge::KernelBuilder::new();
     if let Some(wanted) = &wanted {
+        if let Err(error) = &arch {
+            println!("cargo::error={KERNELS_FOR}={wanted}: {error}");
+            return;
+        }
         builder = builder.compute_cap_arch(wanted);
     }
     let built = builder
@@ -59,7 +64,6 @@ fn kernels() {
         println!("cargo::error=the CUDA kernels of vesper-model do not build: {error}");
         return;
     }
-    let arch = wanted.map_or_else(cudaforge::detect_compute_cap, |wanted| cudaforge::GpuArch::parse(&wanted));
     // Products of warpgroups are what 9.0 alone has, and its architecture-specific code alone may use.
     if arch.as_ref().is_ok_and(|arch| arch.base() == 90 && arch.suffix.as_deref() == Some("a")) {
         println!("cargo::rustc-cfg=warpgroups");

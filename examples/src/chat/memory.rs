@@ -1,7 +1,7 @@
 //! The session of the last answer, for the next one: a conversation that goes on, or is answered again, is not read again.
 
 use vesper_model::generate::NextLogits;
-use vesper_model::{Result, Session, VesperLM};
+use vesper_model::{DecodeStep, Result, Session, VesperLM};
 
 /// A session and the tokens that it has read. Of the next prompt only what comes after the same beginning is read.
 #[derive(Debug)]
@@ -33,7 +33,9 @@ impl Memory {
         }
         // The memory of a session is taken at once: twice of what is needed now, so that the conversation can go on.
         let capacity = room.saturating_mul(2).min(context);
-        Ok(Self { session: model.session(capacity)?, read: Vec::new(), known: 0 })
+        // Nothing else works on the device, so that a GPU's step may be a graph.
+        let session = model.session(capacity)?.with_step(DecodeStep::Captured)?;
+        Ok(Self { session, read: Vec::new(), known: 0 })
     }
 
     /// How many tokens of the prompt were read before.

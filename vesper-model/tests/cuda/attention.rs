@@ -23,7 +23,7 @@ fn attention_equals_its_reference() {
         (2, 70, heads(4, 2, 8)),
         (1, 200, heads(2, 2, 96)),
         (1, 75, heads(2, 1, 6)),
-        // More tiles than a device has multiprocessors.
+        // More pairs of tiles than a device has multiprocessors: of queries, and with heads of 64 of keys too.
         (40, 300, heads(4, 2, 64)),
         (20, 260, heads(8, 2, 128)),
         // No kernel: blocks of candle's operations.

@@ -1,8 +1,9 @@
-// The forward pass of attention by products of warpgroups, for compute capability 9.0, of the packed projection and of a
-// cache; see attention_forward.cuh.
+// The forward pass of attention by products of warpgroups, for compute capability 9.0, of the packed projection and
+// of a cache; see attention_forward.cuh.
 //
-// As in FlashAttention-3 (Shah et al., arXiv 2407.08608): one warp fetches tiles, also those of the block's next piece of
-// work, and the scores of the next tile are computed by the tensor cores while the softmax of this one is taken.
+// As in FlashAttention-3 (Shah et al., arXiv 2407.08608): one warp fetches tiles, also those of the block's next
+// piece of work, and the scores of the next tile are computed by the tensor cores while the softmax of this one is
+// taken.
 
 #pragma once
 
@@ -15,7 +16,8 @@ template <typename T, int D, int GROUPS, int BN> struct ForwardTiles {
     Barrier q_full[2], q_empty[2], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 
-// Where the tiles come from. Keys and values of key head i of sequence b: the heads `.._head` + i of the entries `.._batch` + b.
+// Where the tiles come from. Keys and values of key head i of sequence b: the heads `.._head` + i of the entries
+// `.._batch` + b.
 struct Sources {
     const TensorMap *q, *kv;
     int key_head, value_head, key_batch, value_batch;
@@ -55,9 +57,9 @@ __device__ __forceinline__ void fetch(ForwardTiles<T, D, GROUPS, BN> &tiles, con
     }
 }
 
-// out: (batch, t, query dim); lse, where not null: (batch, query, t), the base-2 logarithm of the sum of exponentials of a
-// row. Two warpgroups may take turns: one starts its products while the other takes its softmax,
-// which pays for heads of 128.
+// out: (batch, t, query dim); lse, where not null: (batch, query, t), the base-2 logarithm of the sum of exponentials
+// of a row. Two warpgroups may take turns: one starts its products while the other takes its softmax, which pays for
+// heads of 128.
 template <typename T, int D, int GROUPS, int BN>
 __device__ __forceinline__ void attend(ForwardTiles<T, D, GROUPS, BN> &tiles, T *out, float *lse,
                                        int first, const AttentionParams &p, uint32_t heads) {

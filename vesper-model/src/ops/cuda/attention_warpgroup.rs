@@ -71,11 +71,14 @@ impl TensorMap {
         let [b, t, heads] = strides.map(|n| (n * size_of::<T>()) as u64);
         let strides = [heads, t, b];
         let (rows, steps) = ([64, 1, 64, 1], [1; 4]);
+        // Held no longer than this: the device has one stream, so that nothing frees or writes the memory before the
+        // kernel.
         let stream = device.cuda_stream();
         let (address, _held) = of.device_ptr(&stream);
         let mut map = MaybeUninit::<Self>::uninit();
-        // SAFETY: the arrays have as many elements as the tensor has dimensions (strides one less), and live until the call
-        // returns, which writes all of the map where it succeeds. The address and the strides are multiples of 16 bytes.
+        // SAFETY: the arrays have as many elements as the tensor has dimensions (strides one less), and live until
+        // the call returns, which writes all of the map where it succeeds. The address and the strides are multiples
+        // of 16 bytes.
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 map.as_mut_ptr().cast(),
@@ -128,8 +131,8 @@ pub(super) fn forward<T: Element>(
     Ok(())
 }
 
-/// From rotated queries (t, query, dim) and a cache (2, rows, kv, capacity, dim), in which keys and values are already, to
-/// `out` (t, query dim).
+/// From rotated queries (t, query, dim) and a cache (2, rows, kv, capacity, dim), in which keys and values are
+/// already, to `out` (t, query dim).
 pub(super) fn cached<T: Element>(
     device: &CudaDevice,
     (q, cache): (&CudaView<'_, T>, &CudaView<'_, T>),
@@ -141,7 +144,7 @@ pub(super) fn cached<T: Element>(
     let [t, first, rows, capacity] =
         [params.attention.t, params.first, params.rows, params.capacity].map(|n| n as usize);
     let q = TensorMap::new(device, q, (1, t, query, dim))?;
-    // What comes after the new tokens is none of theirs.
+    // What comes after the new tokens is none of theirs. (The driver takes strides in any order.)
     let sizes = [2 * rows, first + t, kv, dim];
     let cache = TensorMap::strided(device, cache, sizes, [kv * capacity * dim, dim, capacity * dim])?;
     let tile = tile(dim);

@@ -1,7 +1,7 @@
-// The gradient of causal attention by products of warpgroups, for compute capability 9.0; see attention_backward.cu, whose
-// division of the work it is: one writer and one order of additions for every result.
+// The gradient of causal attention by products of warpgroups, for compute capability 9.0; see attention_backward.cu,
+// whose division of the work it is: one writer and one order of additions for every result.
 //
-// One warp fetches tiles, also those of the block's next piece of work; see attention_warpgroup.cu.
+// One warp fetches tiles, also those of the block's next piece of work; see attention_warpgroup.cuh.
 
 #include "attention_backward.cuh"
 #include "pipeline.cuh"

@@ -121,7 +121,7 @@ pub(crate) struct CudaStep {
 
 // SAFETY: the driver's graph objects belong to no thread, and only `&mut self` leads to them.
 unsafe impl Send for CudaStep {}
-// SAFETY: as above; nothing happens by `&self`.
+// SAFETY: as above; by `&self` only the copy of a row of logits happens, on the device's own stream.
 unsafe impl Sync for CudaStep {}
 
 impl std::fmt::Debug for CudaStep {

@@ -1,5 +1,5 @@
-// Copies of whole tiles by the copy engine of compute capability 9.0, and the barriers in shared memory that say when they
-// have come and when their place is free again.
+// Copies of whole tiles by the copy engine of compute capability 9.0, and the barriers in shared memory that say when
+// they have come and when their place is free again.
 #pragma once
 
 #include "warpgroup.cuh"
@@ -46,8 +46,8 @@ __device__ __forceinline__ void barrier_expect(Barrier *barrier, uint32_t bytes)
 #endif
 }
 
-// Waits for the end of a phase: of the first with parity 0, of the second with 1, and so on. With parity 1 a new barrier
-// lets through at once.
+// Waits for the end of a phase: of the first with parity 0, of the second with 1, and so on. With parity 1 a new
+// barrier lets through at once.
 __device__ __forceinline__ void barrier_wait(Barrier *barrier, uint32_t parity) {
 #ifdef WARPGROUPS
     asm volatile("{\n.reg .pred done;\nWAIT:\n"
@@ -76,7 +76,9 @@ template <int STAGES> struct Ring {
 // beginning of one head, which with a causal mask are as much work together whatever j is. The pairs of a head are
 // neighbours, so that blocks that run at the same time read the same keys and values.
 struct Pieces {
-    uint32_t tiles, pairs, next_pair, head, tile;  // of a head; of all; the piece
+    uint32_t tiles;            // of a head
+    uint32_t pairs, next_pair;  // of all heads
+    uint32_t head, tile;       // the piece
     bool second = true;
 
     __device__ __forceinline__ Pieces(uint32_t heads, uint32_t tiles)
@@ -101,7 +103,8 @@ struct Pieces {
 
 // Starts to copy ROWS rows of a head from `row0` on into panels; `barrier` gets their bytes.
 template <typename T, int D, int ROWS>
-__device__ __forceinline__ void fetch_panels(T *tile, const TensorMap *map, Barrier *barrier, int head, int row0, int batch) {
+__device__ __forceinline__ void fetch_panels(T *tile, const TensorMap *map, Barrier *barrier, int head, int row0,
+                                             int batch) {
 #ifdef WARPGROUPS
 #pragma unroll
     for (int panel = 0; panel < D / 64; panel++)
@@ -114,8 +117,8 @@ __device__ __forceinline__ void fetch_panels(T *tile, const TensorMap *map, Barr
 #endif
 }
 
-// How many registers a thread of this warpgroup may use from here on. All warpgroups together may have what the kernel began
-// with: 3 times 168 a thread is 40 + 2 times 232, or 24 + 2 times 240.
+// How many registers a thread of this warpgroup may use from here on. All warpgroups together may have what the
+// kernel began with: 3 times 168 a thread is 40 + 2 times 232, or 24 + 2 times 240.
 template <int N> __device__ __forceinline__ void fewer_registers() {
 #ifdef WARPGROUPS
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));

@@ -1,12 +1,12 @@
-// Warpgroup-level building blocks for compute capability 9.0: tensor-core products of four warps at once (`wgmma`), whose
-// operands are panels in shared memory, or registers on the left.
+// Warpgroup-level building blocks for compute capability 9.0: tensor-core products of four warps at once (`wgmma`),
+// whose operands are panels in shared memory, or registers on the left.
 //
-// A panel holds rows of 64 16-bit numbers, 128 bytes, whose 16-byte pieces are permuted by the row (`place<64>`), which is
-// what the products call a swizzle of 128 bytes. Tiles of more columns are panels one after the other. Panels begin at
-// multiples of 1024 bytes.
+// A panel holds rows of 64 16-bit numbers, 128 bytes, whose 16-byte pieces are permuted by the row (`place<64>`),
+// which is what the products call a swizzle of 128 bytes. Tiles of more columns are panels one after the other.
+// Panels begin at multiples of 1024 bytes.
 //
-// A result of 64 x N lies in the warps as the 16 x 8 results of mma.cuh do: warp w has the rows 16 w .., and c[n] is the
-// block of the columns 8 n ... So two neighbouring blocks make one left operand in registers here, too.
+// A result of 64 x N lies in the warps as the 16 x 8 results of mma.cuh do: warp w has the rows 16 w .., and c[n] is
+// the block of the columns 8 n ... So two neighbouring blocks make one left operand in registers here, too.
 #pragma once
 
 #include "attention.cuh"
@@ -54,8 +54,8 @@ __device__ __forceinline__ uint64_t describe(const void *panel, uint32_t next) {
            (uint64_t)1 << 62;             // the swizzle
 }
 
-// An operand whose rows are rows of the left side, or columns of the right side: columns 16 k .. of the tile from its row
-// `row` on.
+// An operand whose rows are rows of the left side, or columns of the right side: columns 16 k .. of the tile from its
+// row `row` on.
 template <typename T, int ROWS> __device__ __forceinline__ uint64_t along(const T *tile, int row, int k) {
     return describe(tile + k / 4 * ROWS * 64 + row * 64 + k % 4 * 16, 16);
 }
