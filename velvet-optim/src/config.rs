@@ -46,11 +46,13 @@ pub struct VelvetConfig {
     pub rule: Rule,
     /// The rule of hidden matrices, `None` for `rule` (default).
     ///
-    /// A parameter is one where it has two dimensions of at least 2 and, with names, is not called as embeddings, heads and
-    /// adapters are (a part with `embed`, `embd` or `lora`, or `emb` as a word, such as `tok_emb`; an owner called `wte`, `wpe`,
-    /// `shared`, `relative_attention_bias`, `lm_head`, `head`, `output`, `output_layer`, `classifier`, `score`, `decoder`,
-    /// `cls`, `logits` or `to_logits`). Without names, its longer side must be less than 8 times the shorter: a vocabulary
-    /// is longer. Where that is wrong for a model, give names and [`groups`](Self::groups).
+    /// A parameter is one where it has two dimensions of at least 2 and, with names, is not called as embeddings,
+    /// heads and adapters are (a part with `embed`, `embd` or `lora`, or `emb` as a word, such as `tok_emb`; an owner
+    /// called `wte`, `wpe`,
+    /// `shared`, `relative_attention_bias`, `lm_head`, `head`, `output`, `output_layer`, `classifier`, `score`,
+    /// `decoder`,
+    /// `cls`, `logits` or `to_logits`). Without names, its longer side must be less than 8 times the shorter: a
+    /// vocabulary is longer. Where that is wrong for a model, give names and [`groups`](Self::groups).
     pub hidden_matrices: Option<Rule>,
     /// Parameters with settings of their own, by name (default: none); the first group that matches counts.
     pub groups: Vec<ParamGroup>,

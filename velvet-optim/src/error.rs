@@ -7,7 +7,8 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A field of [`VelvetConfig`](crate::VelvetConfig), of a schedule, an average or an accumulator is out of its range.
+    /// A field of [`VelvetConfig`](crate::VelvetConfig), of a schedule, an average or an accumulator is out of its
+    /// range.
     #[error("the setting `{field}`: expected {expected}, got {got}")]
     Config {
         /// The field, with its path inside an enum variant.

@@ -22,7 +22,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ParamGroup {
-    /// Patterns for whole names: `*` is any text, `?` any character, `[ab]` one of these (`**` and `{a,b}` have no meaning).
+    /// Patterns for whole names: `*` is any text, `?` any character, `[ab]` one of these (`**` and `{a,b}` have no
+    /// meaning).
     pub names: Vec<String>,
     /// The rule (default: the one that the configuration gives to such a parameter).
     pub rule: Option<Rule>,
@@ -181,9 +182,9 @@ fn plan(
 
 /// Whether a parameter is a matrix between two hidden layers, which orthogonalised momentum is for.
 ///
-/// It must have two dimensions of at least 2. With a name: no part of the name contains `embed`, `embd` or `lora` or has `emb`
-/// as a word (between underscores), and the module that owns the weight is not called as heads and embeddings are
-/// ([`NOT_HIDDEN`]). Without: the longer side is less than [`RATIO`] times the shorter.
+/// It must have two dimensions of at least 2. With a name: no part of the name contains `embed`, `embd` or `lora` or
+/// has `emb` as a word (between underscores), and the module that owns the weight is not called as heads and
+/// embeddings are ([`NOT_HIDDEN`]). Without: the longer side is less than [`RATIO`] times the shorter.
 fn is_hidden_matrix(naming: Naming, name: &str, shape: &[usize]) -> bool {
     let &[rows, cols] = shape else { return false };
     if rows.min(cols) < 2 {

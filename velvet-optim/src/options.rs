@@ -74,8 +74,8 @@ pub enum NonFinite {
 
 /// The form of a momentum.
 ///
-/// Averaged by default in AdamW, for which Nesterov's gained .036 ± .022 nats over 180 steps in the book's study, less than two
-/// deviations; Nesterov's by default in [`Orthogonal`](crate::Orthogonal), as it is published.
+/// Averaged by default in AdamW, for which Nesterov's gained .036 ± .022 nats over 180 steps in the book's study,
+/// less than two deviations; Nesterov's by default in [`Orthogonal`](crate::Orthogonal), as it is published.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -99,14 +99,15 @@ pub enum CautiousUpdate {
     #[default]
     Off,
     /// Elements whose update and gradient differ in sign do not move; the others are scaled up by the share that is
-    /// left, at most 1000 times. Rows that [`SparseRows::Skip`] leaves out do not count. Costs one more reading of gradients and first moments.
+    /// left, at most 1000 times. Rows that [`SparseRows::Skip`] leaves out do not count. Costs one more reading of
+    /// gradients and first moments.
     Aligned,
 }
 
 /// Where a parameter that decays does so.
 ///
-/// Everywhere by default: in the book's study the cautious form did nothing (AdamW -.005 ± .004 nats, beside orthogonalised
-/// momentum .000 ± .007).
+/// Everywhere by default: in the book's study the cautious form did nothing (AdamW -.005 ± .004 nats, beside
+/// orthogonalised momentum .000 ± .007).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -147,10 +148,10 @@ pub enum StateFormat {
     /// f32 (f64 for f64 parameters).
     #[default]
     Full,
-    /// Blocks of 256 elements of 8 bits with one f32 scale: 1.016 bytes an element in place of 4; the same codes on the CPU and
-    /// in CUDA kernels. Parameters with fewer than 4096 elements, f64 parameters, those with [`SparseRows::Skip`] and those
-    /// under [`Rule::Orthogonal`](crate::Rule::Orthogonal) keep full precision, and so do all whose update runs in candle
-    /// operations ([`BackendChoice`]).
+    /// Blocks of 256 elements of 8 bits with one f32 scale: 1.016 bytes an element in place of 4; the same codes on
+    /// the CPU and in CUDA kernels. Parameters with fewer than 4096 elements, f64 parameters, those with
+    /// [`SparseRows::Skip`] and those under [`Rule::Orthogonal`](crate::Rule::Orthogonal) keep full precision, and so
+    /// do all whose update runs in candle operations ([`BackendChoice`]).
     Blockwise8,
 }
 
@@ -186,8 +187,8 @@ pub enum UpdateNorms {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum BackendChoice {
-    /// The fastest there is for each parameter's device: the fused pass on the CPU; kernels on CUDA, with that feature and
-    /// where all trained parameters are on one device in f32, bf16 or f16; candle operations elsewhere.
+    /// The fastest there is for each parameter's device: the fused pass on the CPU; kernels on CUDA, with that
+    /// feature and where all trained parameters are on one device in f32, bf16 or f16; candle operations elsewhere.
     #[default]
     Auto,
     /// Plain candle operations on every device: the specification that the fused pass is tested against. Slow.

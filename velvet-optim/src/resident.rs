@@ -58,8 +58,8 @@ impl Velvet {
         Ok(())
     }
 
-    /// Brings the numbers, as they are here, to where they belong: to the device, where all parameters are on one and it
-    /// has kernels for them.
+    /// Brings the numbers, as they are here, to where they belong: to the device, where all parameters are on one and
+    /// it has kernels for them.
     pub(crate) fn settle(&mut self) -> Result<()> {
         self.resident = Resident::new(&self.parameters, &self.config)?;
         let held = self.held();

@@ -6,9 +6,9 @@
 //!
 //! # Random numbers
 //! There is no generator and no state: the random number of an element is a hash of the seed, the step, the
-//! parameter's index and the element's. Results depend neither on threads nor on how an array is cut, resumed runs go on
-//! as they would have, and a GPU gets the same bits from the same formula. Everything is unsigned, of 32 bits, and wraps
-//! around, but for `key`'s input of 64:
+//! parameter's index and the element's. Results depend neither on threads nor on how an array is cut, resumed runs go
+//! on as they would have, and a GPU gets the same bits from the same formula. Everything is unsigned, of 32 bits, and
+//! wraps around, but for `key`'s input of 64:
 //!
 //! ```text
 //! mix(x)     x ^= x >> 16;  x *= 0x85ebca6b;  x ^= x >> 13;  x *= 0xc2b2ae35;  x ^= x >> 16
@@ -21,13 +21,13 @@
 //! half of i: over 2^32 elements each number comes up once.
 //!
 //! # Rounding
-//! bf16 is the upper half of an f32: the upper half of the hash is added to the lower half of x's bits and the sum is cut
-//! off, which carries into the upper half with a probability of (lower half) / 2^16, exactly.
+//! bf16 is the upper half of an f32: the upper half of the hash is added to the lower half of x's bits and the sum is
+//! cut off, which carries into the upper half with a probability of (lower half) / 2^16, exactly.
 //!
 //! For f16, e = max(floor(log2 |x|), -14) and 2^(e - 10) is the distance between its neighbours there. With
-//! y = |x| * 2^(10 - e), of which every operation is exact, q = floor(y) is one more where (hash >> 8) / 2^24 < y - q. The
-//! magnitude's bits are (e + 14) * 1024 + q. The probability is exact but for |x| below 2^-14, where it is rounded up to
-//! a multiple of 2^-24.
+//! y = |x| * 2^(10 - e), of which every operation is exact, q = floor(y) is one more where (hash >> 8) / 2^24 < y -
+//! q. The magnitude's bits are (e + 14) * 1024 + q. The probability is exact but for |x| below 2^-14, where it is
+//! rounded up to a multiple of 2^-24.
 //!
 //! Values that the narrow type has stay as they are, zeros with their sign, infinities and NaN (made quiet) too. A
 //! finite value never becomes infinite: it ends at the largest finite value, 3.39e38 in bf16 and 65504 in f16.

@@ -13,16 +13,16 @@ pub struct Stats {
     pub grad_norm: Option<f64>,
     /// The factor the gradients were scaled by, in (0, 1]; 1 without clipping.
     pub clip_scale: f64,
-    /// The learning rate that was applied: the base rate after all adaptive parts; a group's factor and the trust region act
-    /// on top of it.
+    /// The learning rate that was applied: the base rate after all adaptive parts; a group's factor and the trust
+    /// region act on top of it.
     pub lr: f64,
     /// The beta1 that was applied.
     pub beta1: f64,
     /// How far perplexity-guided momentum has come, in [0, 1]; `None` where it is off or saw no loss.
     pub progress: Option<f64>,
     /// The norm of the last change of all parameters over the norm of the parameters before it; `None` where
-    /// updates are not measured ([`UpdateNorms`](crate::UpdateNorms)) or nothing was updated, infinite where all weights
-    /// were zero.
+    /// updates are not measured ([`UpdateNorms`](crate::UpdateNorms)) or nothing was updated, infinite where all
+    /// weights were zero.
     pub update_ratio: Option<f64>,
     /// Steps left out because of NaN or infinity in a gradient
     /// ([`NonFinite::Skip`](crate::NonFinite::Skip)).

@@ -70,7 +70,8 @@ impl Velvet {
         self.apply(found, clip_scale)
     }
 
-    /// As [`backward_step`](Optimizer::backward_step), with another way to the gradients than [`Tensor::backward`], such as
+    /// As [`backward_step`](Optimizer::backward_step), with another way to the gradients than [`Tensor::backward`],
+    /// such as
     /// `vesper_model::ops::backward`, which moves less memory, or one that counts or changes them.
     ///
     /// # Errors
@@ -284,7 +285,8 @@ impl Optimizer for Velvet {
         Ok(())
     }
 
-    /// The base learning rate; [`Stats::lr`](crate::Stats::lr) is the one applied, which [`EntropyLr`](crate::EntropyLr) may have scaled.
+    /// The base learning rate; [`Stats::lr`](crate::Stats::lr) is the one applied, which
+    /// [`EntropyLr`](crate::EntropyLr) may have scaled.
     fn learning_rate(&self) -> f64 {
         self.config.lr
     }

@@ -25,26 +25,28 @@ type WarningHook = Box<dyn Fn(&str) + Send + Sync>;
 /// p = (1 - lr * weight_decay) * p - lr * (m / (1 - prod beta1)) / (sqrt(v / (1 - prod beta2)) + eps)
 /// ```
 ///
-/// with `lr` the base learning rate times the scales of [`EntropyLr`](crate::EntropyLr), [`Brake`](crate::Brake) and, for each
-/// parameter, [`TrustRegion`](crate::TrustRegion), and beta1 that of [`PerplexityMomentum`](crate::PerplexityMomentum). With
-/// everything adaptive off, as it is by default, this is `torch.optim.AdamW`.
+/// with `lr` the base learning rate times the scales of [`EntropyLr`](crate::EntropyLr), [`Brake`](crate::Brake) and,
+/// for each parameter, [`TrustRegion`](crate::TrustRegion), and beta1 that of
+/// [`PerplexityMomentum`](crate::PerplexityMomentum). With everything adaptive off, as it is by default, this is
+/// `torch.optim.AdamW`.
 ///
 /// Other rules are chosen by [`VelvetConfig::rule`], [`VelvetConfig::hidden_matrices`] and
 /// [`VelvetConfig::groups`]; see [`Rule`](crate::Rule).
 ///
 /// # On a GPU
-/// With the feature `cuda`, and all trained parameters on one CUDA device in f32, bf16 or f16, a step launches kernels and
-/// reads nothing back: losses that are tensors on that device are taken in there, and the learning rate, clipping, the
-/// adaptive parts and the counters live there. [`Velvet::stats`], [`Velvet::update_ratios`], [`Velvet::state`] and
-/// [`Velvet::save`] wait for the device. With [`NonFinite::Error`](crate::NonFinite::Error) a step that met NaN or infinity
-/// is left out on the device, and so are those after it; the error, with the number of that step and the names, is
-/// returned once, by the first later step that can know of it without waiting, and at the latest by `stats` or `save`.
+/// With the feature `cuda`, and all trained parameters on one CUDA device in f32, bf16 or f16, a step launches
+/// kernels and reads nothing back: losses that are tensors on that device are taken in there, and the learning rate,
+/// clipping, the adaptive parts and the counters live there. [`Velvet::stats`], [`Velvet::update_ratios`],
+/// [`Velvet::state`] and [`Velvet::save`] wait for the device. With [`NonFinite::Error`](crate::NonFinite::Error) a
+/// step that met NaN or infinity is left out on the device, and so are those after it; the error, with the number of
+/// that step and the names, is returned once, by the first later step that can know of it without waiting, and at the
+/// latest by `stats` or `save`.
 ///
-/// Such a step can be captured in a CUDA graph: switch candle's event tracking off before the first tensor is made, take
-/// one step so that everything is allocated, and capture a step whose gradients and observed losses will lie at the same
-/// addresses in every replay. [`set_learning_rate`](candle_nn::Optimizer::set_learning_rate) between replays counts; numbers
-/// given to [`Velvet::observe_value`] in a capture are those of every replay; warnings and errors of the host's side
-/// come only from steps that were taken outside of the graph.
+/// Such a step can be captured in a CUDA graph: switch candle's event tracking off before the first tensor is made,
+/// take one step so that everything is allocated, and capture a step whose gradients and observed losses will lie at
+/// the same addresses in every replay. [`set_learning_rate`](candle_nn::Optimizer::set_learning_rate) between replays
+/// counts; numbers given to [`Velvet::observe_value`] in a capture are those of every replay; warnings and errors of
+/// the host's side come only from steps that were taken outside of the graph.
 ///
 /// The moments are f32 (f64 for f64 parameters), whatever the parameters' type. A parameter without a gradient
 /// keeps its value, moments and beta products, as in PyTorch. Variables of integers are left out.
@@ -247,11 +249,12 @@ impl Velvet {
         Ok(Stats { update_ratio: stats.update_ratio.filter(|ratio| !ratio.is_nan()), ..stats })
     }
 
-    /// The size of the last measured update of each parameter relative to its weights (the ratio of their norms), by name.
+    /// The size of the last measured update of each parameter relative to its weights (the ratio of their norms), by
+    /// name.
     ///
-    /// A parameter without a gradient in the last step keeps the ratio of the last step in which it had one. Left out are
-    /// parameters that were never measured ([`UpdateNorms`](crate::UpdateNorms)) and weights of zero that did not move,
-    /// which are no ratio.
+    /// A parameter without a gradient in the last step keeps the ratio of the last step in which it had one. Left out
+    /// are parameters that were never measured ([`UpdateNorms`](crate::UpdateNorms)) and weights of zero that did not
+    /// move, which are no ratio.
     ///
     /// # Errors
     /// They are on a device that cannot be read.
@@ -276,9 +279,9 @@ impl Velvet {
     /// Keeps the elements of a parameter at zero whose mask is zero, in this and all later steps, or trains all of them
     /// again (`None`).
     ///
-    /// Weights, moments and master copies of such elements are set to zero at once and have no gradient from then on; an
-    /// element whose mask is not zero is trained whatever its value. The mask has the parameter's shape and any type. It
-    /// is part of the saved state.
+    /// Weights, moments and master copies of such elements are set to zero at once and have no gradient from then on;
+    /// an element whose mask is not zero is trained whatever its value. The mask has the parameter's shape and any
+    /// type. It is part of the saved state.
     ///
     /// # Errors
     /// There is no such parameter, or the mask has another shape.
@@ -365,9 +368,10 @@ impl Velvet {
 
     /// Replaces the configuration in mid-run: learning rate, groups, frozen parameters, adaptive parts.
     ///
-    /// Moments, products of betas and averages of the loss stay. A parameter whose rule changes, while it is frozen too,
-    /// begins with an empty state under the new one, and so does one that was frozen from the start and is no longer. The back end, the rounding of
-    /// half-precision parameters and the format of the state stay those that the state was made for.
+    /// Moments, products of betas and averages of the loss stay. A parameter whose rule changes, while it is frozen
+    /// too, begins with an empty state under the new one, and so does one that was frozen from the start and is no
+    /// longer. The back end, the rounding of half-precision parameters and the format of the state stay those that
+    /// the state was made for.
     ///
     /// # Errors
     /// A field is out of range or does not fit the parameters; the old configuration then stays.
@@ -396,8 +400,8 @@ impl Velvet {
             if let Some(slots) = fresh {
                 (parameter.slots, parameter.beta_products, parameter.size) = (slots, [1.0; 2], None);
             }
-            // Rows that are left out do not begin where blocks of 8 bits do. Nothing else changes the format: what candle
-            // operations keep in full on a device would lose precision by it.
+            // Rows that are left out do not begin where blocks of 8 bits do. Nothing else changes the format: what
+            // candle operations keep in full on a device would lose precision by it.
             let Parameter { slots, var, plan, .. } = parameter;
             if plan.sparse_rows != old.sparse_rows {
                 backend::reformat(slots, var, plan, &config)?;
@@ -416,8 +420,8 @@ impl Velvet {
         self.warn = Box::new(hook);
     }
 
-    /// Copies of the state arrays on the CPU, by name: `NAME.exp_avg`, `NAME.momentum_buffer` and so on; those that are kept
-    /// in 8 bits are given in f32.
+    /// Copies of the state arrays on the CPU, by name: `NAME.exp_avg`, `NAME.momentum_buffer` and so on; those that
+    /// are kept in 8 bits are given in f32.
     ///
     /// # Errors
     /// A tensor cannot be read from its device.

@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 
 /// Whether the learning rate falls when the loss is above the entropy of the predictions.
 ///
-/// A calibrated model's loss is its predictions' mean entropy. Where the loss is above it, the model puts more trust in its
-/// predictions than they deserve, as it does after steps that were too long or batches that were corrupt.
+/// A calibrated model's loss is its predictions' mean entropy. Where the loss is above it, the model puts more trust
+/// in its predictions than they deserve, as it does after steps that were too long or batches that were corrupt.
 ///
-/// Off by default: in the book's study it softened learning rates that were 4 and 8 times too high, and elsewhere gained
-/// nothing or cost a little (a tuned AdamW .016 ± .008 nats).
+/// Off by default: in the book's study it softened learning rates that were 4 and 8 times too high, and elsewhere
+/// gained nothing or cost a little (a tuned AdamW .016 ± .008 nats).
 ///
 /// # Examples
 /// ```
@@ -35,7 +35,8 @@ pub enum Brake {
     /// scale = clamp(1 - (gap - margin) / nats, floor, 1)
     /// ```
     ///
-    /// Needs the entropy ([`Velvet::observe_with_entropy`](crate::Velvet::observe_with_entropy)); without it the scale is 1.
+    /// Needs the entropy ([`Velvet::observe_with_entropy`](crate::Velvet::observe_with_entropy)); without it the
+    /// scale is 1.
     Gap {
         /// The gap in nats that is not braked, >= 0 (0.1).
         margin: f64,

@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 /// come down by some nats, gradients change direction fast and a full step does damage; counting warm-up steps
 /// guesses how long that lasts, this looks.
 ///
-/// Off by default, in the preset too: in the book's study it gives AdamW what a tuned warm-up gives, without a number of
-/// steps; beside orthogonalised momentum the [`TrustRegion`](crate::TrustRegion) does better than it, by .01 nats at the best
-/// learning rate and by .1 where the rate is far too low.
+/// Off by default, in the preset too: in the book's study it gives AdamW what a tuned warm-up gives, without a number
+/// of steps; beside orthogonalised momentum the [`TrustRegion`](crate::TrustRegion) does better than it, by .01 nats
+/// at the best learning rate and by .1 where the rate is far too low.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
@@ -61,7 +61,8 @@ pub enum ProgressSignal {
 impl EntropyLr {
     /// The measured setting for a vocabulary: over 3 nats below ln V + 0.05, floor 0.02, decay 0.8.
     ///
-    /// The scale reaches 1 only at a loss of ln V - 2.95: it is for vocabularies of thousands, whose text falls by far more.
+    /// The scale reaches 1 only at a loss of ln V - 2.95: it is for vocabularies of thousands, whose text falls by
+    /// far more.
     ///
     /// ```
     /// use velvet_optim::EntropyLr;

@@ -7,14 +7,15 @@ use serde::{Deserialize, Serialize};
 
 /// Whether the learning rate is capped by Polyak's step.
 ///
-/// To first order a step at learning rate lr lowers the loss by `lr * rate`, `rate = <g, p_old - p_new> / lr`. A step that
-/// promises more than the loss can fall is too long.
+/// To first order a step at learning rate lr lowers the loss by `lr * rate`, `rate = <g, p_old - p_new> / lr`. A step
+/// that promises more than the loss can fall is too long.
 ///
-/// Off by default: in the book's study it never bound at a tuned learning rate, and softened rates that were 4 and 8 times
-/// too high for AdamW.
+/// Off by default: in the book's study it never bound at a tuned learning rate, and softened rates that were 4 and 8
+/// times too high for AdamW.
 ///
 /// # References
-/// Loizou, Vaswani, Laradji, Lacoste-Julien 2021, [arXiv:2002.10542](https://arxiv.org/abs/2002.10542): the step size that this caps at.
+/// Loizou, Vaswani, Laradji, Lacoste-Julien 2021, [arXiv:2002.10542](https://arxiv.org/abs/2002.10542): the step size
+/// that this caps at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]

@@ -6,10 +6,11 @@ use serde::{Deserialize, Serialize};
 
 /// Whether updates are limited relative to the weights that they change.
 ///
-/// On in [`VelvetConfig::language_model`](crate::VelvetConfig::language_model), otherwise off. In the book's studies it took
-/// most of the harm out of learning rates that were 4 and 8 times too high and out of a missing warm-up, for AdamW and
-/// beside orthogonalised momentum. Where the rate was tuned it cost AdamW .012 ± .008 nats over a warm-up, or nothing in
-/// place of one (+.007, seeds ± .018), and gained .018 ± .005 beside orthogonalised momentum, where it replaces the warm-up.
+/// On in [`VelvetConfig::language_model`](crate::VelvetConfig::language_model), otherwise off. In the book's studies
+/// it took most of the harm out of learning rates that were 4 and 8 times too high and out of a missing warm-up, for
+/// AdamW and beside orthogonalised momentum. Where the rate was tuned it cost AdamW .012 ± .008 nats over a warm-up,
+/// or nothing in place of one (+.007, seeds ± .018), and gained .018 ± .005 beside orthogonalised momentum, where it
+/// replaces the warm-up.
 ///
 /// # Examples
 /// ```
@@ -20,8 +21,8 @@ use serde::{Deserialize, Serialize};
 /// ```
 ///
 /// # References
-/// You et al. 2019 (LAMB), [arXiv:1904.00962](https://arxiv.org/abs/1904.00962) makes the size of every update follow that of the weights;
-/// here it is only held below a share of it.
+/// You et al. 2019 (LAMB), [arXiv:1904.00962](https://arxiv.org/abs/1904.00962) makes the size of every update follow
+/// that of the weights; here it is only held below a share of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
@@ -36,9 +37,9 @@ pub enum TrustRegion {
     /// scale     = min(1, max_ratio / ratio(lr))
     /// ```
     ///
-    /// The update is judged by that of the last step in which the parameter had a gradient other than zeros, so one that is
-    /// larger than that for its learning rate can pass the limit. The first takes the root mean square of an update at
-    /// lr 1 as 1, which is AdamW's; SGD's may be anything. Makes every step measure its update.
+    /// The update is judged by that of the last step in which the parameter had a gradient other than zeros, so one
+    /// that is larger than that for its learning rate can pass the limit. The first takes the root mean square of an
+    /// update at lr 1 as 1, which is AdamW's; SGD's may be anything. Makes every step measure its update.
     Relative {
         /// The largest ratio, > 0 (0.05).
         max_ratio: f64,

@@ -66,8 +66,8 @@ impl Averaging {
 /// How much it helps depends on the schedule: with a learning rate that decays to zero the last weights are themselves
 /// an average of sorts. This crate has not measured a gain.
 ///
-/// It knows nothing of [`Velvet::set_mask`](crate::Velvet::set_mask): elements that are masked after it has begun keep what
-/// was averaged before, which fades (`Ema`) or stays (`Tail`). Begin it after the masks are set.
+/// It knows nothing of [`Velvet::set_mask`](crate::Velvet::set_mask): elements that are masked after it has begun
+/// keep what was averaged before, which fades (`Ema`) or stays (`Tail`). Begin it after the masks are set.
 ///
 /// # Examples
 /// ```

@@ -77,7 +77,8 @@ impl<'a> Grad<'a> {
 
 /// A type the update is computed in.
 pub(super) trait Compute: Real + Default {
-    /// Updates a run of at most [`BLOCK`] elements, and adds to `measured` what that did. `buffer` has room for gradients.
+    /// Updates a run of at most [`BLOCK`] elements, and adds to `measured` what that did. `buffer` has room for
+    /// gradients.
     fn apply(
         rule: &dyn Elementwise,
         p: &mut [Self],

@@ -4,7 +4,8 @@ use super::element::{BLOCK, Compute, Grad};
 use crate::rule::Element;
 use std::marker::PhantomData;
 
-/// Running sums of squares: many, because the compiler takes a long row of sums for vectors and a short one for scalars.
+/// Running sums of squares: many, because the compiler takes a long row of sums for vectors and a short one for
+/// scalars.
 const LANES: usize = 128;
 
 /// The sum of squares of a gradient, in f64.

@@ -28,18 +28,17 @@ impl Velvet {
     /// Restore the parameters first. The base learning rate comes from the file; the rest of the configuration
     /// does not. An adaptive part that the saved run did not use starts anew. Parameters may be of another type or on
     /// another device than those of the saved run, and their state may be kept in another format: values are then
-    /// converted. A parameter that was frozen in the saved run from its start starts with an empty state; one that was trained
-    /// there and is frozen here keeps the saved state for when it is thawed. A master copy that the saved run did not have is
-    /// made from the parameter as it is now. A saved mask takes the place of the parameter's own; a mask that was set here and
-    /// not in the saved run stays, and is applied to weights and loaded state.
+    /// converted. A parameter that was frozen in the saved run from its start starts with an empty state; one that
+    /// was trained there and is frozen here keeps the saved state for when it is thawed. A master copy that the saved
+    /// run did not have is made from the parameter as it is now. A saved mask takes the place of the parameter's own;
+    /// a mask that was set here and not in the saved run stays, and is applied to weights and loaded state.
     ///
     /// Named parameters must have the saved names and shapes. Parameters without names (made by
     /// [`new`](candle_nn::Optimizer::new)) may be in another order than they were, as those of
     /// `VarMap::all_vars` are in every process: where the fingerprints of the saved parameters' values are
-    /// those of the parameters now, in any order, each gets its own state back (but stochastic rounding goes by position, so
-    /// that in another order it draws other numbers). Where they are not, the
-    /// parameters were not restored or are another model's: they are taken by position, shapes are checked, and there
-    /// is a warning.
+    /// those of the parameters now, in any order, each gets its own state back (but stochastic rounding goes by
+    /// position, so that in another order it draws other numbers). Where they are not, the parameters were not
+    /// restored or are another model's: they are taken by position, shapes are checked, and there is a warning.
     ///
     /// # Errors
     /// The file cannot be read, is damaged or not of this format, or belongs to other parameters; the message names

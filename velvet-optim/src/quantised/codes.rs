@@ -80,11 +80,12 @@ const fn lines<const DECADES: usize>() -> [Line; DECADES] {
     lines
 }
 
-/// What a kernel reads and makes codes by, in this order: the values of all codes, and for each i < [`BINADES`] the slopes
-/// and offsets of the two lines of which k(y) is the lesser for y in [2^-i, 2^(1 - i)), or in [0, 2^(1 - i)) where i is the last.
+/// What a kernel reads and makes codes by, in this order: the values of all codes, and for each i < [`BINADES`] the
+/// slopes and offsets of the two lines of which k(y) is the lesser for y in [2^-i, 2^(1 - i)), or in [0, 2^(1 - i))
+/// where i is the last.
 ///
-/// A binade meets two decades at the most, and no end of a decade but 1 is so close to one of a binade that rounding could
-/// make a third line the least: the same codes as of all lines, in a third of the operations.
+/// A binade meets two decades at the most, and no end of a decade but 1 is so close to one of a binade that rounding
+/// could make a third line the least: the same codes as of all lines, in a third of the operations.
 #[cfg(any(feature = "cuda", test))]
 pub(crate) fn code_tables(signed: bool) -> Vec<f32> {
     let lines: &[Line] = if signed { &SIGNED_LINES } else { &UNSIGNED_LINES };

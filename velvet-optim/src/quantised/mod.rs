@@ -1,7 +1,8 @@
 //! 8-bit block-wise storage of optimizer state: 1 + 4/256 bytes an element.
 //!
 //! Elements are cut into blocks of 256. A block keeps its largest magnitude as an f32 scale, and each element as one
-//! of 256 codes for x / scale, after Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861).
+//! of 256 codes for x / scale, after Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (arXiv
+//! 2110.02861).
 //!
 //! # The codes
 //! Dynamic codes: decade d, the values in (10^-(d+1), 10^-d], has half as many codes as the one above it, evenly

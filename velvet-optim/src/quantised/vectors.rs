@@ -10,9 +10,9 @@
 //! ```
 //!
 //! # Writing
-//! Only the line of y's own decade is computed: the one that is the least, or at an end of the decade one that rounds to
-//! the same code. Two binades hold one end of a decade at the most: the exponent of y says which, and a comparison with
-//! it says on which side y is.
+//! Only the line of y's own decade is computed: the one that is the least, or at an end of the decade one that rounds
+//! to the same code. Two binades hold one end of a decade at the most: the exponent of y says which, and a comparison
+//! with it says on which side y is.
 
 use super::codes::{Line, POWERS, SIGNED_LINES, SIGNED_TOP, UNSIGNED_LINES, UNSIGNED_TOP};
 use super::level::Codec;

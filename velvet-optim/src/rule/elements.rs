@@ -49,8 +49,8 @@ pub(crate) struct Elements<'a, 'b, F, P = F, G = F> {
     pub(crate) slots: &'a mut [&'b mut [F]],
 }
 
-/// A run of elements in any types that there is a loop for. What [`Measured`] is there is added to; a run is then of some
-/// thousand elements at the most, which are summed in their own precision.
+/// A run of elements in any types that there is a loop for. What [`Measured`] is there is added to; a run is then of
+/// some thousand elements at the most, which are summed in their own precision.
 pub(crate) enum Run<'a, 'b> {
     F32(Elements<'a, 'b, f32>, Option<&'a mut Measured>),
     F64(Elements<'a, 'b, f64>, Option<&'a mut Measured>),

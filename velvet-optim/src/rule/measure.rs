@@ -4,12 +4,12 @@ use super::elements::{Elements, Loop};
 use super::real::Real;
 use crate::backend::Measured;
 
-/// Elements that are updated and then summed: their old values stay in registers or next to them, and the processor goes
-/// on reading ahead from memory. Longer tiles, up to the 1024 of a block, took 1.3 times the time.
+/// Elements that are updated and then summed: their old values stay in registers or next to them, and the processor
+/// goes on reading ahead from memory. Longer tiles, up to the 1024 of a block, took 1.3 times the time.
 const TILE: usize = 64;
 
-/// Running sums, in the elements' precision and each of every 16th element: so they have the same bits for vectors of any
-/// width up to that.
+/// Running sums, in the elements' precision and each of every 16th element: so they have the same bits for vectors of
+/// any width up to that.
 const LANES: usize = 16;
 
 /// An update of few enough elements that sums in their own precision are good for: a block of the CPU back end.

@@ -9,9 +9,9 @@ use candle_core::{D, DType, Result, Tensor};
 /// A = X X^T    X = a X + (b A + c A A) X        (steps times)
 /// ```
 ///
-/// With the default coefficients (3.4445, -4.7750, 2.0315) and 5 steps, singular values above about 1e-3 of the norm end
-/// between about 0.7 and 1.2; they are chosen for speed, not to converge to 1. A matrix of zeros stays zero. The products run in
-/// the dtype of `x`, the norm in f32 (f64 for f64). The result is not tracked.
+/// With the default coefficients (3.4445, -4.7750, 2.0315) and 5 steps, singular values above about 1e-3 of the norm
+/// end between about 0.7 and 1.2; they are chosen for speed, not to converge to 1. A matrix of zeros stays zero. The
+/// products run in the dtype of `x`, the norm in f32 (f64 for f64). The result is not tracked.
 ///
 /// Work: about `steps * (4 m^2 n + 2 m^3)` operations a matrix, m the smaller side and n the larger.
 ///

@@ -328,8 +328,8 @@ impl ControlBlock {
 
 impl Drop for ControlBlock {
     fn drop(&mut self) {
-        // Kernels that are still running may write to the mailbox, and where each thread has a stream of its own they may
-        // be on another thread's. A device that cannot be waited for runs none.
+        // Kernels that are still running may write to the mailbox, and where each thread has a stream of its own they
+        // may be on another thread's. A device that cannot be waited for runs none.
         let _ = self.device.cuda_stream().context().synchronize();
     }
 }

@@ -1,10 +1,10 @@
 //! The CUDA back end: an optimizer whose parameters are all on one CUDA device.
 //!
-//! Learning rate, averages, counters, products of betas and the clip scale live in device memory beside the state arrays.
-//! A step launches kernels and reads nothing back, so the host never waits for the device, and a step can be captured in
-//! a CUDA graph. What the kernels compute are the formulas of `adaptive`, `step` and `rule`; in f32 the updates have the
-//! bits of the CPU's pass, but where a rate follows what was measured of an update, which each back end sums in its own
-//! order.
+//! Learning rate, averages, counters, products of betas and the clip scale live in device memory beside the state
+//! arrays. A step launches kernels and reads nothing back, so the host never waits for the device, and a step can be
+//! captured in a CUDA graph. What the kernels compute are the formulas of `adaptive`, `step` and `rule`; in f32 the
+//! updates have the bits of the CPU's pass, but where a rate follows what was measured of an update, which each back
+//! end sums in its own order.
 //!
 //! | file | holds |
 //! |---|---|

@@ -12,8 +12,8 @@
 //!
 //! The identity in B saves the passes over X that a X + (b A + c A A) X needs.
 //!
-//! The next iteration's A is (B X)(B X)^T = B A B, for all of these are symmetric and polynomials of each other. So up to
-//! [`SHARED`] iterations share the two products with X, which are the larger ones:
+//! The next iteration's A is (B X)(B X)^T = B A B, for all of these are symmetric and polynomials of each other. So
+//! up to [`SHARED`] iterations share the two products with X, which are the larger ones:
 //!
 //! ```text
 //! Q = B                                 then, for each further iteration
@@ -21,10 +21,10 @@
 //! X = Q X
 //! ```
 //!
-//! Medium's matrices take three quarters of the operations so. Five iterations on one A would take fewer still, and are wrong:
-//! an eigenvalue that bf16 has rounded to less than 0 grows twelvefold in each, where X X^T has none. After three it is
-//! still small; in f32 arithmetic rounded to bf16, three and two were as near to f32 as five alone, for flat, steep and
-//! spiked spectra.
+//! Medium's matrices take three quarters of the operations so. Five iterations on one A would take fewer still, and
+//! are wrong: an eigenvalue that bf16 has rounded to less than 0 grows twelvefold in each, where X X^T has none.
+//! After three it is still small; in f32 arithmetic rounded to bf16, three and two were as near to f32 as five alone,
+//! for flat, steep and spiked spectra.
 
 use super::control::ControlBlock;
 use super::elementwise::{Entry, Gradients, by_gradient, grouped, tables};
