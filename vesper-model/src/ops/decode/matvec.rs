@@ -13,7 +13,7 @@ pub(super) const TASK: usize = 1 << 16;
 
 /// Rows of equal length.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Rows<'a> {
+pub(in crate::ops) struct Rows<'a> {
     words: &'a [u32],
     /// Words in a row.
     width: usize,
@@ -23,7 +23,7 @@ pub(super) struct Rows<'a> {
 
 impl<'a> Rows<'a> {
     /// `width` words a row.
-    pub(super) fn new(words: &'a [u32], width: usize, pairs: bool) -> Self {
+    pub(in crate::ops) fn new(words: &'a [u32], width: usize, pairs: bool) -> Self {
         Self { words, width, pairs }
     }
 
@@ -49,7 +49,7 @@ impl<'a> Rows<'a> {
 /// Vectors as the products read them: filled up with zeros to whole registers and, beside pairs of bf16, with the even
 /// and the odd elements of two registers apart.
 #[derive(Debug)]
-pub(super) struct Vectors {
+pub(in crate::ops) struct Vectors {
     data: Vec<f32>,
     stride: usize,
     count: usize,
@@ -57,7 +57,7 @@ pub(super) struct Vectors {
 
 impl Vectors {
     /// `count` vectors after each other, to be multiplied with `rows`.
-    pub(super) fn new(values: &[f32], count: usize, rows: Rows<'_>) -> Self {
+    pub(in crate::ops) fn new(values: &[f32], count: usize, rows: Rows<'_>) -> Self {
         struct Pack<'a>(&'a [f32], usize, bool);
         impl WithSimd for Pack<'_> {
             type Output = Vec<f32>;
@@ -111,7 +111,7 @@ pub(super) fn products(rows: Rows<'_>, vectors: &Vectors) -> Vec<f32> {
 }
 
 /// As [`products`], by this thread alone.
-pub(super) fn some_products(rows: Rows<'_>, vectors: &Vectors, out: &mut [f32]) {
+pub(in crate::ops) fn some_products(rows: Rows<'_>, vectors: &Vectors, out: &mut [f32]) {
     struct Run<'a>(Rows<'a>, &'a Vectors, &'a mut [f32]);
     impl WithSimd for Run<'_> {
         type Output = ();

@@ -5,7 +5,7 @@
 //! them is replayed.
 
 mod attention;
-mod matvec;
+pub(in crate::ops) mod matvec;
 mod step;
 
 use candle_core::{CpuStorage, Result, Storage, Tensor, bail};

@@ -9,7 +9,10 @@ use candle_core::quantized::k_quants::{
 use candle_core::quantized::{GgmlDType, GgmlType, QTensor};
 use candle_core::{Result, bail};
 use half::{bf16, f16};
+use pulp::bytemuck;
 use rayon::prelude::*;
+
+use crate::ops::decode::matvec::{Rows, Vectors, some_products};
 
 /// Weights that a task reads at the least: less is not worth waking a thread for.
 const TASK: usize = 1 << 15;
@@ -78,6 +81,9 @@ fn by_rows(
     step: usize,
     to: &mut [f32],
 ) -> Result<()> {
+    if weight.dtype().block_size() == 1 {
+        return numbers(weight, x, (m, input), step, to);
+    }
     #[cfg(target_arch = "x86_64")]
     if let Some(rows) = super::vectors::rows(weight.dtype()) {
         let row = weight.dtype().type_size() * (input / weight.dtype().block_size());
@@ -86,6 +92,27 @@ fn by_rows(
         return Ok(());
     }
     plain(weight, x, (m, input, out), step, to)
+}
+
+/// As [`by_rows`] for plain numbers: rows become f32 as they are read, and x is not rounded. candle's product rounds x to the
+/// weight's type, which f16 may be too small for, and takes as long as thirty products in f32.
+fn numbers(
+    weight: &QTensor,
+    x: &[f32],
+    (m, input): (usize, usize),
+    step: usize,
+    to: &mut [f32],
+) -> Result<()> {
+    let vectors = Vectors::new(x, m, Rows::new(&[], input, false));
+    with_blocks!(weight, values => {
+        to.par_chunks_mut(step * m).enumerate().for_each(|(task, to)| {
+            let mut wide = vec![0.0; to.len() / m * input];
+            let first = task * step * input;
+            widen_blocks(&values[first..first + wide.len()], &mut wide);
+            some_products(Rows::new(bytemuck::cast_slice(&wide), input, false), &vectors, to);
+        });
+        Ok(())
+    })
 }
 
 /// As [`by_rows`], by candle's product of a row and a vector.
@@ -229,6 +256,28 @@ mod tests {
                     size += w.iter().zip(x).map(|(w, x)| (w * x).powi(2)).sum::<f32>();
                 }
                 assert!(off <= 1e-4 * size, "{block} {out} x {input}: {off:e} of {size:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn plain_numbers_are_multiplied_as_they_are() {
+        for block in BlockType::ALL.into_iter().filter(|block| block.is_plain()) {
+            for (out, input, m) in [(1, 1, 1), (5, 3, 2), (70, 1043, 3), (9, 64, 8)] {
+                let w = Tensor::from_vec(numbers(out * input), (out, input), &Device::Cpu).unwrap();
+                let w = QTensor::quantize(&w, block.ggml()).unwrap();
+                // More than an f16 can say, and less than a bf16 can tell apart.
+                let x: Vec<f32> = numbers(m * input).into_iter().map(|x| 1e6 + 100.0 * x).collect();
+                let mut got = vec![f32::NAN; m * out];
+                multiply(&w, &x, m, &mut got).unwrap();
+                let w = w.dequantize(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+                for (got, x) in got.chunks_exact(out).zip(x.chunks_exact(input)) {
+                    for (got, w) in got.iter().zip(&w) {
+                        let terms = || w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x));
+                        let (want, size): (f64, f64) = (terms().sum(), terms().map(f64::abs).sum());
+                        assert!((f64::from(*got) - want).abs() <= 1e-6 * size, "{block} {out} x {input}");
+                    }
+                }
             }
         }
     }

@@ -39,8 +39,9 @@ const TILE: usize = 1 << 18;
 /// ```
 ///
 /// Up to [`QUANTIZED_ROWS`] rows, as in decoding, read the blocks as they are, which is quick because they are small: x is
-/// rounded to 8 bits a value for it. More rows (a prompt, a training batch) are exact in f32: rows of the weight are
-/// converted a megabyte at a time, forward and backward, so that there is never a whole weight in f32.
+/// rounded to 8 bits a value for it (not where the weight is in f16, bf16 or f32). More rows (a prompt, a training batch) are
+/// exact in f32: rows of the weight are converted a megabyte at a time, forward and backward, so that there is never a whole
+/// weight in f32.
 ///
 /// On other devices than the CPU it is candle's product, which rounds x to 8 bits for any number of rows.
 ///
