@@ -213,6 +213,12 @@ fn what_does_not_fit_is_refused_and_the_model_stays_as_it_was() {
     save_adapters_with(with_head.path(), &named, &options).unwrap();
     let error = model.attach_from(with_head.path()).unwrap_err().to_string();
     assert!(error.contains("a parameter of the model itself, score.weight"), "{error}");
+    // Of one with other names for all of its projections.
+    let strange = tempfile::tempdir().unwrap();
+    let named: Vec<_> = adapters.iter().take(1).map(|(_, adapter)| ("h.0.attn.c_attn", adapter)).collect();
+    save_adapters_with(strange.path(), &named, &SaveOptions::default()).unwrap();
+    let error = model.attach_from(strange.path()).unwrap_err().to_string();
+    assert!(error.contains("no projection named h.0.attn.c_attn"), "{error}");
     // And of one whose layers are wider.
     let wider = VesperConfig { num_attention_heads: 2 * config().num_attention_heads, ..config() }
         .with_kv_heads(config().num_key_value_heads);

@@ -127,21 +127,18 @@ impl VesperLM {
             return Err(Error::Adapters { message }.into());
         }
         let modules = file.modules();
-        let mut found = Vec::new();
-        let mut model = self.clone();
-        model.attach_each(|path, layer| {
-            if !modules.contains(&path) {
-                return Ok(None);
-            }
-            found.push(path.to_owned());
-            Ok(Some(file.adapter(path, layer, DType::F32)?))
-        })?;
-        if let Some(other) = modules.iter().find(|module| !found.iter().any(|f| f == *module)) {
+        let projections = |i| Projection::ALL.map(|projection| module(i, projection));
+        let known: Vec<String> = (0..self.blocks.len()).flat_map(projections).collect();
+        if let Some(other) = modules.iter().find(|module| !known.iter().any(|name| name == *module)) {
             let message = format!("the model has no projection named {other}, which the adapters are for");
             return Err(Error::Adapters { message }.into());
         }
-        *self = model;
-        Ok(())
+        self.attach_each(|path, layer| {
+            if !modules.contains(&path) {
+                return Ok(None);
+            }
+            Ok(Some(file.adapter(path, layer, DType::F32)?))
+        })
     }
 
     /// The adapters by the Hugging Face names of their projections, in the order of the forward pass.
