@@ -89,6 +89,10 @@ fn stop_strings_are_read_from_one_text_and_from_several() {
 fn a_file_with_a_length_of_the_whole_alone_means_that() {
     let config = parse(r#"{"max_length": 4096}"#);
     assert_eq!((config.max_length, config.max_new_tokens), (Some(4096), 4096));
+    // And is written so: beside it Hugging Face would not look at the length of the whole.
+    let json = serde_json::to_value(&config).unwrap();
+    assert_eq!((&json["max_length"], json.get("max_new_tokens")), (&4096.into(), None));
+    assert_eq!(parse(&json.to_string()), config);
     let config = parse(r#"{"max_length": 4096, "max_new_tokens": 10}"#);
     assert_eq!((config.max_length, config.max_new_tokens), (Some(4096), 10));
     assert_eq!(parse(&serde_json::to_string(&config).unwrap()), config);

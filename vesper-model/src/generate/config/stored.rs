@@ -27,7 +27,7 @@ pub(super) struct Stored {
     length_penalty: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     max_length: Option<usize>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     max_new_tokens: Option<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     min_new_tokens: Option<usize>,
@@ -175,7 +175,9 @@ impl From<GenerationConfig> for Stored {
                 ids => Some(OneOrMany::Many(ids.to_vec())),
             },
             max_length: config.max_length,
-            max_new_tokens: Some(config.max_new_tokens),
+            // Hugging Face lets it override the length of the whole, from which it follows here.
+            max_new_tokens: (config.max_length != Some(config.max_new_tokens))
+                .then_some(config.max_new_tokens),
             repetition_penalty: Some(config.repetition_penalty),
             seed: Some(config.seed),
             stop_strings: (!config.stop_strings.is_empty()).then_some(Texts::Many(config.stop_strings)),
