@@ -159,20 +159,25 @@ impl Sampler {
 
     /// Turns logits into log-probabilities, `log_softmax`, and lets the constraints change them, as beam search needs it. Gives
     /// those of the ids that may be chosen.
+    ///
+    /// `single`: there is one beam, which is the greedy choice. The constraints then see the logits, as they do there.
     pub(super) fn log_probabilities<'l>(
         &mut self,
         logits: &'l mut [f32],
         history: &[u32],
+        single: bool,
     ) -> Result<&'l [f32]> {
         check_history(history, logits.len())?;
         let possible = within(logits, self.vocab_limit);
         argmax(possible)?;
-        let total = log_sum_exp(possible);
-        for score in possible.iter_mut() {
-            *score = (f64::from(*score) - total) as f32;
-        }
         let history = History::new(history, self.prompt);
-        self.constraints.iter_mut().for_each(|processor| processor.process(possible, history));
+        if single {
+            self.constrain(possible, history)?;
+            log_softmax(possible);
+        } else {
+            log_softmax(possible);
+            self.constraints.iter_mut().for_each(|processor| processor.process(possible, history));
+        }
         Ok(possible)
     }
 
@@ -210,6 +215,13 @@ fn check_history(history: &[u32], vocab: usize) -> Result<()> {
 fn within(scores: &mut [f32], limit: usize) -> &mut [f32] {
     let limit = limit.min(scores.len());
     &mut scores[..limit]
+}
+
+fn log_softmax(scores: &mut [f32]) {
+    let total = log_sum_exp(scores);
+    for score in scores.iter_mut() {
+        *score = (f64::from(*score) - total) as f32;
+    }
 }
 
 pub(super) fn all_excluded() -> ModelError {

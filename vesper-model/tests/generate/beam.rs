@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use serde::Deserialize;
 use vesper_model::generate::{
-    BatchLogits, Cancellation, EarlyStopping, GenerationConfig, Generator, Hypothesis, NextLogits, Request,
-    StopReason, beam_search,
+    BatchLogits, Cancellation, EarlyStopping, Event, GenerationConfig, Generator, Hypothesis, NextLogits,
+    Request, StopReason, beam_search,
 };
 use vesper_model::{ModelError, Result};
 
@@ -101,12 +101,39 @@ fn search(config: &GenerationConfig) -> Result<Vec<Hypothesis>> {
 
 #[test]
 fn one_beam_is_the_greedy_choice() {
-    let mut model = Hashed::new(20);
-    let config = beams(1);
-    let mut generator = Generator::new(&mut model, &[3, 4], &config).unwrap();
-    let greedy: Vec<u32> = generator.ids().collect::<Result<_>>().unwrap();
-    let found = search(&config).unwrap();
-    assert_eq!((found.len(), &found[0].ids, &found[0].stop), (1, &greedy, &StopReason::MaxTokens));
+    let constrained = beams(1)
+        .with_max_new_tokens(12)
+        .with_repetition_penalty(1.7)
+        .with_no_repeat_ngram_size(2)
+        .with_frequency_penalty(0.8)
+        .with_bad_words([vec![9], vec![3, 4]]);
+    let patient = beams(1)
+        .with_max_new_tokens(12)
+        .with_eos(0..100)
+        .with_length_penalty(2.0)
+        .with_early_stopping(EarlyStopping::WhenImpossible);
+    for config in [beams(1), constrained.clone(), constrained.with_eos(0..40).with_min_new_tokens(3), patient]
+    {
+        let mut model = Hashed::new(20);
+        let greedy = Generator::new(&mut model, &[3, 4], &config).unwrap();
+        let (mut ids, mut end, mut log_probability) = (Vec::new(), None, 0.0);
+        for event in greedy {
+            match event.unwrap() {
+                Event::Token(token) => {
+                    ids.push(token.id);
+                    log_probability += token.log_probability;
+                }
+                Event::Finish(reason) => end = Some(reason),
+                Event::Text(_) => panic!("there is no tokenizer"),
+            }
+        }
+        let found = search(&config).unwrap();
+        assert_eq!((found.len(), &found[0].ids, Some(&found[0].stop)), (1, &ids, end.as_ref()));
+        // An event has no log-probability of the token that ends a text.
+        if found[0].stop == StopReason::MaxTokens {
+            assert!((found[0].log_probability - log_probability).abs() < 1e-5, "{config:?}");
+        }
+    }
 }
 
 #[test]

@@ -49,7 +49,8 @@ struct Candidate {
 /// ```
 ///
 /// The processors are the constraints of [`Sampler`] and those of the request; temperature and truncation belong to
-/// drawing and have no part. When it ends `early_stopping` says; see [`EarlyStopping`](super::EarlyStopping). Beams take the first
+/// drawing and have no part. One beam is the greedy choice of [`Generator`](super::Generator), there too: for it they act on
+/// the logits, before `log_softmax`, and it ends at the first end of the text. When it ends `early_stopping` says; see [`EarlyStopping`](super::EarlyStopping). Beams take the first
 /// `n` rows of the model, which must have read nothing; all begin from one reading of the prompt. A beam whose every
 /// continuation is excluded is given up.
 ///
@@ -164,10 +165,11 @@ impl<'a, M: BatchLogits + ?Sized> Search<'a, M> {
         let mut ids: Vec<&[u32]> = fed.iter().map(Vec::as_slice).collect();
         ids.resize(self.model.rows(), &[]);
         let rows = self.model.append(&ids)?;
+        let single = self.request.config.num_beams == 1;
         let mut all = Vec::new();
         for ((number, beam), mut scores) in self.beams.iter().enumerate().zip(rows) {
             let tokens = [&self.prompt[..], &beam.ids].concat();
-            let scores = self.sampler.log_probabilities(&mut scores, &tokens)?;
+            let scores = self.sampler.log_probabilities(&mut scores, &tokens, single)?;
             let possible = scores.iter().zip(0u32..).filter(|(score, _)| **score > f32::NEG_INFINITY);
             all.extend(possible.map(|(&score, id)| Candidate {
                 beam: number,

@@ -18,10 +18,13 @@ pub(super) struct Pool {
 
 impl Pool {
     pub(super) fn new(config: &GenerationConfig, limit: usize) -> Self {
+        // One beam is the greedy choice, which ends at the first end of the text.
+        let early_stopping =
+            if config.num_beams == 1 { EarlyStopping::WhenFull } else { config.early_stopping };
         Self {
             size: config.num_beams,
             length_penalty: config.length_penalty,
-            early_stopping: config.early_stopping,
+            early_stopping,
             limit,
             complete: Vec::new(),
         }
