@@ -276,18 +276,24 @@ fn plus_minus(values: &[f64], digits: usize) -> String {
         return String::new();
     }
     let (mean, deviation) = spread(values);
+    if values.len() < 2 {
+        return format!("{mean:.digits$}");
+    }
     format!("{mean:.digits$} ± {deviation:.digits$}")
 }
 
-/// The mean of the differences seed by seed; a null where it is below two of its standard errors.
+/// The mean of the differences seed by seed; a null where it is below two of its standard errors, which one seed has none of.
 fn difference(own: &[f64], baseline: &[f64], digits: usize) -> String {
     if own.len() != baseline.len() || own.is_empty() {
         return String::new();
     }
     let differences: Vec<f64> = own.iter().zip(baseline).map(|(a, b)| a - b).collect();
     let (mean, deviation) = spread(&differences);
+    if differences.len() < 2 {
+        return format!("{mean:+.digits$}, one seed");
+    }
     let error = deviation / (differences.len() as f64).sqrt();
-    let verdict = if differences.len() < 2 || mean.abs() <= 2.0 * error { ", null" } else { "" };
+    let verdict = if mean.abs() <= 2.0 * error { ", null" } else { "" };
     format!("{mean:+.digits$} ± {error:.digits$}{verdict}")
 }
 
@@ -306,8 +312,9 @@ mod tests {
     fn differences_within_two_standard_errors_are_nulls() {
         assert_eq!(difference(&[0.5, 0.7], &[0.4, 0.6], 2), "+0.10 ± 0.00");
         assert_eq!(difference(&[0.5, 0.5], &[0.4, 0.6], 2), "+0.00 ± 0.10, null");
-        assert_eq!(difference(&[0.5], &[0.4], 2), "+0.10 ± 0.00, null", "one seed shows nothing");
+        assert_eq!(difference(&[0.5], &[0.4], 2), "+0.10, one seed", "which shows nothing");
         assert_eq!(difference(&[], &[], 2), "");
         assert_eq!(plus_minus(&[1.0, 3.0], 1), "2.0 ± 1.4");
+        assert_eq!(plus_minus(&[2.0], 1), "2.0");
     }
 }
