@@ -81,6 +81,10 @@ fn llama(header: &Header) -> Result<VesperConfig> {
             return Err(header.wrong(&key(name), &factor.to_string(), expected));
         }
     }
+    // How files of Llama 3.1 and later say it: a factor to each frequency.
+    if header.tensors.contains_key("rope_freqs.weight") {
+        return Err(header.wrong("rope_freqs.weight", "there", "rotary positions that are not scaled"));
+    }
     let hidden_size = size("embedding_length")?;
     let num_attention_heads = size("attention.head_count")?;
     let head_dim = optional("attention.key_length")?.unwrap_or(hidden_size / num_attention_heads);
