@@ -80,13 +80,8 @@ impl Rope {
         }
         let half = head_dim / 2;
         check_sizes("rotary embedding", &[&[head_dim][..], &[positions], &[positions, half]])?;
-        let frequencies: Vec<f32> = (0..half)
-            .map(|i| {
-                let exponent = (2 * i) as f32 / head_dim as f32;
-                let power = f64::from(theta as f32).powf(f64::from(exponent)) as f32;
-                scaling.map_or(1.0 / power, |scaling| scaling.apply(1.0 / power))
-            })
-            .collect();
+        let lowered = |f| scaling.map_or(f, |scaling| scaling.apply(f));
+        let frequencies: Vec<f32> = frequencies(head_dim, theta).map(lowered).collect();
         let (cos, sin): (Vec<f32>, Vec<f32>) = (0..positions)
             .flat_map(|position| frequencies.iter().map(move |f| f64::from(position as f32 * f)))
             .map(|angle| (angle.cos() as f32, angle.sin() as f32))
@@ -116,6 +111,14 @@ impl Rope {
     pub fn positions(&self) -> usize {
         self.positions
     }
+}
+
+/// `theta^(-2 i / head_dim)` for each pair i of a head, in radians a token.
+pub(super) fn frequencies(head_dim: usize, theta: f64) -> impl Iterator<Item = f32> {
+    (0..head_dim / 2).map(move |i| {
+        let exponent = (2 * i) as f32 / head_dim as f32;
+        1.0 / f64::from(theta as f32).powf(f64::from(exponent)) as f32
+    })
 }
 
 /// Rotates the heads of `x`, whose rows stand at positions `offset`, `offset + 1`, ...

@@ -4,6 +4,7 @@ use std::f64::consts::PI;
 
 use serde::{Deserialize, Serialize};
 
+use super::rope::frequencies;
 use crate::{ModelError, Result};
 
 /// How the frequencies of the rotary embedding are lowered; the field `rope_scaling` of a `config.json`.
@@ -80,6 +81,11 @@ impl RopeScaling {
             return bad("rope_scaling.original_max_position_embeddings", "0".into(), "1 or more");
         }
         Ok(())
+    }
+
+    /// What each frequency of a head is divided by, from fast to slow: (head_dim / 2).
+    pub(crate) fn factors(&self, head_dim: usize, theta: f64) -> Vec<f32> {
+        frequencies(head_dim, theta).map(|frequency| frequency / self.apply(frequency)).collect()
     }
 
     /// A frequency, in radians a token, lowered. Each step is rounded to f32, as `transformers` does.

@@ -6,6 +6,7 @@ mod damage;
 mod gguf;
 mod largest;
 mod llama;
+mod llama3;
 mod model;
 mod products;
 

@@ -3,13 +3,14 @@
 use era_act::Activation;
 
 use super::header::Header;
-use super::{LLAMA, VESPER, invalid, keys};
+use super::{LLAMA, VESPER, invalid, keys, rope_freqs};
+use crate::ops::RopeScaling;
 use crate::{ModelError, Result, VesperConfig};
 
 /// The architecture that a model has for other programs.
 pub(super) fn of(config: &VesperConfig) -> &'static str {
-    let plain = config.hidden_act == Activation::Silu && config.rope_scaling.is_none();
-    if plain { LLAMA } else { VESPER }
+    let known = matches!(config.rope_scaling, None | Some(RopeScaling::Llama3 { .. }));
+    if config.hidden_act == Activation::Silu && known { LLAMA } else { VESPER }
 }
 
 /// The keys that describe the model, without the architecture before them.
@@ -30,7 +31,8 @@ pub(super) fn integers(config: &VesperConfig) -> [(&'static str, usize); 9] {
 /// The configuration of the model in a file: this crate's own, or that of a Llama.
 pub(super) fn config(header: &Header) -> Result<VesperConfig> {
     let architecture = header.text(keys::ARCHITECTURE)?.ok_or_else(|| header.missing(keys::ARCHITECTURE))?;
-    let config = match (header.text(keys::CONFIG)?, architecture) {
+    let json = header.text(keys::CONFIG)?;
+    let mut config: VesperConfig = match (json, architecture) {
         (Some(json), VESPER | LLAMA) => serde_json::from_str(json)
             .map_err(|error| invalid(&header.path, format!("{}: {error}", keys::CONFIG)))?,
         (None, VESPER) => return Err(header.missing(keys::CONFIG)),
@@ -38,6 +40,7 @@ pub(super) fn config(header: &Header) -> Result<VesperConfig> {
         (_, other) => return Err(header.wrong(keys::ARCHITECTURE, other, "vesper or llama")),
     };
     check(header, &config)?;
+    config.rope_scaling = rope_freqs::scaling(header, &config, json.is_some())?;
     Ok(config)
 }
 
@@ -81,10 +84,6 @@ fn llama(header: &Header) -> Result<VesperConfig> {
             return Err(header.wrong(&key(name), &factor.to_string(), expected));
         }
     }
-    // How files of Llama 3.1 and later say it: a factor to each frequency.
-    if header.tensors.contains_key("rope_freqs.weight") {
-        return Err(header.wrong("rope_freqs.weight", "there", "rotary positions that are not scaled"));
-    }
     let hidden_size = size("embedding_length")?;
     let num_attention_heads = size("attention.head_count")?;
     let head_dim = optional("attention.key_length")?.unwrap_or(hidden_size / num_attention_heads);
@@ -120,6 +119,6 @@ fn llama(header: &Header) -> Result<VesperConfig> {
 }
 
 /// A number that was stored in f32 as the shortest decimal that means it: 1e-6 and not 9.99999997e-7.
-fn decimal(value: f64) -> f64 {
+pub(super) fn decimal(value: f64) -> f64 {
     format!("{}", value as f32).parse().unwrap_or(value)
 }

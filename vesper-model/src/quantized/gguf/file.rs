@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use tokenizers::Tokenizer;
 
 use super::header::{Header, Info};
-use super::{LLAMA, architecture, invalid, keys, names};
+use super::{LLAMA, architecture, invalid, keys, names, rope_freqs};
 use crate::generate::GenerationConfig;
 use crate::hf::{self, io};
 use crate::quantized::{BlockMatrix, BlockType, Weight, from_bytes};
@@ -22,8 +22,8 @@ const LISTED: usize = 5;
 
 /// An open GGUF file: one that [`save`](super::save) wrote, or of the architecture `llama` from another program.
 ///
-/// Opening it reads the metadata alone, and believes none of it: counts, lengths and places are compared with the length of
-/// the file before anything is allocated by them.
+/// Opening it reads the metadata and the factors of the rotary frequencies, and believes none of it: counts, lengths and
+/// places are compared with the length of the file before anything is allocated by them.
 #[derive(Debug, Clone)]
 pub struct Gguf {
     header: Header,
@@ -149,7 +149,8 @@ impl Gguf {
             file: File::open(self.path()).map_err(io(self.path()))?,
             dtype,
             device,
-            read: BTreeSet::new(),
+            // Read with the configuration.
+            read: BTreeSet::from([rope_freqs::NAME.into()]),
         };
         // The model is built with candle's errors, which would hide the file's.
         let mut failed = None;

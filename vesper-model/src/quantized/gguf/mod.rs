@@ -5,6 +5,7 @@ mod file;
 mod header;
 mod names;
 mod reader;
+mod rope_freqs;
 mod save;
 
 pub use file::Gguf;

@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 use tokenizers::Tokenizer;
 
-use super::{ALIGNMENT, LLAMA, MAGIC, VERSION, architecture, invalid, keys, names};
+use super::{ALIGNMENT, LLAMA, MAGIC, VERSION, architecture, invalid, keys, names, rope_freqs};
 use crate::generate::GenerationConfig;
 use crate::hf::{check_tokenizer, io};
 use crate::quantized::{BlockType, Weight};
@@ -32,9 +32,10 @@ pub struct GgufExtras<'a> {
 
 /// Writes a model as a GGUF file: its weights as they are, blocks or plain, its configuration, tokenizer and settings.
 ///
-/// A model with SiLU is written as the architecture `llama`, with the names, keys and order of rows that other programs
-/// know; any other as `vesper`, which has the same names. `config.json`, `generation_config.json` and `tokenizer.json` are
-/// texts in the metadata. (Other programs also want the tokenizer in a form of their own, which is not written.)
+/// A model with SiLU whose rotary positions are plain or scaled as in Llama 3 is written as the architecture `llama`, with
+/// the names, keys and order of rows that other programs know, and the scaling's factors as `rope_freqs.weight`; any other
+/// as `vesper`, which has the same names. `config.json`, `generation_config.json` and `tokenizer.json` are texts in the
+/// metadata. (Other programs also want the tokenizer in a form of their own, which is not written.)
 ///
 /// The file is written beside its place, flushed and renamed: a full disk leaves an older file as it was. The same model
 /// gives the same bytes.
@@ -116,7 +117,7 @@ pub fn save(path: impl AsRef<Path>, model: &VesperLM, extras: &GgufExtras<'_>) -
 /// One tensor of the file.
 struct Stored<'a> {
     name: String,
-    /// The name in a Hugging Face directory.
+    /// The name in a Hugging Face directory, of a tensor that is there.
     part: String,
     shape: Vec<usize>,
     block: BlockType,
@@ -126,6 +127,7 @@ struct Stored<'a> {
 }
 
 enum Source<'a> {
+    Factors(Vec<f32>),
     Norm(&'a Tensor),
     Matrix(&'a Weight),
 }
@@ -135,6 +137,18 @@ fn tensors(model: &VesperLM) -> Result<Vec<Stored<'_>>> {
     let mut all = Vec::new();
     let named =
         |part: &str| names::gguf(part).ok_or_else(|| ModelError::MissingParameter { name: part.to_owned() });
+    // Other programs do not know the scaling by its formula.
+    if let Some(scaling) = config.rope_scaling.filter(|_| architecture::of(config) == LLAMA) {
+        let factors = scaling.factors(config.head_dim, config.rope_theta);
+        all.push(Stored {
+            name: rope_freqs::NAME.into(),
+            part: String::new(),
+            shape: vec![factors.len()],
+            block: BlockType::F32,
+            weight: Source::Factors(factors),
+            start: 0,
+        });
+    }
     for (name, norm) in model.norms() {
         all.push(Stored {
             name: named(&name)?,
@@ -178,7 +192,8 @@ fn tensors(model: &VesperLM) -> Result<Vec<Stored<'_>>> {
 impl Stored<'_> {
     fn bytes(&self, config: &VesperConfig) -> Result<Vec<u8>> {
         let rows = self.shape.first().copied().unwrap_or(0);
-        let bytes = match self.weight {
+        let bytes = match &self.weight {
+            Source::Factors(factors) => factors.iter().flat_map(|factor| factor.to_le_bytes()).collect(),
             Source::Norm(norm) => little_endian(&norm.to_dtype(DType::F32)?)?,
             Source::Matrix(Weight::Plain(tensor)) => little_endian(&tensor.narrow(0, self.start, rows)?)?,
             Source::Matrix(Weight::Blocks(blocks)) => blocks.bytes(self.start, rows)?,
