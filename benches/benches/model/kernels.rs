@@ -9,7 +9,7 @@
 //!
 //! `PROGRAM` is this bench's executable; the first command profiles one step of the medium preset, the second one
 //! reads what it wrote. `profile wide` and `VESPER_BENCH_WIDE_KERNELS` do so for heads of twice the size, of which the kernels
-//! of the attention are recorded.
+//! of the attention are recorded; `profile others` and `VESPER_BENCH_OTHER_KERNELS` do so for norms and dropout.
 
 use std::collections::HashMap;
 use std::error::Error;

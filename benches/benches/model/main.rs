@@ -104,6 +104,9 @@ struct Record {
     /// Those of the attention in a step of the same model with half as many heads of twice the size.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     attention_kernels_of_wide_heads: Vec<kernels::Kernel>,
+    /// Those of the norms and of dropout, where the step has others.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    kernels_of_other_operations: Vec<kernels::Kernel>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     products: Vec<Products>,
     /// What other programs printed about themselves in the same session.
@@ -434,6 +437,24 @@ fn profile(device: &Device, effort: Effort, wide: bool) -> std::result::Result<(
     Ok(())
 }
 
+/// Norms and dropout at the shapes of the medium preset under a profiler: what its step has none of.
+fn profile_others(device: &Device, effort: Effort) -> std::result::Result<(), Box<dyn Error>> {
+    let d = VesperConfig::preset("medium")?.hidden_size;
+    let var = |shape: &[usize]| -> Result<Tensor> {
+        let x = Tensor::randn(0f32, 0.5, shape, device)?.to_dtype(effort.compute)?;
+        Ok(Var::from_tensor(&x)?.as_tensor().clone())
+    };
+    let (path, shape) = (effort.path, [effort.batch, effort.t, d]);
+    let (x, residual, w, b) = (var(&shape)?, var(&shape)?, var(&[d])?, var(&[d])?);
+    kernels::profile(device, || {
+        ops::backward(&layer_norm(&x, &w, Some(&b), 1e-5, path)?)?;
+        ops::backward(&residual_layer_norm(&x, &residual, &w, Some(&b), 1e-5, path)?.1)?;
+        ops::backward(&residual_rms_norm(&x, &residual, &w, 1e-6, path)?.1)?;
+        ops::backward(&dropout(&x, 0.1, Philox { seed: 42, offset: 0 }, path)?).map(drop)
+    })?;
+    Ok(())
+}
+
 fn main() -> std::result::Result<(), Box<dyn Error>> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let has = |word: &str| words.iter().any(|w| w == word);
@@ -467,7 +488,11 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     let batch =
         |name| if device.is_cpu() && !["nano", "tiny", "small"].contains(&name) { 2 } else { effort.batch };
     if has("profile") {
-        return profile(&device, effort, has("wide"));
+        return if has("others") {
+            profile_others(&device, effort)
+        } else {
+            profile(&device, effort, has("wide"))
+        };
     }
     for name in if named.is_empty() && !has("ops") { vec!["small"] } else { named } {
         for &compute in &computes {
@@ -499,6 +524,12 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
             record.attention_kernels_of_wide_heads = kernels::read(file.as_ref(), ceilings)?
                 .into_iter()
                 .filter(|kernel| kernel.is_of("attention"))
+                .collect();
+        }
+        if let Ok(file) = std::env::var("VESPER_BENCH_OTHER_KERNELS") {
+            record.kernels_of_other_operations = kernels::read(file.as_ref(), ceilings)?
+                .into_iter()
+                .filter(|kernel| kernel.is_of("norm") || kernel.is_of("dropout"))
                 .collect();
         }
     }

@@ -258,11 +258,8 @@ impl VesperLM {
     /// As [`VesperLM::forward`].
     pub fn loss(&self, ids: &Tensor, targets: &Tensor) -> Result<LossAndEntropy> {
         let hidden = self.hidden(ids)?;
-        let (b, t, d) = hidden.dims3()?;
-        let hidden = hidden.reshape((b * t, d))?;
-        let targets = targets.flatten_all()?;
         let weight = self.output_weight().to_plain()?;
-        Ok(linear_cross_entropy(&hidden, &weight, &targets, CrossEntropy::default(), self.path)?)
+        Ok(linear_cross_entropy(&hidden, &weight, targets, CrossEntropy::default(), self.path)?)
     }
 
     /// What goes into the activation of each block's feed-forward, before the gate's values scale the others: for looking

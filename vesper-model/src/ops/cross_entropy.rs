@@ -10,7 +10,7 @@ use super::gemm::Precision;
 use super::linear::plain;
 use super::matrix::{Matrix, Target, Threads, Values, new, product};
 use super::real::{self, Operand, Real};
-use super::{Backend, Path, as_ids, check_dtypes, check_sizes, checkpoint, sizes};
+use super::{Backend, Path, as_ids, check_dtypes, check_sizes, checkpoint, sizes, width};
 
 /// At most this many logits are in memory at once (32 MiB in f32), but at least 64 rows. Fewer would save memory, but
 /// each block of rows reads the weight twice and its gradient once.
@@ -97,7 +97,7 @@ pub struct LossAndEntropy {
 /// Mean cross-entropy of a linear output layer.
 ///
 /// ```text
-/// hidden: (n, d)    weight: (vocab, d)    targets: (n), u32, u8 or i64
+/// hidden: (.., d)    weight: (vocab, d)    targets: (..), u32, u8 or i64
 /// z = hidden weight^T    p = softmax(z)    lse = ln sum exp z
 /// q = (1 - label_smoothing) onehot(target) + label_smoothing / vocab
 /// loss = mean of (-sum q ln p + z_loss lse^2)    entropy = mean of -sum p ln p
@@ -107,7 +107,7 @@ pub struct LossAndEntropy {
 /// By default q is the target alone and the loss the mean of `-ln p[target]`. The fused path works through the rows in
 /// blocks and keeps at most about 8 million logits (32 MiB; 268 million on CUDA, 1 GiB in f32 and half of it in bf16 and
 /// f16) at once; it computes both gradients in the forward pass, while the logits are at hand, and saves only them:
-/// `n d + vocab d` numbers instead of three times `n vocab`. Gradients are not computed for inputs that are not
+/// for n targets `n d + vocab d` numbers instead of three times `n vocab`. Gradients are not computed for inputs that are not
 /// tracked. Accumulates in f32 for f32, bf16 and f16, in f64 for f64; on CUDA the logits are in the dtype. The reference
 /// works in blocks of about 8 million logits too and computes each of them again in the backward.
 ///
@@ -139,10 +139,9 @@ pub fn linear_cross_entropy(
     settings: CrossEntropy,
     path: Path,
 ) -> Result<LossAndEntropy> {
-    let [n, d] = sizes("linear_cross_entropy", "hidden", hidden)?;
-    let [_, width] = sizes("linear_cross_entropy", "weight", weight)?;
-    let [rows] = sizes("linear_cross_entropy", "targets", targets)?;
-    if d != width || n != rows {
+    let d = width("linear_cross_entropy", "hidden", hidden)?;
+    let [_, columns] = sizes("linear_cross_entropy", "weight", weight)?;
+    if d != columns || targets.dims() != &hidden.dims()[..hidden.rank() - 1] {
         bail!(
             "linear_cross_entropy: hidden {:?}, weight {:?} and targets {:?} do not fit together",
             hidden.shape(),
@@ -165,7 +164,8 @@ pub fn linear_cross_entropy(
         }
         Backend::Reference => {
             let weight = plain(&weight.to_dtype(hidden.dtype())?)?;
-            return reference(&plain(hidden)?, &weight, targets, settings);
+            let hidden = plain(hidden)?.reshape((targets.elem_count(), d))?;
+            return reference(&hidden, &weight, &targets.flatten_all()?, settings);
         }
     }
     let shared = Arc::new(Mutex::new(Saved::default()));

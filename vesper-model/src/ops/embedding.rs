@@ -65,10 +65,9 @@ pub fn embedding_in(table: &Tensor, ids: &Tensor, dtype: DType, path: Path) -> R
     let [_, d] = sizes("embedding", "the table", table)?;
     check_float("embedding", "the table", table.dtype())?;
     check_float("embedding", "rows", dtype)?;
-    let mut shape = ids.dims().to_vec();
-    shape.push(d);
-    check_sizes("embedding", &[table.dims(), ids.dims(), &shape])?;
-    let (table, ids) = (table.contiguous()?, as_ids("embedding", ids)?.flatten_all()?);
+    let shape = rows_of(ids.dims(), d);
+    check_sizes("embedding", &[table.dims(), ids.dims(), shape.dims()])?;
+    let (table, ids) = (table.contiguous()?, as_ids("embedding", ids)?);
     // As where the table is empty, see `Path`.
     let path = if ids.elem_count() == 0 { Path::Fused } else { path };
     let rows = match path.backend(&table) {
@@ -84,10 +83,10 @@ pub fn embedding_in(table: &Tensor, ids: &Tensor, dtype: DType, path: Path) -> R
                 // candle's look-up takes the largest u32 for a padding.
                 check_ids(&real::ids_of(&ids)?, table.dim(0)?)?;
             }
-            table.index_select(&ids, 0)?
+            table.index_select(&ids.flatten_all()?, 0)?.reshape(shape)?
         }
     };
-    super::cast(&rows.reshape(shape)?, dtype)
+    super::cast(&rows, dtype)
 }
 
 fn check_ids(ids: &[usize], vocab: usize) -> Result<()> {
@@ -95,6 +94,11 @@ fn check_ids(ids: &[usize], vocab: usize) -> Result<()> {
         Some(id) => bail!("token id {id} is outside an embedding of {vocab} rows"),
         None => Ok(()),
     }
+}
+
+/// The shape of the rows of ids.
+pub(super) fn rows_of(ids: &[usize], d: usize) -> Shape {
+    [ids, &[d]].concat().into()
 }
 
 struct Gather;
@@ -121,7 +125,7 @@ impl CustomOp2 for Gather {
             CpuStorage::F16(data) => CpuStorage::F16(gather(real::range(data, lt)?, d, &ids)),
             _ => bail!("an embedding table must be floating point"),
         };
-        Ok((rows, (ids.len(), d).into()))
+        Ok((rows, rows_of(li.dims(), d)))
     }
 
     fn bwd(

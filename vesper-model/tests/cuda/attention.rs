@@ -25,7 +25,10 @@ fn attention_equals_its_reference() {
         (1, 75, heads(2, 1, 6)),
         // More pairs of tiles than a device has multiprocessors: of queries, and with heads of 64 of keys too.
         (40, 300, heads(4, 2, 64)),
-        (20, 260, heads(8, 2, 128)),
+        (20, 260, heads(8, 4, 128)),
+        // The same, of so little that a sanitizer can follow.
+        (300, 17, heads(1, 1, 8)),
+        (150, 4, heads(1, 1, 72)),
         // No kernel: blocks of candle's operations.
         (1, 30, heads(2, 1, 130)),
         (2, 50, heads(2, 1, 256)),

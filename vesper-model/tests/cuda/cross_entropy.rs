@@ -36,6 +36,16 @@ fn cross_entropy_equals_its_reference() {
 }
 
 #[test]
+fn rows_of_cross_entropy_may_have_any_shape() {
+    let Some((_lock, device)) = gpu("rows_of_cross_entropy_may_have_any_shape") else { return };
+    let inputs = [random(1, &[2, 3, 8]), random(2, &[5, 8])];
+    parity("cross-entropy (2, 3)", &device, &inputs, |x, path| {
+        let targets = ids(6, 5).reshape((2, 3))?.to_device(x[0].device())?;
+        Ok(linear_cross_entropy(&x[0], &x[1], &targets, CrossEntropy::default(), path)?.loss)
+    });
+}
+
+#[test]
 fn many_rows_run_in_several_chunks() {
     let Some((_lock, device)) = gpu("many_rows_run_in_several_chunks") else { return };
     if !runs(5000 * 32_005) {

@@ -128,6 +128,37 @@ fn z_loss_and_label_smoothing_are_what_they_are_called() {
 }
 
 #[test]
+fn rows_may_have_any_shape() {
+    let inputs = [random(1, &[6, 4]), random(2, &[5, 4])];
+    let flat = targets(6, 5);
+    let of = |shape: &[usize], path| {
+        value_and_gradients(&inputs, DType::F64, |x| {
+            let hidden = x[0].reshape([shape, &[4]].concat())?;
+            let targets = flat.reshape(shape)?;
+            Ok(linear_cross_entropy(&hidden, &x[1], &targets, CrossEntropy::default(), path)?.loss)
+        })
+    };
+    for path in [Path::Fused, Path::Reference] {
+        let (loss, gradients) = of(&[6], path);
+        for shape in [&[2, 3][..], &[3, 1, 2]] {
+            let (other, others) = of(shape, path);
+            assert!(error(&loss, &other) == 0.0);
+            assert!(gradients.iter().zip(&others).all(|(one, other)| error(one, other) == 0.0));
+        }
+    }
+    // One row and its target, and rows that do not fit.
+    let loss = |hidden: &[usize], targets: &Tensor| {
+        let (hidden, weight) = (random(1, hidden), &inputs[1]);
+        linear_cross_entropy(&hidden, weight, targets, CrossEntropy::default(), Path::Fused)
+    };
+    assert_eq!(loss(&[4], &Tensor::new(3u32, &Device::Cpu).unwrap()).unwrap().loss.rank(), 0);
+    for hidden in [&[3, 2, 4][..], &[6, 4], &[2, 3, 1], &[1, 2, 3, 4]] {
+        let refused = loss(hidden, &flat.reshape((2, 3)).unwrap()).unwrap_err().to_string();
+        assert!(refused.contains("do not fit together"), "{refused}");
+    }
+}
+
+#[test]
 fn settings_outside_their_range_are_refused() {
     let targets = targets(2, 5);
     for (settings, name) in [

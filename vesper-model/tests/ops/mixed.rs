@@ -150,7 +150,15 @@ fn ranks_that_do_not_fit_are_refused_by_name() {
                 gated_feed_forward(&matrix, &matrix, &vector, Activation::Silu, path),
             ),
             (
-                "linear_cross_entropy: targets of shape [1, 2], expected rank 1",
+                "linear_cross_entropy: hidden is a scalar",
+                linear_cross_entropy(&scalar, &matrix, &ids, plain, path).map(|out| out.loss),
+            ),
+            (
+                "linear_cross_entropy: weight of shape [4], expected rank 2",
+                linear_cross_entropy(&matrix, &vector, &ids, plain, path).map(|out| out.loss),
+            ),
+            (
+                "linear_cross_entropy: hidden [2, 4], weight [2, 4] and targets [1, 2]",
                 linear_cross_entropy(&matrix, &matrix, &ids.unsqueeze(0).unwrap(), plain, path)
                     .map(|out| out.loss),
             ),

@@ -26,15 +26,17 @@ impl<'a, T> Matrix<'a, T> {
     }
 
     /// Rows and columns of what the product sees.
-    fn shape(&self) -> (usize, usize) {
+    pub(super) fn shape(&self) -> (usize, usize) {
         if self.transposed { (self.cols, self.rows) } else { (self.rows, self.cols) }
     }
 
-    fn fits(&self, len: usize) -> bool {
-        self.rows == 0 || self.stride >= self.cols && (self.rows - 1) * self.stride + self.cols <= len
+    /// Whether its data holds it.
+    pub(super) fn fits(&self) -> bool {
+        self.rows == 0
+            || self.stride >= self.cols && (self.rows - 1) * self.stride + self.cols <= self.data.len()
     }
 
-    fn operation(&self) -> sys::cublasOperation_t {
+    pub(super) fn operation(&self) -> sys::cublasOperation_t {
         if self.transposed {
             sys::cublasOperation_t::CUBLAS_OP_T
         } else {
@@ -54,7 +56,7 @@ pub(super) fn product<T: Element, C: Element>(
 ) -> Result<()> {
     let ((m, k), (inner, n)) = (a.shape(), b.shape());
     let reach = if m == 0 { 0 } else { (m - 1) * stride + n };
-    if k != inner || stride < n || reach > c.len() || !a.fits(a.data.len()) || !b.fits(b.data.len()) {
+    if k != inner || stride < n || reach > c.len() || !a.fits() || !b.fits() {
         bail!("a CUDA product of {m} x {k} and {inner} x {n} does not fit its buffers");
     }
     let int = |n: usize| match i32::try_from(n) {

@@ -102,7 +102,7 @@ impl LinearCrossEntropy {
         (hidden, lh): (&CudaStorage, &Layout),
         (targets, lt): (&CudaStorage, &Layout),
     ) -> Result<CudaStorage> {
-        let ((n, d), (vocab, _)) = (lh.shape().dims2()?, self.weight.dims2()?);
+        let (n, (vocab, d)) = (lt.shape().elem_count(), self.weight.dims2()?);
         let (device, held) = (hidden.device(), Held::new(&self.weight));
         let (hidden, weight) = (view::<T>(hidden, lh)?, held.view::<T>()?);
         let targets = view::<u32>(targets, lt)?;
@@ -187,8 +187,8 @@ impl LinearCrossEntropy {
             count: Some(tensor(count, device, ())),
             dhidden: match (self.hidden_tracked, widened) {
                 (false, _) => None,
-                (true, false) => Some(tensor(dhidden, device, (n, d))),
-                (true, true) => Some(tensor(wide_dhidden, device, (n, d))),
+                (true, false) => Some(tensor(dhidden, device, lh.shape())),
+                (true, true) => Some(tensor(wide_dhidden, device, lh.shape())),
             },
             dweight: dweight.map(|slice| tensor(slice, device, (vocab, d))),
         };

@@ -1,18 +1,16 @@
 //! Pre-norm decoder blocks on CUDA: the kernels and products of its operations, without candle's graph between them.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail,
-};
+use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use era_act::Activation;
 
 use super::attention::Attention;
 use super::blas::{Matrix, product};
+use super::blas_lt::sum_with_product;
 use super::launch::{Element, Held, aligned, allocate, by_dtype, from_storage, not_here, tensor, wrap};
-use super::residual::ResidualSum;
 use super::{cast, rms_norm, rope};
 use crate::ops::links::{self, Gradients};
-use crate::ops::residual::{Norm, Normed};
+use crate::ops::residual::Normed;
 use crate::ops::{DecoderSettings, DecoderWeights, Rope};
 
 /// See [`crate::ops::decoder_blocks`]; there is one at least, shapes and dtypes have been checked, nothing is empty, and
@@ -138,21 +136,12 @@ impl Block {
         let (attended, logs) =
             self.attention.forward::<T>(device, &projected.as_cuda_slice::<T>()?.as_view(), (b, t))?;
         let attended = tensor(attended, device, (rows, width));
-        let attention = from_storage(times_transposed(&attended, &w.out)?, (rows, d));
-
-        let norm = Norm::Rms { w: w.norm_feed_forward.clone() };
-        let residual = ResidualSum::new(norm, self.eps);
-        let sum = {
-            let (x, attention) = (Held::new(&x), Held::new(&attention));
-            residual.run::<T>((x.storage()?, x.layout()), (attention.storage()?, attention.layout()))?
-        };
-        let Some(n_feed_forward) = residual.take_norm() else { bail!("a residual sum without its norm") };
-        let (sum, n_feed_forward) = (from_storage(sum, (rows, d)), from_storage(n_feed_forward, (rows, d)));
-        drop(attention);
+        let sum = from_storage(plus_times_transposed::<T>(&x, &attended, &w.out)?, (rows, d));
+        let n_feed_forward = rms_norm::rms_norm(&sum, &w.norm_feed_forward, self.eps)?;
 
         let packed = from_storage(times_transposed(&n_feed_forward, &w.gate_up)?, (rows, 2 * ffn));
         let inner = self.activation.gated(&packed)?;
-        let y = self.sum_with_product::<T>(device, &sum, &inner, &w.down)?;
+        let y = plus_times_transposed::<T>(&sum, &inner, &w.down)?;
         let saved = Saved {
             n_attention,
             rotated: from_storage(projected, (b, t, heads.packed())),
@@ -163,24 +152,6 @@ impl Block {
             packed,
         };
         Ok((y, saved))
-    }
-
-    /// `sum + x w^T`
-    fn sum_with_product<T: Element>(
-        &self,
-        device: &CudaDevice,
-        sum: &Tensor,
-        x: &Tensor,
-        w: &Tensor,
-    ) -> Result<CudaStorage> {
-        let ((rows, inner), (columns, _)) = (x.dims2()?, w.dims2()?);
-        let (sum, x, w) = (Held::new(sum), Held::new(x), Held::new(w));
-        let mut y = allocate::<T>(device, rows * columns)?;
-        device.memcpy_dtod(&sum.view::<T>()?, &mut y)?;
-        let (x, w) = (x.view::<T>()?, w.view::<T>()?);
-        let (a, b) = (Matrix::new(&x, rows, inner, inner), Matrix::new(&w, columns, inner, inner).t());
-        product::<T, T>(device, &a, &b, &mut y.as_view_mut(), columns, (1.0, 1.0))?;
-        Ok(wrap(y, device))
     }
 
     /// dy: (rows, d). The gradients of x and of the weights.
@@ -236,6 +207,18 @@ fn times_transposed(x: &Tensor, w: &Tensor) -> Result<CudaStorage> {
     let (x, w) = (Held::new(x), Held::new(w));
     let transposed = w.layout().transpose(0, 1)?;
     x.storage()?.matmul(w.storage()?, (1, rows, columns, inner), x.layout(), &transposed)
+}
+
+/// `sum + x w^T` of matrices.
+fn plus_times_transposed<T: Element>(sum: &Tensor, x: &Tensor, w: &Tensor) -> Result<CudaStorage> {
+    let ((rows, inner), (columns, _)) = (x.dims2()?, w.dims2()?);
+    let (sum, x, w) = (Held::new(sum), Held::new(x), Held::new(w));
+    let device = x.device()?;
+    let mut y = allocate::<T>(device, rows * columns)?;
+    let (x, w) = (x.view::<T>()?, w.view::<T>()?);
+    let (a, b) = (Matrix::new(&x, rows, inner, inner), Matrix::new(&w, columns, inner, inner).t());
+    sum_with_product(device, &sum.view()?, &a, &b, &mut y.as_view_mut())?;
+    Ok(wrap(y, device))
 }
 
 /// `dy^T x`, the gradient of a weight, in the weight's dtype; None where it has none.

@@ -11,6 +11,7 @@ use super::launch::{
     tensor, view, wrap, zeros,
 };
 use crate::ops::backward::deliver;
+use crate::ops::embedding::rows_of;
 
 /// Ids that one block sorts.
 const CHUNK: usize = 1024;
@@ -33,11 +34,11 @@ const _: () = assert!(size_of::<Params>() == 16);
 // SAFETY: plain numbers in the layout of `EmbeddingParams`.
 unsafe impl DeviceRepr for Params {}
 
-/// Rows of a table in `dtype`, (n, d); table: (vocab, d), ids: (n). The dtype is the table's, or the table is in f32.
+/// Rows of a table in `dtype`, (.., d); table: (vocab, d), ids: (..). The dtype is the table's, or the table is in f32.
 pub(in crate::ops) fn gather(table: &Tensor, ids: &Tensor, dtype: DType) -> Result<Tensor> {
     if is_empty(&[table, ids]) {
         let (_, d) = table.dims2()?;
-        return zeros(table.device(), (ids.elem_count(), d), dtype);
+        return zeros(table.device(), rows_of(ids.dims(), d), dtype);
     }
     aligned(table)?.apply_op2(&ids.to_dtype(DType::U32)?.contiguous()?, Gather { dtype })
 }
@@ -232,7 +233,7 @@ impl CustomOp2 for Gather {
         let (_, d) = lt.shape().dims2()?;
         let rows =
             by_dtypes!(table.dtype(), self.dtype, S, T => Self::forward::<S, T>((table, lt), (ids, li))?);
-        Ok((rows, (li.shape().elem_count(), d).into()))
+        Ok((rows, rows_of(li.dims(), d)))
     }
 
     fn bwd(

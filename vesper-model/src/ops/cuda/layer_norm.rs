@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Ten
 use super::launch::{
     Element, Held, Module, aligned, allocate, by_dtype, is_empty, launch, not_here, tensor, view, wrap, zeros,
 };
-use super::norms::{Params, a_warp_a_row, kernel, reduce, warps_that_stay};
+use super::norms::{Kernel, Params, a_warp_a_row, kernel, reduce, warps_that_stay};
 use crate::ops::backward::deliver;
 use crate::ops::residual::Normed;
 
@@ -43,7 +43,7 @@ impl LayerNorm {
         let (device, n, d) = (x.device(), lx.shape().elem_count(), lw.shape().elem_count());
         let mut y = allocate::<T>(device, n)?;
         let (params, config) = (Params::new(n, d, self.eps)?, a_warp_a_row(n / d)?);
-        let name = kernel::<T>("layer_norm_forward", d, &[lx, lw, lb]);
+        let Kernel { name, .. } = kernel::<T>("layer_norm_forward", d, &[lx, lw, lb]);
         let (x, w, b) = (view::<T>(x, lx)?, view::<T>(w, lw)?, view::<T>(b, lb)?);
         launch!(device, Module::LayerNorm, &name, config, &x, &w, &b, &mut y, &params);
         Ok(wrap(y, device))
@@ -62,16 +62,17 @@ impl LayerNorm {
         let device = x.device()?;
         let mut dx = allocate::<T>(device, n)?;
         let params = Params::new(n, d, self.eps)?;
-        let name = kernel::<T>("layer_norm_backward", d, &[x.layout(), w.layout(), dy.layout()]);
-        let (config, warps) = warps_that_stay(device, Module::LayerNorm, &name, n / d)?;
+        let kernel = kernel::<T>("layer_norm_backward", d, &[x.layout(), w.layout(), dy.layout()]);
+        let (config, parts) = warps_that_stay(device, Module::LayerNorm, &kernel, n / d)?;
+        let name = kernel.name;
         let (xv, wv, dyv) = (x.view::<T>()?, w.view::<T>()?, dy.view::<T>()?);
         let (mut dw, mut db) = (None, None);
         if tracked.1 || tracked.2 {
-            let mut partial = allocate::<f32>(device, 2 * warps * d)?;
+            let mut partial = allocate::<f32>(device, 2 * parts * d)?;
             launch!(device, Module::LayerNorm, &name, config, &xv, &wv, &dyv, &mut dx, &mut partial, &params);
-            let (for_w, for_b) = partial.split_at(warps * d);
-            dw = tracked.1.then(|| reduce::<T>(device, &for_w, warps, d)).transpose()?;
-            db = tracked.2.then(|| reduce::<T>(device, &for_b, warps, d)).transpose()?;
+            let (for_w, for_b) = partial.split_at(parts * d);
+            dw = tracked.1.then(|| reduce::<T>(device, &for_w, parts, d)).transpose()?;
+            db = tracked.2.then(|| reduce::<T>(device, &for_b, parts, d)).transpose()?;
         } else {
             let none = 0u64;
             launch!(device, Module::LayerNorm, &name, config, &xv, &wv, &dyv, &mut dx, &none, &params);

@@ -7,6 +7,7 @@ pub(super) mod attention;
 mod attention_backward;
 mod attention_warpgroup;
 mod blas;
+mod blas_lt;
 pub(super) mod cached_attention;
 mod cast;
 mod chain;

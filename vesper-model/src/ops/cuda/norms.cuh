@@ -12,11 +12,12 @@ struct NormParams {
 static_assert(sizeof(NormParams) == 16, "the Rust side has the same layout");
 
 // The mean is a sum of two numbers, to be subtracted one after the other: one alone is rounded to the size of the values,
-// which may be much more than the distances between them.
+// which may be much more than the distances between them. So the first is one of the values, and the other the mean of
+// the distances to it.
 struct Statistics {
-    float mean, rest, r;
+    float first, rest, r;
 
-    __device__ __forceinline__ float centred(float x) const { return x - mean - rest; }
+    __device__ __forceinline__ float centred(float x) const { return x - first - rest; }
 };
 
 // Lane l has the vectors l, l + 32, ...
@@ -40,20 +41,21 @@ template <typename T, int V, int J> struct Row {
         each(d, lane, [&](int j, uint32_t i) { store<T, V>(x + i, v[j]); });
     }
 
-    // The mean and 1 / sqrt(variance + eps), in every lane.
-    __device__ __forceinline__ Statistics statistics(uint32_t d, float eps, int lane) const {
-        float sum = 0, squares = 0;
-        each(d, lane, [&](int j, uint32_t) {
-#pragma unroll
-            for (int k = 0; k < V; k++) sum += to_float(v[j].v[k]);
-        });
-        Statistics s = {warp_sum(sum) / d, 0, 0};
+    // The mean, in every lane.
+    __device__ __forceinline__ Statistics mean(uint32_t d, int lane) const {
+        const float first = __shfl_sync(0xffffffffu, to_float(v[0].v[0]), 0);
         float rest = 0;
         each(d, lane, [&](int j, uint32_t) {
 #pragma unroll
-            for (int k = 0; k < V; k++) rest += to_float(v[j].v[k]) - s.mean;
+            for (int k = 0; k < V; k++) rest += to_float(v[j].v[k]) - first;
         });
-        s.rest = warp_sum(rest) / d;
+        return {first, warp_sum(rest) * (1.0f / d), 0};
+    }
+
+    // The mean and 1 / sqrt(variance + eps), in every lane.
+    __device__ __forceinline__ Statistics statistics(uint32_t d, float eps, int lane) const {
+        Statistics s = mean(d, lane);
+        float squares = 0;
         each(d, lane, [&](int j, uint32_t) {
 #pragma unroll
             for (int k = 0; k < V; k++) {
@@ -104,18 +106,12 @@ template <typename T, int V> struct Row<T, V, 0> {
     const T *x;
 
     __device__ __forceinline__ Statistics statistics(uint32_t d, float eps, int lane) const {
-        float sum = 0, squares = 0;
+        Statistics s = {to_float(x[0]), 0, 0};
+        float rest = 0, squares = 0;
         for (uint32_t i = lane * V; i < d; i += 32 * V) {
             const Vec<T, V> a = load<T, V>(x + i);
 #pragma unroll
-            for (int k = 0; k < V; k++) sum += to_float(a.v[k]);
-        }
-        Statistics s = {warp_sum(sum) / d, 0, 0};
-        float rest = 0;
-        for (uint32_t i = lane * V; i < d; i += 32 * V) {
-            const Vec<T, V> a = load<T, V>(x + i);
-#pragma unroll
-            for (int k = 0; k < V; k++) rest += to_float(a.v[k]) - s.mean;
+            for (int k = 0; k < V; k++) rest += to_float(a.v[k]) - s.first;
         }
         s.rest = warp_sum(rest) / d;
         for (uint32_t i = lane * V; i < d; i += 32 * V) {
@@ -159,6 +155,28 @@ template <typename T, int V> struct Row<T, V, 0> {
         }
     }
 };
+
+// How many blocks of the backward at least are to fit on a multiprocessor: three where the registers of a lane suffice.
+template <int V, int J> constexpr int BLOCKS = V * J <= 24 ? 3 : 1;
+
+// Sums over rows of which each lane keeps its share, as in Row: those of the block, its warps' in order, to `to`.
+template <int V, int J> __device__ __forceinline__ void write_sums(const float (&sums)[J][V], float *to, uint32_t d) {
+    __shared__ float whole[J * V * 32];
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (uint32_t turn = 0; turn < blockDim.x / 32; turn++) {
+        if (warp == turn)
+#pragma unroll
+            for (int j = 0; j < J; j++)
+#pragma unroll
+                for (int k = 0; k < V; k++) {
+                    float &sum = whole[(j * V + k) * 32 + lane];
+                    sum = turn == 0 ? sums[j][k] : sum + sums[j][k];
+                }
+        __syncthreads();
+    }
+    for (uint32_t i = threadIdx.x; i < d; i += blockDim.x) to[i] = whole[(i / (32 * V) * V + i % V) * 32 + i / V % 32];
+    __syncthreads();  // before others are written there
+}
 
 // EACH(ONE, T): the kernels for rows of up to J vectors a lane, for longer ones, and for those that vectors do not fit.
 #define EACH(ONE, T)                                                                                                   \

@@ -28,11 +28,17 @@ impl Params {
     }
 }
 
-/// The kernel for rows of `d` elements: a lane keeps up to eight vectors of 16 bytes in registers.
-pub(super) fn kernel<T: Element>(kernel: &str, d: usize, layouts: &[&Layout]) -> String {
-    let wide = is_wide::<T>(d, layouts);
+/// A kernel for rows of `d` elements.
+pub(super) struct Kernel {
+    pub(super) name: String,
+    /// Whether a lane keeps its part of a row in registers, and with it that of sums over rows.
+    keeps: bool,
+}
+
+/// Which kernel rows of `d` elements take: a lane keeps up to eight vectors of 16 bytes.
+pub(super) fn kernel<T: Element>(kernel: &str, d: usize, layouts: &[&Layout]) -> Kernel {
     let vectors = match d.div_ceil(32 * T::WIDE) {
-        _ if !wide => "single",
+        _ if !is_wide::<T>(d, layouts) => "single",
         0..=1 => "wide1",
         2 => "wide2",
         3 => "wide3",
@@ -41,7 +47,8 @@ pub(super) fn kernel<T: Element>(kernel: &str, d: usize, layouts: &[&Layout]) ->
         7..=8 => "wide8",
         _ => "wide",
     };
-    format!("{kernel}_{}_{vectors}", T::NAME)
+    let name = format!("{kernel}_{}_{vectors}", T::NAME);
+    Kernel { name, keeps: !matches!(vectors, "single" | "wide") }
 }
 
 /// A warp for each row.
@@ -49,19 +56,20 @@ pub(super) fn a_warp_a_row(rows: usize) -> Result<LaunchConfig> {
     blocks(rows.div_ceil(WARPS), 32 * WARPS as u32)
 }
 
-/// Warps that stay and take row after row, as many as the device holds of this kernel, and how many they are.
+/// Warps that stay and take row after row, as many as the device holds of this kernel, and how many parts of sums over rows
+/// they leave: one a block, or one a warp where sums are not kept in registers.
 pub(super) fn warps_that_stay(
     device: &CudaDevice,
     module: Module,
-    kernel: &str,
+    kernel: &Kernel,
     rows: usize,
 ) -> Result<(LaunchConfig, usize)> {
     let threads = 32 * WARPS as u32;
-    let function = device.get_or_load_custom_func(kernel, module.name(), module.ptx())?;
+    let function = device.get_or_load_custom_func(&kernel.name, module.name(), module.ptx())?;
     let resident = function.occupancy_max_active_blocks_per_multiprocessor(threads, 0, None).w()?;
     // One more block than fits would make the others wait for it at the end.
     let grid = rows.div_ceil(WARPS).min(resident.clamp(1, 4) as usize * multiprocessors(device)?);
-    Ok((blocks(grid, threads)?, grid * WARPS))
+    Ok((blocks(grid, threads)?, if kernel.keeps { grid } else { grid * WARPS }))
 }
 
 /// The sum over the first dimension of (parts, d), in a fixed order.

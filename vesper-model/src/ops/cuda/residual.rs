@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Ten
 use super::launch::{
     Element, Held, Module, aligned, allocate, by_dtype, is_empty, launch, not_here, view, wrap,
 };
-use super::norms::{Params, a_warp_a_row, kernel};
+use super::norms::{Kernel, Params, a_warp_a_row, kernel};
 use super::{layer_norm, rms_norm};
 use crate::ops::residual::{Norm, Normed};
 
@@ -46,24 +46,14 @@ impl Norm {
 }
 
 /// The sum, with the norm on the way.
-pub(super) struct ResidualSum {
+struct ResidualSum {
     norm: Norm,
     eps: f64,
     normed: Normed<CudaStorage>,
 }
 
 impl ResidualSum {
-    /// Parameters that vectors of 16 bytes can read.
-    pub(super) fn new(norm: Norm, eps: f64) -> Self {
-        Self { norm, eps, normed: Normed::default() }
-    }
-
-    /// The norm that the last run has left.
-    pub(super) fn take_norm(&self) -> Option<CudaStorage> {
-        self.normed.take()
-    }
-
-    pub(super) fn run<T: Element>(
+    fn run<T: Element>(
         &self,
         (x, lx): (&CudaStorage, &Layout),
         (residual, lr): (&CudaStorage, &Layout),
@@ -76,7 +66,7 @@ impl ResidualSum {
         let (mut sum, mut y) = (allocate::<T>(device, n)?, allocate::<T>(device, n)?);
         let (params, config) = (Params::new(n, d, self.eps)?, a_warp_a_row(n / d)?);
         let bias = b.as_ref().map_or(w.layout(), Held::layout);
-        let name = kernel::<T>("residual_norm", d, &[lx, lr, w.layout(), bias]);
+        let Kernel { name, .. } = kernel::<T>("residual_norm", d, &[lx, lr, w.layout(), bias]);
         let (x, residual, w) = (view::<T>(x, lx)?, view::<T>(residual, lr)?, w.view::<T>()?);
         let module = Module::Residual;
         if let Some(b) = &b {

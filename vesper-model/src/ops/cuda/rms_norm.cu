@@ -3,8 +3,8 @@
 //     r = 1 / sqrt(mean(x^2) + eps)     y = x r w
 //     dx = r (w dy - x r^2 mean(x w dy))     dw = sum over rows of x r dy
 //
-// The gradient of w is summed by each warp over its rows, then over the warps in order: no atomics, so the same bits
-// each time.
+// The gradient of w is summed by each warp over its rows, then over the warps and blocks in order: no atomics, so the
+// same bits each time.
 
 #include "norms.cuh"
 
@@ -23,14 +23,15 @@ __device__ void forward(const T *x, const T *w, T *y, NormParams p) {
 
 // With J > 0 a lane's share of dw stays in registers too; with J = 0 dw is added up in global memory, each element by one
 // lane alone.
-// partial: (warps, d), or null where w needs no gradient. base: what is added to dx, or null.
+// partial: (parts, d), or null where w needs no gradient; a part is a block with J > 0, else a warp. base: what is added
+// to dx, or null.
 template <typename T, int V, int J>
 __device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *dx, float *partial, NormParams p) {
     const int lane = threadIdx.x % 32;
     const size_t warps = (size_t)gridDim.x * (blockDim.x / 32);
     const size_t warp = (size_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     constexpr int K = J > 0 ? J : 1;
-    if (partial) partial += warp * p.d;
+    if (partial) partial += (J > 0 ? blockIdx.x : warp) * p.d;
     float dw[K][V];
 #pragma unroll
     for (int j = 0; j < K; j++)
@@ -43,6 +44,7 @@ __device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *
     if constexpr (J > 0) {
         // The next row is under way while this one is worked on, where there are registers for both.
         constexpr bool AHEAD = J * V <= 32;
+        const float each = 1.0f / p.d;
         Vec<T, V> a[K], g[K];
         const auto fetch = [&](size_t row) {
 #pragma unroll
@@ -91,8 +93,8 @@ __device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *
                 squares += __shfl_xor_sync(0xffffffffu, squares, offset);
                 dot += __shfl_xor_sync(0xffffffffu, dot, offset);
             }
-            const float r = 1.0f / sqrtf(squares / p.d + p.eps);
-            dot = dot / p.d * r * r;
+            const float r = rsqrtf(squares * each + p.eps);  // by one division for all rows
+            dot *= each * r * r;
 #pragma unroll
             for (int j = 0; j < J; j++) {
                 const uint32_t i = (j * 32 + lane) * V;
@@ -140,15 +142,8 @@ __device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *
             }
         }
     }
-    if (J > 0 && partial) {
-#pragma unroll
-        for (int j = 0; j < K; j++) {
-            const uint32_t i = (j * 32 + lane) * V;
-            if (i < p.d)
-#pragma unroll
-                for (int k = 0; k < V; k++) partial[i + k] = dw[j][k];
-        }
-    }
+    if constexpr (J > 0)
+        if (partial) write_sums(dw, partial, p.d);
 }
 
 #define FORWARD(T, NAME, V, J)                                                                                         \
@@ -156,7 +151,7 @@ __device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *
         forward<T, V, J>(x, w, y, p);                                                                                  \
     }
 #define BACKWARD(T, NAME, V, J)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(128) rms_norm_backward_##T##_##NAME(                                  \
+    extern "C" __global__ void __launch_bounds__(128, BLOCKS<V, J>) rms_norm_backward_##T##_##NAME(                                  \
         const T *x, const T *w, const T *dy, const T *base, T *dx, float *partial, NormParams p) {                                    \
         backward<T, V, J>(x, w, dy, base, dx, partial, p);                                                                   \
     }

@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, Result, Sha
 use super::launch::{
     Element, Held, Module, aligned, allocate, by_dtype, is_empty, launch, not_here, tensor, view, wrap, zeros,
 };
-use super::norms::{Params, a_warp_a_row, kernel, reduce, warps_that_stay};
+use super::norms::{Kernel, Params, a_warp_a_row, kernel, reduce, warps_that_stay};
 use crate::ops::backward::deliver;
 use crate::ops::residual::Normed;
 
@@ -43,7 +43,7 @@ impl RmsNorm {
         let (device, n, d) = (x.device(), lx.shape().elem_count(), lw.shape().elem_count());
         let mut y = allocate::<T>(device, n)?;
         let (params, config) = (Params::new(n, d, self.eps)?, a_warp_a_row(n / d)?);
-        let name = kernel::<T>("rms_norm_forward", d, &[lx, lw]);
+        let Kernel { name, .. } = kernel::<T>("rms_norm_forward", d, &[lx, lw]);
         let (x, w) = (view::<T>(x, lx)?, view::<T>(w, lw)?);
         launch!(device, Module::RmsNorm, &name, config, &x, &w, &mut y, &params);
         Ok(wrap(y, device))
@@ -65,15 +65,16 @@ pub(super) fn backward<T: Element>(
     let mut dx = allocate::<T>(device, n)?;
     let params = Params::new(n, d, eps)?;
     let other = base.as_ref().map_or(dy.layout(), Held::layout);
-    let name = kernel::<T>("rms_norm_backward", d, &[x.layout(), w.layout(), dy.layout(), other]);
-    let (config, warps) = warps_that_stay(device, Module::RmsNorm, &name, n / d)?;
+    let kernel = kernel::<T>("rms_norm_backward", d, &[x.layout(), w.layout(), dy.layout(), other]);
+    let (config, parts) = warps_that_stay(device, Module::RmsNorm, &kernel, n / d)?;
+    let name = kernel.name;
     let (xv, wv, dyv) = (x.view::<T>()?, w.view::<T>()?, dy.view::<T>()?);
     let base = base.as_ref().map(Held::view::<T>).transpose()?;
     let stream = device.cuda_stream();
     let held = base.as_ref().map(|base| base.device_ptr(&stream));
     let base = held.as_ref().map_or(0, |held| held.0);
     let dw = if wanted.is_some() {
-        let mut partial = allocate::<f32>(device, warps * d)?;
+        let mut partial = allocate::<f32>(device, parts * d)?;
         launch!(
             device,
             Module::RmsNorm,
@@ -89,8 +90,8 @@ pub(super) fn backward<T: Element>(
         );
         let partial = partial.slice(..);
         Some(match wanted {
-            Some(DType::F32) => reduce::<f32>(device, &partial, warps, d)?,
-            _ => reduce::<T>(device, &partial, warps, d)?,
+            Some(DType::F32) => reduce::<f32>(device, &partial, parts, d)?,
+            _ => reduce::<T>(device, &partial, parts, d)?,
         })
     } else {
         let none = 0u64;
