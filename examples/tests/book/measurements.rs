@@ -224,7 +224,7 @@ fn quoted_training_on_a_cpu_is_that_of_its_record() {
 
 #[test]
 fn quoted_training_on_a_gpu_is_that_of_its_record() {
-    let record = record("nvidia-h100-80gb-hbm3/2026-11-27-model.json");
+    let record = record("nvidia-h100-80gb-hbm3/2026-11-28-model.json");
     let mut count = 0;
     for row in rows(&record, "training").iter().filter(|row| row["t"] == 1024) {
         let tokens = number(row, "tokens_per_s");
