@@ -9,8 +9,8 @@ use common::{all_bits, config, named, record_warnings, store, tensor, train, var
 use proptest::prelude::*;
 use std::path::Path;
 use velvet_optim::{
-    BackendChoice, Error, GradClip, Lion, NonFinite, Optimizer, ParamGroup, Rule, StateFormat, Training,
-    Velvet, VelvetConfig,
+    Averaging, BackendChoice, Error, GradClip, Lion, NonFinite, Optimizer, ParamGroup, Rule, StateFormat,
+    Training, Velvet, VelvetConfig, WeightAverage,
 };
 
 const SHAPES: [&[usize]; 5] = [&[7, 13], &[1], &[0], &[], &[65_539]];
@@ -501,4 +501,20 @@ proptest! {
             prop_assert_eq!((all_bits(&target), target.stats().unwrap()), before);
         }
     }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_state_file_has_the_permissions_of_any_new_file() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode();
+    let (state, average, other) =
+        (folder.path().join("state"), folder.path().join("average"), folder.path().join("other"));
+    std::fs::write(&other, "text").unwrap();
+    Velvet::named(named(&[&[3]], DType::F32), config()).unwrap().save(&state).unwrap();
+    assert_eq!(mode(&state), mode(&other));
+    let variables = named(&[&[3]], DType::F32).into_iter().map(|(_, var)| var).collect();
+    WeightAverage::new(variables, Averaging::Tail { start: 0 }).unwrap().save(&average).unwrap();
+    assert_eq!(mode(&average), mode(&other));
 }

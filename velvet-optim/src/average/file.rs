@@ -77,7 +77,10 @@ impl WeightAverage {
         let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
         #[cfg(unix)]
         builder.permissions(permissions); // less the umask, as any new file; tempfile's own are for its owner alone
-        let file = builder.prefix(".velvet-").tempfile_in(folder).map_err(io)?.into_temp_path();
+        let file = builder.prefix(".velvet-").tempfile_in(folder).map_err(io)?;
+        // safetensors puts a file of its own in its place, which is for its owner alone.
+        let permissions = file.as_file().metadata().map_err(io)?.permissions();
+        let file = file.into_temp_path();
         let failure = RefCell::new(None);
         let arrays = self.averages().map(|(name, average)| (name, Array { average, failure: &failure }));
         // One key, because a HashMap of several would give equal averages different bytes.
@@ -92,6 +95,7 @@ impl WeightAverage {
             return Err(Error::Candle(error));
         }
         let written = std::fs::OpenOptions::new().write(true).open(&file).map_err(io)?;
+        written.set_permissions(permissions).map_err(io)?;
         written.sync_all().map_err(io)?;
         drop(written);
         file.persist(path).map_err(|error| io(error.error))

@@ -47,6 +47,8 @@ impl Velvet {
             _ => Path::new("."),
         };
         let file = temporary(folder).map_err(io)?;
+        // safetensors puts a file of its own in its place, which is for its owner alone.
+        let permissions = file.as_file().metadata().map_err(io)?.permissions();
         let file = file.into_temp_path();
         let (failure, snapshot) = (RefCell::new(None), self.snapshot()?);
         safetensors::serialize_to_file(
@@ -59,6 +61,7 @@ impl Velvet {
             return Err(Error::Candle(error));
         }
         let written = std::fs::OpenOptions::new().write(true).open(&file).map_err(io)?;
+        written.set_permissions(permissions).map_err(io)?;
         written.sync_all().map_err(io)?;
         drop(written);
         file.persist(path).map_err(|error| io(error.error))
