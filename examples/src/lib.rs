@@ -15,6 +15,7 @@ pub mod interrupt;
 pub mod log;
 pub mod metacognition;
 pub mod model;
+pub mod output;
 pub mod progress;
 pub mod quantize;
 pub mod runs;
@@ -23,12 +24,12 @@ pub mod summary;
 
 use std::process::ExitCode;
 
-/// Like `println!`, but a closed pipe (`train | head`) does not end the program.
+/// Like `println!`, but a closed pipe (`train | head`) does not end the program; a full disk is an error at its end.
 #[macro_export]
 macro_rules! say {
     ($($arg:tt)*) => {{
         use std::io::Write as _;
-        let _ = writeln!(std::io::stdout(), $($arg)*);
+        $crate::output::keep(writeln!(std::io::stdout(), $($arg)*));
     }};
 }
 
@@ -68,7 +69,7 @@ pub const INTERRUPTED: u8 = 130;
 
 /// Runs an example: an error becomes one line on stderr and exit code 2.
 pub fn run(example: impl FnOnce() -> anyhow::Result<ExitCode>) -> ExitCode {
-    match example() {
+    match example().and_then(|code| output::check().map(|()| code)) {
         Ok(code) => code,
         Err(error) => {
             note!("error: {}", one_line(&error));

@@ -10,7 +10,7 @@ use super::command::{self, Command, Line};
 use super::transcript::{Transcript, Turn};
 use super::writer::{Ask, Progress, Writer};
 use crate::interrupt::Interrupt;
-use crate::{note, one_line, say};
+use crate::{note, one_line, output, say};
 
 /// A conversation by lines.
 #[derive(Debug)]
@@ -144,9 +144,14 @@ impl Plain {
             (Err(_), _) if answer.is_empty() => drop(self.transcript.turns.pop()),
             _ => {}
         }
-        let _ = writeln!(out);
+        if shown.is_ok() {
+            shown = writeln!(out);
+        }
+        output::keep(shown);
         self.settings.seed = self.settings.seed.wrapping_add(1); // another answer next time
-        match ended?.reason {
+        let ended = ended?;
+        output::check()?;
+        match ended.reason {
             StopReason::ContextFull => {
                 note!("(stopped: the model reads at most {} tokens)", self.writer.context());
             }

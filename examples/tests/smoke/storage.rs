@@ -195,3 +195,21 @@ fn a_full_disk_leaves_what_was_there() {
     assert!(run.join("checkpoint/model-8.safetensors").is_file());
     assert!(!run.join("checkpoint/model-6.safetensors").exists());
 }
+
+/// The device that is always full.
+#[cfg(target_os = "linux")]
+#[test]
+fn output_that_cannot_be_written_is_an_error() {
+    let folder = finished();
+    for (name, args) in [
+        ("data", &["plan", "--tokens", "1e9", "--json"][..]),
+        ("chat", &["--model", "run", "--prompt", "the", "--max-tokens", "2"]),
+    ] {
+        let mut program = command(name, folder, args);
+        program.stdout(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+        let ended = program.stderr(std::process::Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
+        let stderr = String::from_utf8(ended.stderr).unwrap();
+        let output = crate::program::Output { code: ended.status.code(), stdout: String::new(), stderr };
+        crate::program::is_one_error(&output, &["standard output", "No space left"]);
+    }
+}
