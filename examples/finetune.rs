@@ -50,7 +50,7 @@ struct Flags {
     #[arg(long, num_args = 1..)]
     method: Vec<Method>,
     /// Learning rates to try; the one with the lowest held-out loss counts [default: 1e-3 3e-3 1e-2]
-    #[arg(long, num_args = 1.., value_name = "LR")]
+    #[arg(long, num_args = 1.., value_name = "LR", allow_negative_numbers = true)]
     lr: Vec<f64>,
     /// Rank; FlyLoRA has four times as many, of which a token uses this many
     #[arg(long, default_value_t = 8)]

@@ -117,7 +117,7 @@ fn metacognition(flags: &Flags) -> Result<ExitCode> {
     let folder = runs::model_folder(flags.model.as_deref())?;
     let model = VesperLM::load(&folder, DType::F32, &device)?;
     let config = model.config().clone();
-    if flags.context.max(flags.seq) + flags.answer > config.max_position_embeddings {
+    if flags.context.max(flags.seq).saturating_add(flags.answer) > config.max_position_embeddings {
         bail!(
             "--seq {}, --context {} and --answer {}: the model takes {} tokens",
             flags.seq,

@@ -69,7 +69,7 @@ impl Data {
         let (seq, train, eval) = (settings.seq, data.train.len(), data.eval.len());
         if train <= seq || eval <= seq {
             bail!(
-                "--seq {seq} is longer than the data: {} has {train} tokens to train on and {eval} held out, \
+                "--seq {seq} is longer than the data: in {}, {train} tokens are to train on and {eval} held out, \
                  and both parts need more than {seq}",
                 data.name
             );
@@ -93,10 +93,11 @@ impl Data {
         let held_out = corpus.with_split(Split::HeldOut).take_stories(STORY_EVAL);
         let eval = encode(&held_out)?;
         // As many stories as the run reads, so that it sees each once.
-        let wanted = settings.steps.saturating_mul((settings.batch * settings.seq) as u64) as f64;
+        let wanted = settings.steps.saturating_mul(settings.tokens_per_step()) as f64;
         let bytes: usize = held_out.iter().map(|story| story.text.len()).sum();
         let bytes = wanted * 1.02 * bytes as f64 / eval.len().max(1) as f64;
-        let train = encode(&corpus.take_bytes((bytes as usize + 65_536).min(STORY_TRAIN_BYTES)))?;
+        let train =
+            encode(&corpus.take_bytes((bytes as usize).saturating_add(65_536).min(STORY_TRAIN_BYTES)))?;
         Ok(Self {
             name: "the embedded stories".into(),
             unigram_entropy: train.unigram_entropy()?,

@@ -22,6 +22,7 @@ pub mod runs;
 pub mod settings;
 pub mod summary;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 /// Like `println!`, but a closed pipe (`train | head`) does not end the program; a full disk is an error at its end.
@@ -83,7 +84,7 @@ pub fn run(example: impl FnOnce() -> anyhow::Result<ExitCode>) -> ExitCode {
 /// # Errors
 /// Names the flag that is wrong and what it can be, in one line.
 pub fn flags<F: clap::Parser>() -> anyhow::Result<F> {
-    F::try_parse().map_err(|error| {
+    F::try_parse_from(joined(std::env::args_os())).map_err(|error| {
         // A program that was given nothing where it needs something shows its help.
         let helps = error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
         if helps || !error.use_stderr() {
@@ -95,6 +96,27 @@ pub fn flags<F: clap::Parser>() -> anyhow::Result<F> {
         let text = text.split("\n\nFor more information").next().unwrap_or_default();
         anyhow::anyhow!("{}", text.trim_start_matches("error: ").to_owned())
     })
+}
+
+/// The words of a command line, with each value that begins like a negative number joined to its flag (`--steps -1` is
+/// `--steps=-1`): what is wrong with it is then said of the flag, not of an argument `-1`.
+fn joined(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut all: Vec<OsString> = Vec::new();
+    for word in words {
+        let negative = matches!(word.as_encoded_bytes(), [b'-', b'0'..=b'9' | b'.', ..]);
+        let flag = |word: &OsString| {
+            let word = word.as_encoded_bytes();
+            word.len() > 2 && word.starts_with(b"--") && !word.contains(&b'=')
+        };
+        match all.last_mut() {
+            Some(last) if negative && flag(last) => {
+                last.push("=");
+                last.push(word);
+            }
+            _ => all.push(word),
+        }
+    }
+    all
 }
 
 /// An error and its causes in one line, each cause once.
@@ -122,6 +144,20 @@ mod tests {
     #[test]
     fn control_characters_are_not_printed() {
         assert_eq!(super::printable("é\tb\n\u{1b}[2J\u{8}"), "é\tb\n\u{fffd}[2J\u{fffd}");
+    }
+
+    #[test]
+    fn a_negative_value_belongs_to_its_flag() {
+        let joined = |words: &[&str]| super::joined(words.iter().map(Into::into));
+        assert_eq!(joined(&["p", "--lr", "-1e-3", "--steps", "-1"]), ["p", "--lr=-1e-3", "--steps=-1"]);
+        for same in [
+            &["p", "--lr", "1e-3", "-1"][..],
+            &["p", "--lr=1", "-1"],
+            &["p", "--", "-1"],
+            &["p", "--a", "-b"],
+        ] {
+            assert_eq!(joined(same), same);
+        }
     }
 
     #[test]

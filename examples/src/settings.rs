@@ -247,6 +247,9 @@ impl Settings {
                 bail!("{flag} 0: expected at least 1");
             }
         }
+        if self.tokens_per_step() > u64::from(u32::MAX) {
+            bail!("--batch {} x --seq {}: expected less than 2^32 tokens a step", self.batch, self.seq);
+        }
         if !(self.lr.is_finite() && self.lr > 0.0) {
             bail!("--lr {}: expected a positive number", self.lr);
         }

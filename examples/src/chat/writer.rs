@@ -155,9 +155,8 @@ impl Writer {
                 ids.extend(encoded.get_ids());
                 if ids.len() >= context {
                     bail!(
-                        "the prompt has {} tokens, but the model reads at most {}",
-                        ids.len(),
-                        context.saturating_sub(1)
+                        "the prompt has {} tokens, but the model reads at most {context}, of which an answer needs one",
+                        ids.len()
                     );
                 }
                 Ok((ids, 0))

@@ -53,6 +53,17 @@ impl Plan {
     /// # Errors
     /// Names what cannot be read, a number that is not positive, or a budget that no model follows from.
     pub fn of(flags: &Flags) -> Result<Self> {
+        let numbers = [
+            ("--tokens", flags.tokens),
+            ("--flops", flags.flops),
+            ("--ratio", Some(flags.ratio)),
+            ("--speed", flags.speed),
+        ];
+        for (flag, value) in numbers.into_iter().filter_map(|(flag, value)| Some((flag, value?))) {
+            if !(value.is_finite() && value > 0.0) {
+                bail!("{flag} {value}: expected a positive number");
+            }
+        }
         let (tokens, vocab) = text(flags)?;
         let law = flags.law();
         let budget = match (flags.flops, tokens) {

@@ -25,8 +25,10 @@ pub struct Sample {
 /// # Errors
 /// Names what cannot be read or written, or a flag that is out of range.
 pub fn draw(flags: &Flags) -> Result<Vec<Sample>> {
-    if flags.length == 0 {
-        bail!("--length 0: expected at least 1");
+    for (flag, value) in [("--count", flags.count), ("--length", flags.length)] {
+        if value == 0 {
+            bail!("{flag} 0: expected at least 1");
+        }
     }
     let opened = access::open(&flags.text)?;
     let tokens = opened.cache.tokens();

@@ -40,7 +40,9 @@ impl Documents {
     /// # Errors
     /// Names the file and line that cannot be used.
     pub fn read(data: &[PathBuf], stories: usize, tokenizer: &TextTokenizer, model: &Path) -> Result<Self> {
-        let mut seen = trained_on(model)?;
+        let known = trained_on(model)?;
+        let of_no_run = known.is_none();
+        let mut seen = known.unwrap_or_default();
         let (name, texts) = if data.is_empty() {
             let corpus = StoryCorpus::new(story_seed(model)?).with_split(Split::HeldOut);
             let texts = corpus.take_stories(stories).into_iter().map(|story| story.text).collect();
@@ -62,9 +64,14 @@ impl Documents {
             .collect::<Result<Vec<_>>>()?;
         if ids.len() < 10 {
             bail!(
-                "{name} has {} documents that the model was not trained on, and at least 10 are needed: a document is a file, or \
+                "documents of {name} that the model was not trained on: {}, expected at least 10; a document is a file, or \
                  what is between two <|endoftext|> in it",
                 ids.len()
+            );
+        }
+        if of_no_run {
+            crate::note!(
+                "warning: the model is of no run of `train`, so it may have been trained on some of these documents"
             );
         }
         Ok(Self { name, left_out, ids })
@@ -163,26 +170,21 @@ fn story_seed(model: &Path) -> Result<u64> {
     })
 }
 
-/// The texts that the model's run read, its own held-out ones included; none where it is of no run.
-fn trained_on(model: &Path) -> Result<BTreeSet<u64>> {
-    let Some(checkpoint) = checkpoint(model) else {
-        crate::note!(
-            "warning: the model is of no run of `train`, so it may have been trained on some of these documents"
-        );
-        return Ok(BTreeSet::new());
-    };
+/// The texts that the model's run read, its own held-out ones included; nothing where it is of no run.
+fn trained_on(model: &Path) -> Result<Option<BTreeSet<u64>>> {
+    let Some(checkpoint) = checkpoint(model) else { return Ok(None) };
     let state = checkpoint.state()?;
     if state.settings.data.is_empty() {
         // More than the run can have read: a token has fewer than 8 bytes here.
         let bytes = usize::try_from(state.tokens.saturating_mul(8)).unwrap_or(usize::MAX).min(64 << 20);
         let stories = StoryCorpus::new(state.settings.seed).take_bytes(bytes);
-        return Ok(stories.iter().map(|story| digest(&story.text)).collect());
+        return Ok(Some(stories.iter().map(|story| digest(&story.text)).collect()));
     }
     let data = &state.settings.data;
     let read = || -> Result<BTreeSet<u64>> {
         Sources::from(data.as_slice()).documents()?.map(|document| Ok(digest(&document?.text))).collect()
     };
-    read().context("cannot tell which documents the model was trained on")
+    read().map(Some).context("cannot tell which documents the model was trained on")
 }
 
 #[cfg(test)]

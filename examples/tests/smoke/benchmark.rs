@@ -69,6 +69,8 @@ fn wrong_flags_are_one_line() {
     for (args, parts) in [
         (&["--size", "huge"][..], &["huge", "nano, tiny, small, medium, large"][..]),
         (&["--lrs", "0"], &["--lrs 0"]),
+        (&["--lrs", "-1e-3"], &["--lrs -0.001"]),
+        (&["--batch", "18446744073709551615"], &["--batch 18446744073709551615", "2^32"]),
         (&["--seeds", "0"], &["--seeds"]),
         (&["--steps", "0"], &["--steps 0"]),
         (&["--device", "gpu"], &["--device gpu"]),

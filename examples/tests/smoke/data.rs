@@ -151,9 +151,9 @@ fn a_plan_names_the_preset_or_says_why_there_is_none() {
     let text = succeeds("data", dir, &["plan", "--tokens", "460e6"]);
     assert!(text.contains("<- suits best") && text.contains("nano"), "{text}");
     fails("data", dir, &["plan"], &["--tokens N", "--flops C"]);
-    fails("data", dir, &["plan", "--tokens", "-5"], &["-5 tokens", "positive number"]);
-    fails("data", dir, &["plan", "--flops", "0"], &["0e0 operations", "positive number"]);
-    fails("data", dir, &["plan", "--tokens", "1e9", "--speed", "0"], &["tokens a second is 0"]);
+    fails("data", dir, &["plan", "--tokens", "-5"], &["--tokens -5", "positive number"]);
+    fails("data", dir, &["plan", "--flops", "0"], &["--flops 0", "positive number"]);
+    fails("data", dir, &["plan", "--tokens", "1e9", "--speed", "0"], &["--speed 0", "positive number"]);
 }
 
 #[test]
@@ -213,6 +213,8 @@ fn wrong_input_is_one_line() {
         fails("data", dir, &both, &["--tokenizer", "--vocab-size"]);
     }
     fails("data", dir, &["sample", "text.txt", "--length", "0"], &["--length 0"]);
+    fails("data", dir, &["sample", "text.txt", "--count", "0"], &["--count 0"]);
+    fails("data", dir, &["stats", "text.txt", "--top", "-1"], &["'-1'", "--top"]);
     let unigram = ["build", "text.txt", "--train-tokenizer", "unigram", "--vocab-size", "12"];
     fails("data", dir, &unigram, &["different characters", "expected fewer than 4"]);
     for args in [&["stats", "text.txt", "--nothing"][..], &["guess"], &[]] {

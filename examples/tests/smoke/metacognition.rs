@@ -112,7 +112,7 @@ fn text_that_was_trained_on_is_left_out() {
     std::fs::write(dir.join("mixed.txt"), format!("{trained}<|endoftext|>{more}<|endoftext|>{more}"))
         .unwrap();
     let args = ["--model", "run", "--data", "mixed.txt", "--out", "judged"];
-    fails("metacognition", dir, &args, &["mixed.txt", "8 documents", "at least 10"]);
+    fails("metacognition", dir, &args, &["mixed.txt", "not trained on: 8", "at least 10"]);
 }
 
 #[test]
@@ -130,6 +130,13 @@ fn what_cannot_be_measured_is_said_in_a_line() {
     fails("metacognition", dir, &without("--seeds", "0"), &["--seeds 0"]);
     fails("metacognition", dir, &without("--context", "0"), &["--context 0"]);
     fails("metacognition", dir, &without("--context", "100000"), &["--context 100000", "the model takes"]);
+    let most = "18446744073709551615";
+    fails(
+        "metacognition",
+        dir,
+        &without("--answer", most),
+        &["--answer 18446744073709551615", "the model takes"],
+    );
     fails("metacognition", dir, &with(&["--temperature", "0"]), &["--temperature 0", "positive"]);
     fails("metacognition", dir, &with(&["--lr", "nan"]), &["--lr NaN"]);
     fails("metacognition", dir, &["--report", "text.txt"], &["text.txt"]);

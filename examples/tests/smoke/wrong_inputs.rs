@@ -56,7 +56,9 @@ fn flags_out_of_range() {
         (&["--eval-every", "0"], &["--eval-every 0"]),
         (&["--lr", "0"], &["--lr 0"]),
         (&["--lr", "-1"], &["--lr -1"]),
+        (&["--lr", "-1e-3"], &["--lr -0.001"]),
         (&["--lr", "nan"], &["--lr NaN"]),
+        (&["--batch", "100000000"], &["--batch 100000000 x --seq 256", "2^32"]),
         (&["--vocab-size", "0"], &["vocab"]),
         (&["--vocab-size", "10"], &["vocab"]),
         (&["--seq", "100000"], &["--seq 100000", "longer than the data", "text.txt"]),
@@ -81,6 +83,7 @@ fn flags_that_there_are_not() {
         (&["--optimizer", "sgd"][..], &["'sgd'", "--optimizer", "velvet, adamw"][..]),
         (&["--dtype", "f8"], &["'f8'", "--dtype", "f32, bf16"]),
         (&["--steps", "many"], &["'many'", "--steps"]),
+        (&["--steps", "-1"], &["'-1'", "--steps"]),
         (&["--steps"], &["--steps", "value"]),
         (&["--nothing"], &["'--nothing'"]),
     ] {
