@@ -140,7 +140,7 @@ fn benchmark(flags: &Flags) -> Result<ExitCode> {
             bail!("--lrs {lr}: expected positive numbers");
         }
     }
-    let out = flags.out.clone().unwrap_or_else(|| runs::new_folder("benchmark"));
+    let out = runs::results_folder(flags.out.as_deref(), "benchmark")?;
     let preset = VesperConfig::preset(&flags.size)?;
     let mut folder = files::NewFolder::create(&out)?;
     let data = Data::prepare(&settings, &preset, None, &out.join("cache"))?;

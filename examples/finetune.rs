@@ -198,7 +198,7 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
     };
     let settings = settings.settings()?;
     let interrupt = Interrupt::catch()?;
-    let out = flags.out.clone().unwrap_or_else(|| runs::new_folder("finetune"));
+    let out = runs::results_folder(flags.out.as_deref(), "finetune")?;
     let mut folder = files::NewFolder::create(&out)?;
     let tokenizer = base.text_tokenizer(&out)?;
     let cache = out.join("cache");

@@ -146,7 +146,7 @@ fn metacognition(flags: &Flags) -> Result<ExitCode> {
     // Text that it has not seen.
     let documents = Documents::read(&flags.data, flags.stories, &tokenizer, &folder)?;
     let base = BaseModel::of(&model)?;
-    let out = flags.out.clone().unwrap_or_else(|| runs::new_folder("metacognition"));
+    let out = runs::results_folder(flags.out.as_deref(), "metacognition")?;
     let mut created = files::NewFolder::create(&out)?;
     say!(
         "{}: {} documents, {} left out; results in {}",

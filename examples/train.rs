@@ -80,7 +80,9 @@ fn train(flags: &Flags) -> Result<ExitCode> {
     }
     folder.keep();
     let mut log = Log::open(&out.join("log.jsonl"), done)?;
-    runs::remember(&out);
+    if stored.is_some() {
+        runs::remember(&out);
+    }
     describe(&settings, &config, &data, &out, done);
 
     // One step: the loss of a batch, the gradients, the update. On a GPU it is replayed as a CUDA graph.
@@ -149,6 +151,7 @@ fn train(flags: &Flags) -> Result<ExitCode> {
                 seconds,
             };
             checkpoint.save(&state, &varmap, training.state(), &data.tokenizer)?;
+            runs::remember(&out);
         }
         if interrupted {
             drop(progress);

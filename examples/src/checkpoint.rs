@@ -156,11 +156,11 @@ impl Checkpoint {
     pub fn advice(&self) -> String {
         match self.state() {
             Ok(state) => format!(
-                "its last checkpoint, of step {}, is kept in {}; try a lower --lr in a new run",
+                "its last checkpoint, of step {}, is kept in {}; where training diverged, try a lower --lr in a new run",
                 state.step,
                 self.dir.display()
             ),
-            Err(_) => "it has no checkpoint yet; try a lower --lr".into(),
+            Err(_) => "it has no checkpoint yet; where training diverged, try a lower --lr".into(),
         }
     }
 

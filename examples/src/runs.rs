@@ -23,6 +23,18 @@ pub fn new_folder(name: &str) -> PathBuf {
     }
 }
 
+/// The folder of a program's results: the one that is named, else `runs/{name}-N`.
+///
+/// # Errors
+/// One that holds such results already.
+pub fn results_folder(named: Option<&Path>, name: &str) -> Result<PathBuf> {
+    let Some(out) = named else { return Ok(new_folder(name)) };
+    if out.join(format!("{name}.json")).exists() {
+        bail!("--out {}: there is a {name}.json already, choose another folder", out.display());
+    }
+    Ok(out.into())
+}
+
 fn pointer() -> PathBuf {
     Path::new(FOLDER).join("last")
 }

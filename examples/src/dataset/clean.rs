@@ -19,7 +19,7 @@ pub struct Cleaned {
     pub changed: u64,
 }
 
-/// Writes the documents as JSONL, cleaned.
+/// Writes the documents as JSONL, cleaned; never over one of the files that they are read from.
 ///
 /// # Errors
 /// Names what cannot be read or written.
@@ -29,6 +29,11 @@ pub fn write(flags: &Flags) -> Result<Cleaned> {
     let mut failed = None;
     let sources = Sources::new(&flags.paths).with_settings(flags.read.settings()?);
     let mut documents = access::documents(&sources)?;
+    if let Ok(out) = flags.out.canonicalize()
+        && sources.files()?.iter().any(|file| file.canonicalize().is_ok_and(|file| file == out))
+    {
+        bail!("--out {}: one of the files that are read, which it would replace", flags.out.display());
+    }
     let report = documents.report();
     let written = files::replace(&flags.out, |file| {
         let mut out = BufWriter::new(file);

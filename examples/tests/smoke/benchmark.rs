@@ -37,6 +37,8 @@ fn both_optimizers_are_compared() {
     }
     let svg = std::fs::read_to_string(result.join("benchmark.svg")).unwrap();
     assert!(svg.starts_with("<svg") && svg.contains("AdamW") && svg.contains("Velvet"));
+    // Results are not replaced.
+    fails("benchmark", folder.path(), &args, &["--out result", "benchmark.json"]);
 }
 
 #[test]

@@ -190,6 +190,14 @@ fn french_text_is_cleaned_by_rules() {
     std::fs::write(dir.join("bad.txt"), b"a\xff").unwrap();
     fails("data", dir, &["clean", "bad.txt", "--out", "c.jsonl"], &["bad.txt, line 1", "UTF-8"]);
     fails("data", dir, &["clean", "fr.txt", "--out", "no/c.jsonl"], &["no/c.jsonl"]);
+    // The file that is read, by another name for it, and one of a folder.
+    let french = std::fs::read(dir.join("fr.txt")).unwrap();
+    fails("data", dir, &["clean", "fr.txt", "--out", "./fr.txt"], &["--out ./fr.txt", "would replace"]);
+    std::fs::create_dir(dir.join("texts")).unwrap();
+    std::fs::write(dir.join("texts/a.txt"), "l'an").unwrap();
+    succeeds("data", dir, &["clean", "texts", "--out", "texts/b.jsonl"]);
+    fails("data", dir, &["clean", "texts", "--out", "texts/b.jsonl"], &["--out texts/b.jsonl"]);
+    assert_eq!(std::fs::read(dir.join("fr.txt")).unwrap(), french);
     assert!(!files(dir).iter().any(|name| name.starts_with("c.jsonl")));
 }
 

@@ -102,6 +102,7 @@ fn ctrl_c_keeps_what_has_ended_and_no_folder_where_nothing_has() {
         &["--method", "lora", "rslora", "dora", "full", "--steps", "60", "--out", "some"],
         "some/finetune.json",
     );
+    fails("finetune", dir, &[&args[..], &["--out", "some"]].concat(), &["--out some", "finetune.json"]);
     let result = json(&dir.join("some/finetune.json"));
     let ended = result["methods"].as_array().unwrap().len();
     assert!((1..4).contains(&ended), "{ended}");

@@ -151,6 +151,7 @@ fn a_model_that_gives_no_number_is_never_a_checkpoint() {
         let args = tiny(&["--optimizer", "adamw", "--lr", "1e40", "--eval-every", interval, "--out", out]);
         stops("train", folder.path(), &args, &[problem, "no checkpoint yet", "lower --lr", "NaN"]);
         assert!(!folder.path().join(out).join("checkpoint").exists());
+        assert!(!folder.path().join("runs/last").exists(), "there is nothing to go on with");
     }
 }
 
