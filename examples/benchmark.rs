@@ -117,6 +117,7 @@ struct Report {
 }
 
 fn main() -> ExitCode {
+    vesper_examples::leave_the_threads_to_the_fused_operations();
     vesper_examples::run(|| benchmark(&vesper_examples::flags()?))
 }
 
