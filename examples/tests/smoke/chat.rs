@@ -263,7 +263,7 @@ fn a_prompt_longer_than_the_context_is_refused() {
     let limit = context();
     let prompt = "1 2 3 ".repeat(limit as usize);
     let line = fails("chat", finished(), &["--model", "run", "--prompt", &prompt], &["the prompt has"]);
-    assert!(line.contains(&format!("at most {}", limit - 1)), "{line}");
+    assert!(line.contains(&format!("at most {limit}, of which")), "{line}");
 }
 
 /// The most tokens that the model of [`finished`] reads.

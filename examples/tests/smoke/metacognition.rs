@@ -134,7 +134,7 @@ fn what_cannot_be_measured_is_said_in_a_line() {
     fails(
         "metacognition",
         dir,
-        &without("--answer", most),
+        &with(&["--answer", most]),
         &["--answer 18446744073709551615", "the model takes"],
     );
     fails("metacognition", dir, &with(&["--temperature", "0"]), &["--temperature 0", "positive"]);
