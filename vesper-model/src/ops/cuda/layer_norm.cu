@@ -67,8 +67,7 @@ __device__ void backward(const T *x, const T *w, const T *dy, T *dx, float *part
                 g += __shfl_xor_sync(0xffffffffu, g, offset);
                 gc += __shfl_xor_sync(0xffffffffu, gc, offset);
             }
-            // By one division for all rows: divisions would take a quarter of the time.
-            const float r = rsqrtf(squares * each + p.eps);
+            const float r = rsqrtf(squares * each + p.eps);  // by one division for all rows
             g *= r * each;
             gc *= r * each * r * r;
             R::each(p.d, lane, [&](int j, uint32_t i) {
