@@ -1,14 +1,15 @@
 //! Tokens a second of decoding with a cache, against the rate at which memory could give the weights.
 //!
 //! ```text
-//! cargo bench -p vesper-benches [--features cuda] --bench decode -- [nano small medium] [f32 bf16 q8_0 q4_k ...] [composed]
+//! cargo bench -p vesper-benches [--features cuda] --bench decode -- [nano small medium] [f32 bf16 q8_0 q4_k ...] [composed] [prompts]
 //! ```
 //!
 //! A prompt of 64 tokens is read, then 128 tokens are chosen greedily, of one sequence and of eight, and of one also
 //! given one by one, as a sampler does that looks at the logits of each; prefill is a prompt of 512 tokens, beside the
-//! model's forward over the same tokens in training. On the CPU the presets nano and small in f32, bf16 and blocks of 8
+//! model's forward over the same tokens in training, by turns. On the CPU the presets nano and small in f32, bf16 and blocks of 8
 //! and 4 bits, on CUDA also medium, in bf16, by the step that is replayed as a graph (`fused`) and by its launches
-//! (`launched`). `composed` also measures decoding by the operations, without the fused step. The floor is what reading
+//! (`launched`). `composed` also measures decoding by the operations, without the fused step; `prompts` measures nothing
+//! but the reading of prompts. The floor is what reading
 //! the weights and the filled cache once takes at the rate of a copy on this machine; a model that fits into the caches
 //! can be below it.
 //!
@@ -36,6 +37,8 @@ struct Sizes {
     tokens: usize,
     prefill: usize,
     runs: usize,
+    /// Of prompts and the forward in training.
+    turns: usize,
 }
 
 /// The median and the extremes of several runs.
@@ -44,6 +47,20 @@ struct Rate {
     tokens_per_s: f64,
     least: f64,
     most: f64,
+}
+
+impl Rate {
+    fn of(mut samples: Vec<f64>) -> Self {
+        let tokens_per_s = median(&mut samples);
+        let end = |sample: Option<&f64>| sample.copied().unwrap_or(f64::NAN);
+        Self { tokens_per_s, least: end(samples.first()), most: end(samples.last()) }
+    }
+}
+
+/// The median of samples, which are sorted.
+fn median(samples: &mut [f64]) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    samples.get(samples.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 #[derive(Serialize)]
@@ -70,6 +87,8 @@ struct Prefill {
     session: Rate,
     /// The forward of training over the same tokens, without the output layer.
     training_forward: Rate,
+    /// The median of the ratios of each run of the session to the forward right after it.
+    of_training: f64,
 }
 
 #[derive(Serialize)]
@@ -90,15 +109,17 @@ fn rate(device: &Device, runs: usize, tokens: usize, mut f: impl FnMut() -> Resu
     f()?;
     let mut samples = Vec::with_capacity(runs);
     for _ in 0..runs {
-        device.synchronize()?;
-        let start = Instant::now();
-        f()?;
-        device.synchronize()?;
-        samples.push(tokens as f64 / start.elapsed().as_secs_f64());
+        samples.push(tokens as f64 / seconds(device, &mut f)?);
     }
-    samples.sort_by(f64::total_cmp);
-    let at = |i: usize| samples.get(i).copied().unwrap_or(f64::NAN);
-    Ok(Rate { tokens_per_s: at(runs / 2), least: at(0), most: at(runs - 1) })
+    Ok(Rate::of(samples))
+}
+
+fn seconds(device: &Device, f: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+    device.synchronize()?;
+    let start = Instant::now();
+    f()?;
+    device.synchronize()?;
+    Ok(start.elapsed().as_secs_f64())
 }
 
 fn ids(n: usize, vocab: usize, seed: usize) -> Vec<u32> {
@@ -161,26 +182,37 @@ fn prefill(name: &str, form: Form, model: &VesperLM, sizes: Sizes) -> Result<Pre
     let prompt = ids(sizes.prefill, model.config().vocab_size, 0);
     let tensor = Tensor::new(&prompt[..], model.device())?.unsqueeze(0)?;
     let mut session = model.session(sizes.prefill)?;
+    let mut read = || {
+        session.truncate(0);
+        session.append(&prompt).map(drop)
+    };
+    let mut forward = || model.hidden_states(&tensor).map(drop);
+    read()?;
+    forward()?;
+    let (mut session, mut training, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..sizes.turns {
+        let (own, other) = (seconds(model.device(), &mut read)?, seconds(model.device(), &mut forward)?);
+        session.push(sizes.prefill as f64 / own);
+        training.push(sizes.prefill as f64 / other);
+        ratios.push(other / own);
+    }
     let row = Prefill {
         preset: name.into(),
         compute: form.to_string(),
         tokens: sizes.prefill,
-        session: rate(model.device(), sizes.runs, sizes.prefill, || {
-            session.truncate(0);
-            session.append(&prompt).map(drop)
-        })?,
-        training_forward: rate(model.device(), sizes.runs, sizes.prefill, || {
-            model.hidden_states(&tensor).map(drop)
-        })?,
+        session: Rate::of(session),
+        training_forward: Rate::of(training),
+        of_training: median(&mut ratios),
     };
     println!(
-        "prefill {name} {} {} tokens: {:.0} tok/s (from {:.0} to {:.0}); forward in training {:.0}",
+        "prefill {name} {} {} tokens: {:.0} tok/s (from {:.0} to {:.0}); forward in training {:.0}, by turns {:.2} of it",
         row.compute,
         row.tokens,
         row.session.tokens_per_s,
         row.session.least,
         row.session.most,
-        row.training_forward.tokens_per_s
+        row.training_forward.tokens_per_s,
+        row.of_training
     );
     Ok(row)
 }
@@ -235,7 +267,7 @@ fn measure(
     (name, config): (&str, &VesperConfig),
     form: Form,
     device: &Device,
-    (sizes, composed): (Sizes, bool),
+    (sizes, composed, prompts): (Sizes, bool, bool),
     record: &mut Record,
 ) -> Result<()> {
     let (model, weights) = form.model(config, device)?;
@@ -245,6 +277,9 @@ fn measure(
     }
     if composed {
         steps.push(DecodeStep::Composed);
+    }
+    if prompts {
+        steps.clear();
     }
     for step in steps {
         for batch in [1, 8] {
@@ -298,14 +333,14 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     };
     if !has("--bench") {
         let config = VesperConfig::preset("nano")?.with_vocab(64);
-        let sizes = Sizes { prompt: 3, tokens: 4, prefill: 8, runs: 1 };
+        let sizes = Sizes { prompt: 3, tokens: 4, prefill: 8, runs: 1, turns: 1 };
         record.copy_gb_per_s = copy(&device, 1, 1 << 12)? / 1e9;
         for form in [Form::Plain(DType::F32), Form::Blocks(BlockType::Q8_0)] {
-            measure(("nano", &config), form, &device, (sizes, true), &mut record)?;
+            measure(("nano", &config), form, &device, (sizes, true, false), &mut record)?;
         }
         return Ok(());
     }
-    let sizes = Sizes { prompt: 64, tokens: 128, prefill: 512, runs: 7 };
+    let sizes = Sizes { prompt: 64, tokens: 128, prefill: 512, runs: 7, turns: 25 };
     record.copy_gb_per_s = copy(&device, 11, if device.is_cpu() { 1 << 28 } else { 1 << 31 })? / 1e9;
     println!("{}: copy {:.1} GB/s", record.machine, record.copy_gb_per_s);
     let chosen = |all: &[&'static str]| -> Vec<&'static str> {
@@ -329,7 +364,7 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     for name in presets {
         for &form in &forms {
             let config = VesperConfig::preset(name)?;
-            measure((name, &config), form, &device, (sizes, has("composed")), &mut record)?;
+            measure((name, &config), form, &device, (sizes, has("composed"), has("prompts")), &mut record)?;
         }
     }
     if let Ok(path) = std::env::var("VESPER_BENCH_PEERS") {
