@@ -25,7 +25,7 @@ pub struct Philox {
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
-const ROUNDS: u32 = 10;
+const ROUNDS: usize = 10;
 /// Blocks computed side by side, so that the rounds vectorise.
 const LANES: usize = 16;
 /// Words that [`Philox::fill`] makes in one go.
@@ -35,6 +35,7 @@ impl Philox {
     /// Writes the words from `4 * first_block` on; vectorises inside of `real::simd`.
     #[inline(always)]
     pub(super) fn fill(self, first_block: u64, words: &mut [u32]) {
+        let keys = self.keys();
         for (group, words) in words.chunks_mut(GROUP).enumerate() {
             let start = first_block.wrapping_add((group * LANES) as u64);
             let blocks: [u64; LANES] = std::array::from_fn(|lane| start.wrapping_add(lane as u64));
@@ -44,11 +45,22 @@ impl Philox {
                 [self.offset as u32; LANES],
                 [(self.offset >> 32) as u32; LANES],
             ];
-            let counter = rounds(counter, [self.seed as u32, (self.seed >> 32) as u32]);
+            let counter = rounds(counter, keys);
             for (i, word) in words.iter_mut().enumerate() {
                 *word = counter[i % 4][i / 4];
             }
         }
+    }
+
+    /// The key of each round.
+    #[inline(always)]
+    pub(super) fn keys(self) -> [[u32; 2]; ROUNDS] {
+        let mut next = [self.seed as u32, (self.seed >> 32) as u32];
+        [(); ROUNDS].map(|()| {
+            let key = next;
+            next = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
+            key
+        })
     }
 
     /// The first `n` words.
@@ -63,8 +75,8 @@ impl Philox {
 }
 
 #[inline(always)]
-fn rounds<const N: usize>(mut counter: [[u32; N]; 4], mut key: [u32; 2]) -> [[u32; N]; 4] {
-    for _ in 0..ROUNDS {
+fn rounds<const N: usize>(mut counter: [[u32; N]; 4], keys: [[u32; 2]; ROUNDS]) -> [[u32; N]; 4] {
+    for key in keys {
         let mut next = [[0; N]; 4];
         for lane in 0..N {
             let a = u64::from(MULTIPLIERS[0]) * u64::from(counter[0][lane]);
@@ -75,7 +87,6 @@ fn rounds<const N: usize>(mut counter: [[u32; N]; 4], mut key: [u32; 2]) -> [[u3
             next[3][lane] = a as u32;
         }
         counter = next;
-        key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }
     counter
 }
@@ -97,11 +108,11 @@ mod tests {
             ),
         ];
         for (counter, key, answer) in known {
-            assert_eq!(rounds(counter.map(|word| [word]), key), answer.map(|word: u32| [word]));
             let random = Philox {
                 seed: u64::from(key[0]) | u64::from(key[1]) << 32,
                 offset: u64::from(counter[2]) | u64::from(counter[3]) << 32,
             };
+            assert_eq!(rounds(counter.map(|word| [word]), random.keys()), answer.map(|word: u32| [word]));
             let mut words = [0; 4];
             random.fill(u64::from(counter[0]) | u64::from(counter[1]) << 32, &mut words);
             assert_eq!(words, answer);

@@ -13,18 +13,17 @@ use crate::ops::Philox;
 #[derive(Clone, Copy)]
 struct Params {
     n: u64,
-    threshold: u64,
-    seed: u64,
     offset: u64,
+    keys: [[u32; 2]; 10],
+    last: u32,
     scale: f32,
-    unused: u32,
 }
 
-const _: () = assert!(size_of::<Params>() == 40);
+const _: () = assert!(size_of::<Params>() == 104);
 // SAFETY: plain numbers in the layout of `DropoutParams`.
 unsafe impl DeviceRepr for Params {}
 
-/// See [`crate::ops::dropout`]; words below `threshold` are dropped.
+/// See [`crate::ops::dropout`]; words below `threshold` are dropped, of which there are some.
 pub(in crate::ops) fn dropout(x: &Tensor, threshold: u64, scale: f64, random: Philox) -> Result<Tensor> {
     if is_empty(&[x]) {
         return zeros(x.device(), x.shape(), x.dtype());
@@ -43,15 +42,15 @@ impl Dropout {
         let (device, n) = (x.device(), layout.shape().elem_count());
         let params = Params {
             n: n as u64,
-            threshold: self.threshold,
-            seed: self.random.seed,
             offset: self.random.offset,
+            keys: self.random.keys(),
+            // 2^32 where all are dropped.
+            last: (self.threshold - 1).min(u32::MAX.into()) as u32,
             scale: self.scale as f32,
-            unused: 0,
         };
         let mut y = allocate::<T>(device, n)?;
         let name = format!("dropout_{}", T::NAME);
-        let config = blocks(n.div_ceil(4 * 256).clamp(1, 1 << 16), 256)?;
+        let config = blocks(n.div_ceil(16 / size_of::<T>() * 256).clamp(1, 1 << 16), 256)?;
         let x = view::<T>(x, layout)?;
         launch!(device, Module::Dropout, &name, config, &x, &mut y, &params);
         Ok(wrap(y, device))
