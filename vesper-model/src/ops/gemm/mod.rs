@@ -204,7 +204,7 @@ unsafe trait Kernel {
 
 /// A type that operands are stored in.
 #[cfg(target_arch = "x86_64")]
-trait Element: Copy + Send + Sync + avx512::Load {
+trait Element: Copy + Send + Sync + avx512::Load + avx2::Load {
     fn to_f32(self) -> f32;
 }
 
