@@ -248,8 +248,12 @@ fn quoted_training_on_a_gpu_is_that_of_its_record() {
 #[test]
 fn quoted_decoding_on_a_cpu_is_that_of_its_record() {
     let mut count = 0;
-    for machine in ["amd-epyc-2-cores", "amd-epyc-zen-4-2-cores"] {
-        let record = record(&format!("{machine}/2026-11-27-decode.json"));
+    for record in [
+        "amd-epyc-2-cores/2026-11-27-decode.json",
+        "amd-epyc-zen-4-2-cores/2026-11-27-decode.json",
+        "amd-epyc-zen-3-2-cores/2026-11-28-decode.json",
+    ] {
+        let record = self::record(record);
         let speed = |row: &Value| format!("{:.0}", number(&row["decode"], "tokens_per_s"));
         for one in rows(&record, "decoding").iter().filter(|row| row["batch"] == 1) {
             let other = |row: &&Value| {
@@ -265,7 +269,7 @@ fn quoted_decoding_on_a_cpu_is_that_of_its_record() {
             count += 1;
         }
     }
-    assert_eq!(count, 18 + 12);
+    assert_eq!(count, 18 + 12 + 12);
 }
 
 #[test]
