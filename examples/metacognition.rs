@@ -1,8 +1,8 @@
 //! Trains a head that foresees the errors of a trained model, and measures what it is worth: against the probability and the
 //! entropy of the model's own distribution, and for regulating what the model answers.
 //!
-//!     cargo run --release --example metacognition
-//!     cargo run --release --example metacognition -- --model runs/nano-1 --data held-out/ --seeds 5
+//!     cargo run --release --example metacognition -- --model runs/nano-1
+//!     cargo run --release --example metacognition -- --model runs/tiny-1 --data held-out/ --seeds 5
 //!     cargo run --release --example metacognition -- --head runs/metacognition-1/head --prompt "Once upon a"
 
 use std::path::{Path, PathBuf};
@@ -34,7 +34,8 @@ struct Flags {
     /// Folder of a run or of a model [default: the last trained run]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Text that the model was not trained on, in many documents [default: held-out embedded stories]
+    /// Text that the model was not trained on, in many documents [default: held-out embedded stories, for a model of
+    /// the embedded stories]
     #[arg(long, num_args = 1.., value_name = "PATH")]
     data: Vec<PathBuf>,
     /// Held-out stories, where there is no --data
@@ -103,7 +104,7 @@ fn main() -> ExitCode {
 
 fn metacognition(flags: &Flags) -> Result<ExitCode> {
     if let Some(file) = &flags.report {
-        say!("{}", files::read_json::<Record>(file)?.tables());
+        say!("{}", Record::read(file)?.tables());
         return Ok(ExitCode::SUCCESS);
     }
     flags.validate()?;

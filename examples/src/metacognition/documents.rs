@@ -38,8 +38,11 @@ impl Documents {
     /// The documents of some files, or, where there are none, the first `stories` held-out ones of the embedded corpus.
     ///
     /// # Errors
-    /// Names the file and line that cannot be used.
+    /// Names the file and line that cannot be used; no files for a model that was trained on other text than the stories.
     pub fn read(data: &[PathBuf], stories: usize, tokenizer: &TextTokenizer, model: &Path) -> Result<Self> {
+        if data.is_empty() {
+            knows_the_stories(model)?;
+        }
         let known = trained_on(model)?;
         let of_no_run = known.is_none();
         let mut seen = known.unwrap_or_default();
@@ -63,15 +66,20 @@ impl Documents {
             .map(|document| Ok(document?.ids))
             .collect::<Result<Vec<_>>>()?;
         if ids.len() < 10 {
+            let more = if data.is_empty() {
+                "more --stories have more"
+            } else {
+                "a document is a file, or what is between two <|endoftext|> in it"
+            };
             bail!(
-                "documents of {name} that the model was not trained on: {}, expected at least 10; a document is a file, or \
-                 what is between two <|endoftext|> in it",
+                "documents of {name} that the model was not trained on: {}, expected at least 10; {more}",
                 ids.len()
             );
         }
         if of_no_run {
+            let other = if data.is_empty() { ", or on text of another kind alone" } else { "" };
             crate::note!(
-                "warning: the model is of no run of `train`, so it may have been trained on some of these documents"
+                "warning: the model is of no run of `train`, so it may have been trained on some of these documents{other}"
             );
         }
         Ok(Self { name, left_out, ids })
@@ -161,6 +169,20 @@ fn checkpoint(model: &Path) -> Option<Checkpoint> {
     let run = if model.join("checkpoint").is_dir() { model } else { model.parent()? };
     let checkpoint = Checkpoint::of(run);
     checkpoint.exists().then_some(checkpoint)
+}
+
+/// Whether the embedded stories are text of the kind that the model was trained on, as far as that is known.
+fn knows_the_stories(model: &Path) -> Result<()> {
+    let Some(checkpoint) = checkpoint(model) else { return Ok(()) };
+    let data = checkpoint.state()?.settings.data;
+    if data.is_empty() {
+        return Ok(());
+    }
+    let names = data.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
+    bail!(
+        "{}: trained on {names}, not on the embedded stories: name text of the same kind that it has not seen with --data",
+        model.display()
+    );
 }
 
 fn story_seed(model: &Path) -> Result<u64> {

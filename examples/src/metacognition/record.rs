@@ -1,10 +1,14 @@
 //! What was measured, as a file and as tables.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::answers::{RANDOM, SECOND};
+use crate::files;
 
 /// `metacognition.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -114,6 +118,15 @@ pub struct Policy {
 pub const BASELINE: &str = "probability";
 
 impl Record {
+    /// Reads `metacognition.json`.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is no JSON, or is JSON of something else: names it, and what is missing.
+    pub fn read(file: &Path) -> Result<Self> {
+        let json: Value = files::read_json(file)?;
+        Self::deserialize(json).with_context(|| format!("{}: not a record of metacognition", file.display()))
+    }
+
     /// All tables, in Markdown.
     pub fn tables(&self) -> String {
         let share = |x: f64| format!("{:.1} %", 100.0 * x);

@@ -116,6 +116,15 @@ fn text_that_was_trained_on_is_left_out() {
 }
 
 #[test]
+fn stories_are_asked_for_where_there_are_too_few() {
+    let folder = tempfile::tempdir().unwrap();
+    let train = ["--steps", "1", "--batch", "1", "--seq", "32", "--vocab-size", "300", "--out", "run"];
+    succeeds("train", folder.path(), &train);
+    let args = ["--model", "run", "--stories", "1", "--context", "8", "--seq", "32"];
+    fails("metacognition", folder.path(), &args, &["held-out embedded stories", ": 1,", "--stories"]);
+}
+
+#[test]
 fn what_cannot_be_measured_is_said_in_a_line() {
     let folder = copy(finished());
     let dir = folder.path();
@@ -139,7 +148,12 @@ fn what_cannot_be_measured_is_said_in_a_line() {
     );
     fails("metacognition", dir, &with(&["--temperature", "0"]), &["--temperature 0", "positive"]);
     fails("metacognition", dir, &with(&["--lr", "nan"]), &["--lr NaN"]);
-    fails("metacognition", dir, &["--report", "text.txt"], &["text.txt"]);
+    fails("metacognition", dir, &["--report", "text.txt"], &["text.txt is damaged"]);
+    let other = ["--report", "run/summary.json"];
+    fails("metacognition", dir, &other, &["run/summary.json: not a record of metacognition", "missing field"]);
+    // The model knows nothing of the stories.
+    let parts = ["run/model: trained on", "text.txt, not on the embedded stories", "--data"];
+    fails("metacognition", dir, &["--model", "run"], &parts);
     fails("metacognition", dir, &without("--data", "nowhere.txt"), &["nowhere.txt"]);
     fails("metacognition", dir, &without("--model", "nowhere"), &["nowhere", "no such folder"]);
     let long = without("--context", "400");
