@@ -86,6 +86,7 @@ fn quoted_measurements_are_those_of_their_record() {
                 "velvet, clip 1.0",
                 "velvet, unchecked",
                 "velvet, bf16 parameters",
+                "velvet, orthogonal",
                 "candle AdamW",
             ];
             let all = !document.ends_with("README.md");
@@ -104,6 +105,22 @@ fn quoted_measurements_are_those_of_their_record() {
         }
     }
     assert!(count > 0, "no record is quoted");
+}
+
+#[test]
+fn the_front_page_quotes_the_step_with_orthogonalised_matrices() {
+    let named = |record: &Value, name: &str| {
+        rows(record, "rows").iter().find(|row| row["name"] == name).cloned().unwrap()
+    };
+    let cpu = named(&record("amd-epyc-2-cores/2026-11-27-optimizer.json"), "velvet, orthogonal");
+    let gpu = record("nvidia-h100-80gb-hbm3/2026-11-27-optimizer-cuda.json");
+    let gpu = named(&gpu, "velvet orthogonal hidden, clip");
+    let cells = [
+        format!("{:.2}", number(&gpu, "alone_milliseconds")),
+        format!("{:.1}", number(&cpu, "milliseconds")),
+        format!("{:.1}", number(&cpu, "times_faster_than_candle_adamw")),
+    ];
+    has_row("README.md", &cells);
 }
 
 #[test]

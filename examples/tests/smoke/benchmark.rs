@@ -20,7 +20,7 @@ fn both_optimizers_are_compared() {
         "result",
     ];
     let stdout = succeeds("benchmark", folder.path(), &args);
-    for part in ["AdamW (candle)", "Velvet", "lr 0.001", "lr 0.004", "optimizer step"] {
+    for part in ["AdamW (candle)", "Velvet", "lr 0.001", "lr 0.004", "optimizer step", "orthogonalises"] {
         assert!(stdout.contains(part), "no `{part}` in {stdout}");
     }
     let result = folder.path().join("result");
