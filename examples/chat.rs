@@ -15,8 +15,9 @@ use vesper_examples::chat::load::{Source, load};
 use vesper_examples::chat::plain::Plain;
 use vesper_examples::chat::transcript::Transcript;
 use vesper_examples::chat::writer::Writer;
-use vesper_examples::chat::{settings, ui};
+use vesper_examples::chat::{command, settings, ui};
 use vesper_examples::interrupt::Interrupt;
+use vesper_examples::note;
 
 /// Chat with a trained model: it answers, or continues what you write.
 #[derive(Debug, Parser)]
@@ -47,6 +48,9 @@ fn chat(flags: &Flags) -> Result<ExitCode> {
     flags.settings.apply(&mut settings);
     settings.validate()?;
 
+    if flags.system.is_some() && loaded.template.is_none() {
+        note!("warning: --system: {}", command::NO_SYSTEM);
+    }
     let name = loaded.name.clone();
     let writer = Writer::new(loaded);
     let transcript = Transcript::new(flags.system.clone());

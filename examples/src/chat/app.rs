@@ -201,11 +201,7 @@ impl App {
             }
             Command::System(prompt) => {
                 let what = if prompt.is_some() { "the system prompt is set" } else { "no system prompt" };
-                self.say(if self.answers {
-                    what
-                } else {
-                    "this model continues text: no system prompt is read"
-                });
+                self.say(if self.answers { what } else { command::NO_SYSTEM });
                 self.transcript.system = prompt;
             }
             Command::Help => self.focus = Focus::Help,

@@ -14,6 +14,9 @@ pub const HELP: &str = "\
 /system [TEXT]  the system prompt                   /clear  forget the conversation
 /help  /quit    A message that begins with a slash is written with two.";
 
+/// Why a system prompt changes nothing, where the model has no chat template.
+pub const NO_SYSTEM: &str = "this model continues text: no system prompt is read";
+
 /// One command.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Command {

@@ -10,9 +10,9 @@ use super::command::{self, Command, Line};
 use super::transcript::{Transcript, Turn};
 use super::writer::{Ask, Progress, Writer};
 use crate::interrupt::Interrupt;
-use crate::{note, one_line, output, say};
+use crate::{note, one_line, output};
 
-/// A conversation by lines.
+/// A conversation by lines. Texts and answers go to the standard output, all that the program says itself to the standard error.
 #[derive(Debug)]
 pub struct Plain {
     /// The model.
@@ -48,8 +48,7 @@ impl Plain {
         }
         for number in 1.. {
             if at_terminal {
-                let mut out = std::io::stdout();
-                let _ = write!(out, "> ").and_then(|()| out.flush());
+                let _ = write!(std::io::stderr(), "> ");
             }
             let mut bytes = Vec::new();
             if stdin.read_until(b'\n', &mut bytes).context("cannot read the standard input")? == 0 {
@@ -92,7 +91,7 @@ impl Plain {
         match command {
             Command::Set(setting, value) => {
                 setting.set(&mut self.settings, &value)?;
-                say!("{} is {}", setting.name(), setting.show(&self.settings));
+                note!("{} is {}", setting.name(), setting.show(&self.settings));
             }
             Command::Regenerate => {
                 let Some(turn) = self.transcript.turns.last_mut() else {
@@ -107,10 +106,15 @@ impl Plain {
                 self.write(&text)?;
             }
             Command::Clear => self.transcript.clear(),
-            Command::Save(path) => say!("saved to {}", self.transcript.save(path)?.display()),
+            Command::Save(path) => note!("saved to {}", self.transcript.save(path)?.display()),
             Command::Load(path) => self.transcript = Transcript::load(&path)?,
-            Command::System(prompt) => self.transcript.system = prompt,
-            Command::Help => say!("{}", command::HELP),
+            Command::System(prompt) => {
+                if prompt.is_some() && !self.writer.answers() {
+                    note!("{}", command::NO_SYSTEM);
+                }
+                self.transcript.system = prompt;
+            }
+            Command::Help => note!("{}", command::HELP),
             Command::Quit => {}
         }
         Ok(())

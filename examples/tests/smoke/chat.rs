@@ -63,10 +63,16 @@ fn without_a_prompt_each_line_is_answered_until_the_input_ends() {
     let input = "the little\n/max-tokens 0\nthe second\n/help\n//slash\n/system x\n\n";
     let output = lines(finished(), &["--max-tokens", "3"], input.as_bytes());
     assert_eq!(output.code, Some(0), "{output:?}");
+    // What is no answer is said elsewhere.
     assert!(output.stdout.starts_with("the little"), "{output:?}");
-    assert!(output.stdout.contains("max-tokens is 0\nthe second\n/temperature X"), "{output:?}");
-    assert!(output.stdout.ends_with("\n/slash\n\n"), "{output:?}");
-    assert_eq!(output.stderr, "");
+    assert!(output.stdout.ends_with("\nthe second\n/slash\n\n"), "{output:?}");
+    assert_eq!(output.stdout.lines().count(), 4, "{output:?}");
+    assert!(output.stderr.starts_with("max-tokens is 0\n/temperature X"), "{output:?}");
+    let system = "this model continues text: no system prompt is read\n";
+    assert!(output.stderr.ends_with(system), "{output:?}");
+    let flag = lines(finished(), &["--max-tokens", "0", "--system", "x"], b"a\n");
+    assert_eq!((flag.code, flag.stdout.as_str()), (Some(0), "a\n"));
+    assert!(flag.stderr.contains("--system: ") && flag.stderr.ends_with(system), "{flag:?}");
     // A model's folder is not where a program leaves its own files.
     assert!(files(&finished().join("run/model")).iter().all(|name| !name.contains("history")));
     let quit = lines(finished(), &["--max-tokens", "0"], b"a\n/quit\nb\n");
@@ -113,7 +119,7 @@ fn a_conversation_is_saved_and_loaded_again() {
     let args = ["--temperature", "0", "--max-tokens", "4"];
     let more = lines(dir, &args, b"/load talk.jsonl\n/continue\n/save\n");
     assert_eq!(more.code, Some(0), "{more:?}");
-    assert!(more.stdout.starts_with("the little") && more.stdout.contains("saved to talk.jsonl"), "{more:?}");
+    assert!(more.stdout.starts_with("the little") && more.stderr == "saved to talk.jsonl\n", "{more:?}");
     let longer = std::fs::read_to_string(dir.join("talk.jsonl")).unwrap();
     assert!(longer.len() > saved.len() && longer.lines().count() == 2, "{longer}");
 }
