@@ -54,7 +54,8 @@ pub struct Text {
     /// Train a tokenizer on the text
     #[arg(long, value_name = "KIND")]
     pub train_tokenizer: Option<Kind>,
-    /// Entries of the trained tokenizer's vocabulary, special tokens included [default: 32000]
+    /// Entries of the trained tokenizer's vocabulary, special tokens included [default: 32000;
+    /// train takes that of its --size]
     #[arg(long, value_name = "N")]
     pub vocab_size: Option<usize>,
     /// Special tokens of the trained tokenizer [default: camembert for unigram, else end-of-text]
@@ -171,6 +172,11 @@ impl Text {
     /// All files and folders that were named.
     pub fn paths(&self) -> impl Iterator<Item = &PathBuf> {
         self.positional.iter().chain(&self.data)
+    }
+
+    /// Whether nothing that was asked for decides how many entries the vocabulary has.
+    pub fn leaves_the_vocabulary_open(&self) -> bool {
+        self.tokenizer.is_none() && self.vocab_size.is_none()
     }
 
     /// How to train a tokenizer, where that was asked for.

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, bail};
 use serde::Serialize;
+use vesper_data::TrainConfig;
 use vesper_data::sizing::{self, Budget, Law, Sizing, USEFUL_EPOCHS};
 use vesper_model::VesperConfig;
 
@@ -16,6 +17,8 @@ const TOLERANCE: f64 = 2.5;
 pub struct Plan {
     /// Tokens of the text, where there is one.
     pub tokens: Option<f64>,
+    /// Entries of the vocabulary that these are counted with.
+    pub vocab_size: Option<usize>,
     /// Operations to spend, where that was asked.
     pub flops: Option<f64>,
     /// Parameters of the best model of all.
@@ -35,7 +38,9 @@ pub struct Plan {
 pub struct Row {
     /// Its name.
     pub name: &'static str,
-    /// Its parameters, with the tokenizer's vocabulary.
+    /// Entries of its vocabulary: the tokenizer's; that which `train` takes for its size, where none is asked for.
+    pub vocab_size: usize,
+    /// Its parameters, with that vocabulary.
     pub parameters: usize,
     /// Tokens to train it on.
     pub tokens: f64,
@@ -54,14 +59,19 @@ impl Plan {
     /// Names what cannot be read, a number that is not positive, or a budget that no model follows from.
     pub fn of(flags: &Flags) -> Result<Self> {
         let numbers = [
-            ("--tokens", flags.tokens),
-            ("--flops", flags.flops),
-            ("--ratio", Some(flags.ratio)),
-            ("--speed", flags.speed),
+            // With the most that there is any use for.
+            ("--tokens", flags.tokens, 1e18),
+            ("--flops", flags.flops, 1e30),
+            ("--ratio", Some(flags.ratio), 1e6),
+            ("--speed", flags.speed, 1e12),
         ];
-        for (flag, value) in numbers.into_iter().filter_map(|(flag, value)| Some((flag, value?))) {
+        for (flag, value, most) in numbers {
+            let Some(value) = value else { continue };
             if !(value.is_finite() && value > 0.0) {
                 bail!("{flag} {value}: expected a positive number");
+            }
+            if value > most {
+                bail!("{flag} {value:e}: expected at most {most:e}");
             }
         }
         let (tokens, vocab) = text(flags)?;
@@ -76,15 +86,22 @@ impl Plan {
         for name in VesperConfig::PRESETS {
             let preset = VesperConfig::preset(name)?;
             let config = match vocab {
+                Some(vocab) if flags.text.leaves_the_vocabulary_open() => {
+                    // A text with few strings to learn has fewer entries, for `train` too.
+                    let found_all = vocab < TrainConfig::default().vocab_size;
+                    let usual = preset.vocab_size;
+                    preset.with_vocab(if found_all { vocab.min(usual) } else { usual })
+                }
                 Some(vocab) => preset.with_vocab(vocab),
                 None => preset,
             };
-            presets.push(row(name, config.num_parameters(), law, tokens, flags.speed)?);
+            presets.push(row(name, &config, law, tokens, flags.speed)?);
         }
         let sizes: Vec<f64> = presets.iter().map(|row| row.parameters as f64).collect();
         let chosen = sizing::choose(&sizes, law, budget, TOLERANCE);
         Ok(Self {
             tokens,
+            vocab_size: vocab,
             flops: flags.flops,
             best_parameters: best.parameters,
             best_tokens: best.tokens,
@@ -97,7 +114,8 @@ impl Plan {
     /// Prints the plan for people.
     pub fn print(&self) {
         if let Some(tokens) = self.tokens {
-            crate::say!("{} tokens", short(tokens));
+            let of = self.vocab_size.map_or(String::new(), |vocab| format!(" of a vocabulary of {vocab}"));
+            crate::say!("{} tokens{of}", short(tokens));
         }
         if let Some(flops) = self.flops {
             crate::say!("{flops:.3e} operations");
@@ -108,8 +126,9 @@ impl Plan {
             short(self.best_tokens)
         );
         crate::say!(
-            "\n{:<8} {:>11} {:>12} {:>11} {:>8} {:>8}",
+            "\n{:<8} {:>10} {:>11} {:>12} {:>11} {:>8} {:>8}",
             "size",
+            "vocabulary",
             "parameters",
             "its tokens",
             "operations",
@@ -119,8 +138,9 @@ impl Plan {
         let or_dash = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}"));
         for row in &self.presets {
             crate::say!(
-                "{:<8} {:>11} {:>12} {:>11} {:>8} {:>8}{}",
+                "{:<8} {:>10} {:>11} {:>12} {:>11} {:>8} {:>8}{}",
                 row.name,
+                row.vocab_size,
                 short(row.parameters as f64),
                 short(row.tokens),
                 format!("{:.1e}", row.flops),
@@ -155,14 +175,16 @@ fn text(flags: &Flags) -> Result<(Option<f64>, Option<usize>)> {
 
 fn row(
     name: &'static str,
-    parameters: usize,
+    config: &VesperConfig,
     law: Law,
     tokens: Option<f64>,
     speed: Option<f64>,
 ) -> Result<Row> {
+    let parameters = config.num_parameters();
     let sizing: Sizing = law.optimum(Budget::Parameters(parameters as f64))?;
     Ok(Row {
         name,
+        vocab_size: config.vocab_size,
         parameters,
         tokens: sizing.tokens,
         flops: sizing.flops(),

@@ -146,6 +146,27 @@ fn a_plan_names_the_preset_or_says_why_there_is_none() {
     let nothing = plan(&["text.txt", "--vocab-size", "300"]);
     assert_eq!(nothing["preset"], Value::Null);
     assert!(nothing["refused"].as_str().unwrap().contains("times as many"), "{nothing}");
+    // The vocabulary that is asked for; else that of the size, of a text that has so many different strings.
+    let vocabularies = |plan: &Value| -> Vec<u64> {
+        let rows = plan["presets"].as_array().unwrap().iter();
+        rows.map(|row| row["vocab_size"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(vocabularies(&nothing), [320; 5]);
+    assert_eq!(vocabularies(&fits), [2560, 8192, 32_064, 32_064, 32_064]);
+    let mut words = String::new();
+    for i in 0_u32..9000 {
+        words += &format!("{:x} ", i.wrapping_mul(2_654_435_761));
+    }
+    std::fs::write(dir.join("many.txt"), words).unwrap();
+    let open = plan(&["many.txt"]);
+    let own = open["vocab_size"].as_u64().unwrap();
+    assert!((8192..32_000).contains(&own), "{own}");
+    assert_eq!(vocabularies(&open)[..2], vocabularies(&fits)[..2]);
+    assert_eq!(vocabularies(&open)[4], own.next_multiple_of(64));
+    for (flag, number) in [("--tokens", "1e308"), ("--flops", "1e99"), ("--speed", "2e12"), ("--ratio", "1e9")] {
+        let wrong = format!("{flag}={number}");
+        fails("data", dir, &["plan", &wrong], &[&format!("{flag} {number}: expected at most")]);
+    }
     let operations = plan(&["--flops", "1e16", "--law", "epoch"]);
     assert!(number(&operations["best_parameters"]) > 1e6 && operations["tokens"].is_null());
     let text = succeeds("data", dir, &["plan", "--tokens", "460e6"]);
