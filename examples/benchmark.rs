@@ -19,6 +19,7 @@ use vesper_data::{BatchSampler, SamplerConfig};
 use vesper_examples::chart::{self, Line};
 use vesper_examples::data::Data;
 use vesper_examples::evaluate::held_out_loss;
+use vesper_examples::interrupt::Interrupt;
 use vesper_examples::settings::{Flags as TrainFlags, Settings};
 use vesper_examples::{device, files, runs, say};
 use vesper_model::{VesperConfig, VesperLM, trainable};
@@ -143,9 +144,9 @@ fn benchmark(flags: &Flags) -> Result<ExitCode> {
     }
     let out = runs::results_folder(flags.out.as_deref(), "benchmark")?;
     let preset = VesperConfig::preset(&flags.size)?;
-    let mut folder = files::NewFolder::create(&out)?;
+    let stopped = "Stopped before the comparison had ended: nothing is kept";
+    let (mut folder, _) = Interrupt::catch_in_new_folder(&out, stopped)?;
     let data = Data::prepare(&settings, &preset, None, &out.join("cache"))?;
-    folder.keep();
     let mut config = preset.with_vocab(data.tokenizer.vocab_size());
     config.max_position_embeddings = config.max_position_embeddings.max(flags.seq);
     say!(
@@ -187,6 +188,7 @@ fn benchmark(flags: &Flags) -> Result<ExitCode> {
         outcomes,
     };
     table(&report, &flags.lrs);
+    folder.keep();
     write(&report, &flags.lrs, &out)?;
     Ok(ExitCode::SUCCESS)
 }

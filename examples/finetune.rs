@@ -197,9 +197,9 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         ..settings::Flags::default()
     };
     let settings = settings.settings()?;
-    let interrupt = Interrupt::catch()?;
     let out = runs::results_folder(flags.out.as_deref(), "finetune")?;
-    let mut folder = files::NewFolder::create(&out)?;
+    let stopped = "Stopped before a training had ended: nothing is kept";
+    let (mut folder, interrupt) = Interrupt::catch_in_new_folder(&out, stopped)?;
     let tokenizer = base.text_tokenizer(&out)?;
     let cache = out.join("cache");
     files::create_dir(&cache)?;
@@ -251,6 +251,7 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
             // A rate at which training diverges loses; it does not end the comparison.
             if trained.loss.is_finite() && winner.as_ref().is_none_or(|(_, w)| trained.loss < w.loss) {
                 winner = Some((lr, trained));
+                folder.keep();
             }
         }
         let Some((lr, trained)) = winner else {
@@ -263,7 +264,6 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
             );
             continue;
         };
-        folder.keep();
         let merge = run.save(&out.join(method.name()), method, &trained.model)?;
         comparison.methods.push(Row {
             method: method.name(),
@@ -284,11 +284,7 @@ fn finetune(flags: &Flags) -> Result<ExitCode> {
         }
     }
     if comparison.methods.is_empty() {
-        if done == runs {
-            bail!("no method has a learning rate that gives a held-out loss: nothing is kept");
-        }
-        say!("Stopped before a training had ended: nothing is kept");
-        return Ok(ExitCode::from(INTERRUPTED));
+        bail!("no method has a learning rate that gives a held-out loss: nothing is kept");
     }
     comparison.print(&out);
     if done < runs {

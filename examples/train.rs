@@ -44,7 +44,7 @@ fn train(flags: &Flags) -> Result<ExitCode> {
     let preset = VesperConfig::preset(&settings.size)?;
 
     // What is made here goes again where the settings and the text do not fit.
-    let mut folder = files::NewFolder::create(&out)?;
+    let (mut folder, interrupt) = Interrupt::catch_in_new_folder(&out, "Stopped before a step was made")?;
 
     // Text to tokens to batches.
     let tokenizer = stored.is_some().then(|| checkpoint.tokenizer());
@@ -92,7 +92,6 @@ fn train(flags: &Flags) -> Result<ExitCode> {
         Ok(loss)
     });
 
-    let interrupt = Interrupt::catch()?;
     let mut progress = Progress::new(settings.steps, done);
     let stop = |step: u64| format!("the run stops at step {step} ({})", checkpoint.advice());
     for step in done + 1..=settings.steps {

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -73,9 +74,29 @@ pub fn create_dir(path: &Path) -> Result<()> {
 /// A folder that a program begins to fill: until it is kept, an error takes away again what was not there before, so that a
 /// wrong argument leaves nothing.
 #[derive(Debug)]
-pub struct NewFolder {
+pub struct NewFolder(Arc<Mutex<Begun>>);
+
+/// What is to happen to a [`NewFolder`], for others who may have to end the program.
+#[derive(Debug)]
+pub struct Begun {
     /// The first of the folders that were not there.
     new: Option<PathBuf>,
+    kept: bool,
+}
+
+impl Begun {
+    /// Whether what is in it is worth keeping.
+    pub fn is_kept(&self) -> bool {
+        self.kept
+    }
+
+    /// Takes away again what is not kept.
+    pub fn remove(&mut self) {
+        if let Some(new) = self.new.take_if(|_| !self.kept) {
+            // The program ends in any case.
+            let _ = std::fs::remove_dir_all(new);
+        }
+    }
 }
 
 impl NewFolder {
@@ -84,27 +105,42 @@ impl NewFolder {
     /// # Errors
     /// Names the folder.
     pub fn create(path: &Path) -> Result<Self> {
+        Self::create_after(path, |_| Ok(())).map(|(folder, ())| folder)
+    }
+
+    /// As [`NewFolder::create`], once it is arranged for how it may go again.
+    ///
+    /// # Errors
+    /// As [`NewFolder::create`], and those of `arrange`.
+    pub fn create_after<T>(
+        path: &Path,
+        arrange: impl FnOnce(Arc<Mutex<Begun>>) -> Result<T>,
+    ) -> Result<(Self, T)> {
         // A link that leads nowhere is there: it would go, too.
         let there = |path: &Path| path.as_os_str().is_empty() || path.symlink_metadata().is_ok();
         let missing = path.ancestors().take_while(|path| !there(path));
         // From here on, what is made of them goes again, and a folder that cannot be made leaves none above it.
-        let folder = Self { new: missing.last().map(Path::to_path_buf) };
+        let begun = Begun { new: missing.last().map(Path::to_path_buf), kept: false };
+        let folder = Self(Arc::new(Mutex::new(begun)));
+        let arranged = arrange(Arc::clone(&folder.0))?;
         create_dir(path)?;
-        Ok(folder)
+        Ok((folder, arranged))
     }
 
     /// What is in it is worth keeping, whatever happens.
     pub fn keep(&mut self) {
-        self.new = None;
+        self.lock().kept = true;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Begun> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for NewFolder {
     fn drop(&mut self) {
-        if let Some(new) = &self.new {
-            // An error is being reported already.
-            let _ = std::fs::remove_dir_all(new);
-        }
+        // Waits where Ctrl-C is removing it.
+        self.lock().remove();
     }
 }
 

@@ -1,7 +1,13 @@
 //! Ctrl-C as a flag that a loop asks for.
 
+use std::path::Path;
+use std::sync::PoisonError;
+
 use anyhow::{Context, Result};
 use vesper_model::generate::Cancellation;
+
+use crate::files::NewFolder;
+use crate::say;
 
 /// Set by Ctrl-C, until it is cleared.
 #[derive(Debug, Clone, Default)]
@@ -13,9 +19,34 @@ impl Interrupt {
     /// # Errors
     /// When the system refuses, or a handler is there already.
     pub fn catch() -> Result<Self> {
+        Self::catch_unless(|| {})
+    }
+
+    /// Makes a folder and catches Ctrl-C, which takes the folder away again and ends the program at once, as long as it is not kept;
+    /// `stopped` tells the user so.
+    ///
+    /// # Errors
+    /// As [`Interrupt::catch`]; a folder that cannot be made.
+    pub fn catch_in_new_folder(path: &Path, stopped: &'static str) -> Result<(NewFolder, Self)> {
+        NewFolder::create_after(path, |begun| {
+            Self::catch_unless(move || {
+                // Held until the end, so that nobody who finds the folder gone reports it.
+                let mut begun = begun.lock().unwrap_or_else(PoisonError::into_inner);
+                if !begun.is_kept() {
+                    begun.remove();
+                    say!("{stopped}");
+                    std::process::exit(i32::from(crate::INTERRUPTED));
+                }
+            })
+        })
+    }
+
+    /// With something that comes first, and may end the program.
+    fn catch_unless(first: impl Fn() + Send + 'static) -> Result<Self> {
         let flag = Self::default();
         let set = flag.clone();
         ctrlc::set_handler(move || {
+            first();
             if set.is_set() {
                 std::process::exit(i32::from(crate::INTERRUPTED));
             }

@@ -1,3 +1,5 @@
+#[cfg(unix)]
+use crate::program::interrupted;
 use crate::program::{fails, files, folder, json, number, succeeds};
 
 #[test]
@@ -63,6 +65,17 @@ fn a_run_that_diverges_loses() {
     let stdout = succeeds("benchmark", folder.path(), &args);
     // Velvet's trust region holds at any rate, so that only AdamW's run is sure to diverge.
     assert!(stdout.contains("NaN") && stdout.contains("AdamW (candle): best at lr 0.001"), "{stdout}");
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_the_comparison_with_a_line_and_no_folder() {
+    let folder = folder();
+    let args = ["--data", "text.txt", "--steps", "1000000", "--batch", "1", "--seq", "16", "--lrs", "1e-3"];
+    let output = interrupted("benchmark", folder.path(), &args, "runs/benchmark-1/cache");
+    assert_eq!((output.code, output.stderr.as_str()), (Some(130), ""));
+    assert!(output.stdout.ends_with("Stopped before the comparison had ended: nothing is kept\n"), "{output:?}");
+    assert!(!folder.path().join("runs").exists());
 }
 
 #[test]

@@ -1,6 +1,6 @@
 #[cfg(unix)]
-use crate::program::interrupt;
-use crate::program::{command, copy, data, fails, finished, folder, json, succeeds};
+use crate::program::interrupted;
+use crate::program::{copy, data, fails, finished, folder, json, succeeds};
 
 #[test]
 fn methods_are_compared_saved_and_talked_with() {
@@ -85,18 +85,12 @@ fn ctrl_c_keeps_what_has_ended_and_no_folder_where_nothing_has() {
     let dir = folder.path();
     let args = ["--model", "run", "--data", "text.txt", "--batch", "2", "--seq", "32", "--lr", "0.001"];
     let stopped = |more: &[&str], begun: &str| {
-        let mut child = command("finetune", dir, &[&args[..], more].concat());
-        let mut child = child.stdout(std::process::Stdio::null()).spawn().unwrap();
-        let started = std::time::Instant::now();
-        while !dir.join(begun).exists() {
-            assert!(child.try_wait().unwrap().is_none(), "it ended before {begun} was there");
-            assert!(started.elapsed().as_secs() < 120, "no {begun} after two minutes");
-            std::thread::sleep(std::time::Duration::from_millis(2));
-        }
-        interrupt(&child);
-        assert_eq!(child.wait().unwrap().code(), Some(130));
+        let output = interrupted("finetune", dir, &[&args[..], more].concat(), begun);
+        assert_eq!(output.code, Some(130), "{output:?}");
+        output.stdout
     };
-    stopped(&["--method", "lora", "--steps", "100000", "--out", "none"], "none");
+    let said = stopped(&["--method", "lora", "--steps", "100000", "--out", "none"], "none");
+    assert!(said.ends_with("Stopped before a training had ended: nothing is kept\n"), "{said}");
     assert!(!dir.join("none").exists());
     stopped(
         &["--method", "lora", "rslora", "dora", "full", "--steps", "60", "--out", "some"],

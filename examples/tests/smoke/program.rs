@@ -200,6 +200,23 @@ pub(crate) fn data(test: &str) -> Option<PathBuf> {
     data
 }
 
+/// Runs an example, with Ctrl-C as soon as there is a file or folder `begun`.
+#[cfg(unix)]
+pub(crate) fn interrupted(name: &str, dir: &Path, args: &[&str], begun: &str) -> Output {
+    let mut command = command(name, dir, args);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let started = std::time::Instant::now();
+    while !dir.join(begun).exists() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before {begun} was there");
+        assert!(started.elapsed().as_secs() < 120, "no {begun} after two minutes");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Output { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
 /// Ctrl-C.
 #[cfg(unix)]
 pub(crate) fn interrupt(child: &std::process::Child) {

@@ -3,7 +3,7 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 
 #[cfg(unix)]
-use crate::program::interrupt;
+use crate::program::{interrupt, interrupted};
 use crate::program::{command, copy, fails, files, finished, folder, losses, output, stops, succeeds, tiny};
 
 /// Starts a run and waits until its log has `lines` lines.
@@ -78,6 +78,17 @@ fn ctrl_c_stops_a_run_that_can_go_on() {
     assert_eq!(child.wait().unwrap().code(), Some(130));
     succeeds("train", folder.path(), &["--resume"]);
     same(folder.path(), "whole", "parts");
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_before_the_first_step_leaves_no_run() {
+    let folder = tempfile::tempdir().unwrap();
+    // Tens of megabytes of stories take seconds to make tokens of.
+    let output = interrupted("train", folder.path(), &["--steps", "100000"], "runs/nano-1");
+    assert_eq!((output.code, output.stderr.as_str()), (Some(130), ""));
+    assert_eq!(output.stdout, "Stopped before a step was made\n");
+    assert!(!folder.path().join("runs").exists());
 }
 
 #[cfg(unix)]
