@@ -31,7 +31,7 @@ struct Flags {
     #[arg(long, value_name = "DTYPE", requires = "to", default_value = "f32")]
     dtype: Stored,
     /// Write the classes with which `transformers` loads the model
-    #[arg(long, required_unless_present = "to")]
+    #[arg(long)]
     python: bool,
 }
 
@@ -47,6 +47,9 @@ fn main() -> ExitCode {
 }
 
 fn export(flags: &Flags) -> Result<ExitCode> {
+    if flags.to.is_none() && !flags.python {
+        bail!("what is to be written? expected --to DIR for a copy, --python for the classes, or both");
+    }
     let model = runs::model_folder(flags.model.as_deref())?;
     if model.is_file() && flags.to.is_none() {
         bail!("{}: Python reads folders: name one with --to", model.display());
@@ -56,7 +59,11 @@ fn export(flags: &Flags) -> Result<ExitCode> {
             copy(flags, &model, to)?;
             to
         }
-        None => &model,
+        None => {
+            // Python is to find a model that loads.
+            model::weights(&model, &Device::Cpu)?;
+            &model
+        }
     };
     if flags.python {
         let ours = hf::write_python(folder)?;
@@ -76,9 +83,10 @@ fn copy(flags: &Flags, from: &Path, to: &Path) -> Result<()> {
         model.attach_from(adapter)?;
     }
     let Some(model) = model.merged()? else {
+        let adapters = flags.adapter.as_deref().unwrap_or(from).display();
         bail!(
-            "these adapters choose by their input or have a bias, which the model's layers have not: no weights do what \
-             they do, they cannot be merged"
+            "{adapters}: adapters that choose by their input, or have a bias, cannot be merged: there are no weights of the model that \
+             do the same; `chat` takes them as they are, with --adapter"
         );
     };
     let dtype = match flags.dtype {

@@ -94,7 +94,8 @@ pub fn flags<F: clap::Parser>() -> anyhow::Result<F> {
         // The usage and the hint at --help are left out.
         let text = text.split("\n\nUsage:").next().unwrap_or_default();
         let text = text.split("\n\nFor more information").next().unwrap_or_default();
-        anyhow::anyhow!("{}", text.trim_start_matches("error: ").to_owned())
+        // A hint stands in a paragraph of its own.
+        anyhow::anyhow!("{}", text.trim_start_matches("error: ").replace("\n\n  tip: ", "; "))
     })
 }
 

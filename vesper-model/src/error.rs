@@ -139,8 +139,10 @@ pub enum ModelError {
         reason: String,
     },
     /// A conversation that the model's chat template does not take.
-    #[error("the chat template refuses this conversation: {reason}")]
+    #[error("{template} refuses this conversation: {reason}")]
     ConversationRefused {
+        /// Where it stands.
+        template: String,
         /// The template's own words.
         reason: String,
     },

@@ -201,6 +201,7 @@ fn what_does_not_fit_is_refused_and_the_model_stays_as_it_was() {
     other.save_adapters(dir.path()).unwrap();
     let error = model.attach_from(dir.path()).unwrap_err().to_string();
     assert!(error.contains("no projection named model.layers.2.self_attn.q_proj"), "{error}");
+    assert!(error.starts_with(&dir.path().display().to_string()), "{error}");
     // Adapters that come with a parameter of the model itself, which would be lost.
     let with_head = tempfile::tempdir().unwrap();
     let adapters = other.adapters();

@@ -3,11 +3,11 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Error, Result, anyhow, bail};
 use tokenizers::Tokenizer;
 use vesper_model::chat::{ChatTemplate, Conversation};
 use vesper_model::generate::{Cancellation, Event, GenerationConfig, Generator, StopReason};
-use vesper_model::{VesperLM, hf};
+use vesper_model::{ModelError, VesperLM, hf};
 
 use super::load::Loaded;
 use super::memory::Memory;
@@ -65,13 +65,15 @@ pub struct Writer {
     /// Ids from this on are rows that only pad the embedding.
     limit: usize,
     memory: Option<Memory>,
+    /// The folder or file that the model is from.
+    name: String,
 }
 
 impl Writer {
     /// With nothing read yet.
     pub fn new(loaded: Loaded) -> Self {
-        let Loaded { model, tokenizer, template, .. } = loaded;
-        Self { limit: hf::vocab_limit(&tokenizer), model, tokenizer, template, memory: None }
+        let Loaded { model, tokenizer, template, name, .. } = loaded;
+        Self { limit: hf::vocab_limit(&tokenizer), model, tokenizer, template, memory: None, name }
     }
 
     /// Whether the model has a template, and so answers instead of continuing.
@@ -116,7 +118,7 @@ impl Writer {
         let mut reason = StopReason::Cancelled;
         while flow.is_continue() {
             let Some(event) = generator.next() else { break };
-            let text = match event? {
+            let text = match event.map_err(|error| self.named(error))? {
                 Event::Token(_) => {
                     written += 1;
                     time = first.get_or_insert_with(Instant::now).elapsed();
@@ -132,6 +134,14 @@ impl Writer {
         }
         self.memory = Some(memory);
         Ok(Ended { reason, written, time })
+    }
+
+    /// What went wrong, with the model's name where its weights are at fault.
+    fn named(&self, error: ModelError) -> Error {
+        match error {
+            ModelError::InvalidLogits { .. } => anyhow!("{}: {error}", self.name),
+            _ => error.into(),
+        }
     }
 
     /// The ids of what is asked, and how many messages had no place in them.

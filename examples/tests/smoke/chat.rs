@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use vesper_model::{VesperConfig, VesperLM};
 
 use crate::program::{
-    Output, command, copy, data, fails, files, finished, is_one_error, json, output, succeeds,
+    Output, command, copy, data, fails, files, finished, is_one_error, json, output, stops, succeeds,
 };
 
 fn answer(args: &[&str]) -> String {
@@ -175,7 +175,10 @@ fn templates_that_are_wrong() {
     for (template, parts) in [
         ("a\n{% if %}", &["chat_template.jinja, line 2: syntax error"][..]),
         ("a\n\n{{ messages | shout }}", &["chat_template.jinja, line 3", "shout"]),
-        ("{{ raise_exception('Jamais « moi » !') }}", &["refuses this conversation: Jamais « moi » !"]),
+        (
+            "{{ raise_exception('Jamais « moi » !') }}",
+            &["run/model/chat_template.jinja refuses this conversation: Jamais « moi » !"],
+        ),
         (
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
             &["line 1", "fuel"],
@@ -224,8 +227,21 @@ fn an_adapter_for_another_model_is_refused() {
     other.attach(&kind, &Targets::names(["q_proj"])).unwrap();
     other.save_adapters(folder.path().join("adapter")).unwrap();
     let args = ["--model", "run", "--prompt", "the", "--adapter", "adapter"];
-    fails("chat", folder.path(), &args, &["adapter"]);
+    let parts = ["adapter: adapters of another model", "no projection named model.layers.4.self_attn.q_proj"];
+    fails("chat", folder.path(), &args, &parts);
     fails("chat", folder.path(), &["--model", "run", "--prompt", "the", "--adapter", "none"], &["none"]);
+}
+
+#[test]
+fn weights_that_are_no_numbers_are_those_of_a_model_that_is_named() {
+    let folder = copy(finished());
+    let file = folder.path().join("run/model/model.safetensors");
+    let mut weights = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+    let norm = weights.get_mut("model.norm.weight").unwrap();
+    *norm = (norm.zeros_like().unwrap() * f64::NAN).unwrap();
+    candle_core::safetensors::save(&weights, &file).unwrap();
+    let parts = ["run/model: cannot choose the next token", "NaN"];
+    stops("chat", folder.path(), &["--model", "run", "--prompt", "the"], &parts);
 }
 
 #[test]

@@ -1,3 +1,9 @@
+use std::collections::HashMap;
+
+use candle_core::{DType, Device};
+use flylora::{AdapterKind, FlyLoraConfig, Targets};
+use vesper_model::VesperLM;
+
 use crate::program::{copy, fails, finished, json, succeeds};
 
 #[test]
@@ -62,7 +68,7 @@ fn a_copy_keeps_the_chat_template_and_a_file_becomes_a_folder() {
 #[test]
 fn what_cannot_be_exported_is_said_in_a_line() {
     let dir = finished();
-    fails("export", dir, &["--model", "run"], &["--python"]);
+    fails("export", dir, &["--model", "run"], &["--to DIR", "--python"]);
     fails(
         "export",
         dir,
@@ -74,4 +80,22 @@ fn what_cannot_be_exported_is_said_in_a_line() {
     fails("export", dir, &["--model", "run", "--to", "x", "--adapter", "run"], &["adapter_config.json"]);
     fails("export", dir, &["--model", "run", "--to", "x", "--dtype", "int8"], &["int8", "bf16"]);
     assert!(!dir.join("x").exists());
+
+    // A model that does not load is none in Python either.
+    let folder = copy(dir);
+    let file = folder.path().join("run/model/model.safetensors");
+    let tensors = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+    let norm = "model.norm.weight";
+    let fewer: HashMap<_, _> = tensors.into_iter().filter(|(name, _)| name != norm).collect();
+    candle_core::safetensors::save(&fewer, &file).unwrap();
+    fails("export", folder.path(), &["--model", "run", "--python"], &["model.safetensors", norm]);
+
+    // No weights do what these do.
+    let mut model = VesperLM::load(dir.join("run/model"), DType::F32, &Device::Cpu).unwrap();
+    let kind = AdapterKind::FlyLora(FlyLoraConfig::default().with_ranks(16, 4));
+    model.attach(&kind, &Targets::names(["q_proj"])).unwrap();
+    model.save_adapters(folder.path().join("fly")).unwrap();
+    let args = ["--model", "run", "--adapter", "fly", "--to", "x"];
+    std::fs::copy(dir.join("run/model/model.safetensors"), &file).unwrap();
+    fails("export", folder.path(), &args, &["fly: adapters that choose by their input", "cannot be merged"]);
 }

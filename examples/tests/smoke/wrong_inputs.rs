@@ -86,6 +86,7 @@ fn flags_that_there_are_not() {
         (&["--steps", "-1"], &["'-1'", "--steps"]),
         (&["--steps"], &["--steps", "value"]),
         (&["--nothing"], &["'--nothing'"]),
+        (&["--stpes"], &["unexpected argument '--stpes' found; a similar argument exists: '--steps'"]),
     ] {
         let line = fails("train", folder.path(), args, parts);
         assert!(!line.contains("Usage") && !line.contains("--help"), "{line}");

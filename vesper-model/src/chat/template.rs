@@ -195,7 +195,7 @@ impl ChatTemplate {
         }
         let template = self.environment.get_template(NAME).map_err(|error| invalid(&self.origin, &error))?;
         template.render(context).map_err(|error| match raised(&error) {
-            Some(reason) => ModelError::ConversationRefused { reason },
+            Some(reason) => ModelError::ConversationRefused { template: self.origin.clone(), reason },
             None => invalid(&self.origin, &error),
         })
     }

@@ -120,17 +120,23 @@ impl VesperLM {
     /// # }
     /// ```
     pub fn attach_from(&mut self, dir: impl AsRef<Path>) -> Result<()> {
+        let dir = dir.as_ref();
         let file = AdapterFile::read(dir)?;
         if let Some((name, _)) = file.saved_parameters().first() {
-            let message =
-                format!("the adapters come with a parameter of the model itself, {name}, which is not taken");
+            let message = format!(
+                "{}: beside adapters a parameter of the model itself, {name}, which is not taken",
+                dir.display()
+            );
             return Err(Error::Adapters { message }.into());
         }
         let modules = file.modules();
         let projections = |i| Projection::ALL.map(|projection| module(i, projection));
         let known: Vec<String> = (0..self.blocks.len()).flat_map(projections).collect();
         if let Some(other) = modules.iter().find(|module| !known.iter().any(|name| name == *module)) {
-            let message = format!("the model has no projection named {other}, which the adapters are for");
+            let message = format!(
+                "{}: adapters of another model: this one has no projection named {other}",
+                dir.display()
+            );
             return Err(Error::Adapters { message }.into());
         }
         self.attach_each(|path, layer| {

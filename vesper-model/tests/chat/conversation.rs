@@ -130,7 +130,8 @@ fn a_template_that_has_no_place_for_the_system_prompt_says_so() {
     let mut conversation = Conversation::new().with_system("Be brief.");
     conversation.push_user("Bonjour");
     let error = conversation.prompt(&template("gemma.jinja"), &tokenizer(), 100, 1).unwrap_err();
-    assert_eq!(error.to_string(), "the chat template refuses this conversation: System role not supported");
+    let expected = "gemma.jinja refuses this conversation: System role not supported";
+    assert!(error.to_string().ends_with(expected), "{error}");
 }
 
 #[test]

@@ -71,7 +71,7 @@ fn conversations_are_written_as_transformers_writes_them() {
                 assert_eq!(&text, expected, "{about}");
                 counts.0 += 1;
             }
-            (Err(ModelError::ConversationRefused { reason }), None) => {
+            (Err(ModelError::ConversationRefused { reason, .. }), None) => {
                 assert_eq!(Some(&reason), case.raised.as_ref(), "{about}");
                 counts.1 += 1;
             }

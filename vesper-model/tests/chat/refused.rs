@@ -24,7 +24,9 @@ fn endless_work_is_stopped() {
 #[test]
 fn the_templates_own_words_are_passed_on() {
     let error = error("{{ raise_exception('Only ' + messages[0].role + ' « deux » !') }}");
-    assert!(matches!(&error, ModelError::ConversationRefused { reason } if reason == "Only user « deux » !"));
+    assert!(
+        matches!(&error, ModelError::ConversationRefused { reason, .. } if reason == "Only user « deux » !")
+    );
 }
 
 #[test]

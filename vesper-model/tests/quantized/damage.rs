@@ -144,7 +144,8 @@ fn what_is_no_gguf_is_named() {
     std::fs::create_dir(&path).unwrap();
     check(&read(&path).unwrap_err());
     assert!(error(b"").contains("empty"));
-    assert!(error(b"GGML, or some other text").contains("not GGUF"));
+    assert!(error(b"GGML, or some other text").contains("begins with \"GGML\", expected \"GGUF\""));
+    assert!(error(b"\x80\x02}q\x00").contains(r#"begins with "\x80\x02}q""#));
     let version = |v: u32| [b"GGUF", &v.to_le_bytes()[..], &[0; 40]].concat();
     assert!(error(&version(1)).contains("version 1, expected 2 or 3"));
     assert!(error(&version(3u32.swap_bytes())).contains("big-endian"));

@@ -39,9 +39,9 @@ impl Header {
         }
         let magic = reader.magic()?;
         if &magic != MAGIC {
-            return Err(
-                reader.invalid(format!("not GGUF: the file begins with {magic:?}, expected {MAGIC:?}"))
-            );
+            let (found, expected) = (magic.escape_ascii(), MAGIC.escape_ascii());
+            return Err(reader
+                .invalid(format!("not GGUF: the file begins with \"{found}\", expected \"{expected}\"")));
         }
         let version = reader.u32("the version")?;
         if !(version == 2 || version == 3) {
