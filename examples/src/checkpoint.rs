@@ -167,11 +167,14 @@ impl Checkpoint {
     /// Reads where the run stands.
     ///
     /// # Errors
-    /// A missing or damaged `state.json`, or one of another version.
+    /// A missing or damaged `state.json`, one of another version or with a time that nothing can have taken.
     pub fn state(&self) -> Result<State> {
         let state: State = files::read_json(&self.dir.join(STATE))?;
         if state.version != VERSION {
             bail!("{}: version {}, expected {VERSION}", self.dir.join(STATE).display(), state.version);
+        }
+        if !(state.seconds.is_finite() && state.seconds >= 0.0) {
+            bail!("{}: seconds is {}, expected at least 0", self.dir.join(STATE).display(), state.seconds);
         }
         Ok(state)
     }

@@ -75,7 +75,7 @@ pub struct Flags {
     /// Sequences a step [default: by the size]
     #[arg(long)]
     pub batch: Option<usize>,
-    /// Tokens a sequence [default: by the size]
+    /// Tokens a sequence; more than the size's context make the model's context as long [default: by the size]
     #[arg(long)]
     pub seq: Option<usize>,
     /// Peak learning rate [default: by the size]

@@ -23,10 +23,10 @@ pub struct Summary {
     pub seconds: f64,
     /// Their quotient.
     pub tokens_per_second: f64,
-    /// Of the last step.
-    pub final_loss: f64,
-    /// On held-out text, at the end.
-    pub eval_loss: f64,
+    /// Of the last step; none where the log of a run that goes on was lost.
+    pub final_loss: Option<f64>,
+    /// On held-out text, at the end; none in the same way.
+    pub eval_loss: Option<f64>,
     /// What a model without context reaches.
     pub unigram_entropy: f64,
     /// What no model can be better than, where it is known.
@@ -50,8 +50,8 @@ impl Summary {
             tokens,
             seconds,
             tokens_per_second: tokens as f64 / seconds,
-            final_loss: last.map_or(f64::NAN, |r| r.loss),
-            eval_loss: last.and_then(|r| r.eval_loss).unwrap_or(f64::NAN),
+            final_loss: last.map(|r| r.loss),
+            eval_loss: last.and_then(|r| r.eval_loss),
             unigram_entropy: data.unigram_entropy,
             floor: data.floor,
         }
@@ -59,18 +59,21 @@ impl Summary {
 
     /// Prints it for people.
     pub fn print(&self, out: &Path) {
-        let compared = match self.floor {
-            Some(floor) => {
-                format!("{:.1} % above the floor of {floor:.3}", 100.0 * (self.eval_loss / floor - 1.0))
+        let held_out = match (self.eval_loss, self.floor) {
+            (Some(loss), Some(floor)) => {
+                let above = 100.0 * (loss / floor - 1.0);
+                format!("Held-out loss {loss:.3} nats a token, {above:.1} % above the floor of {floor:.3}")
             }
-            None => format!("unigram entropy {:.3}", self.unigram_entropy),
+            (Some(loss), None) => {
+                format!("Held-out loss {loss:.3} nats a token, unigram entropy {:.3}", self.unigram_entropy)
+            }
+            (None, _) => "The held-out loss is not known: it is not in log.jsonl".into(),
         };
         say!(
-            "Trained on {} tokens in {:.0} s ({:.0} tokens a second). Held-out loss {:.3} nats a token, {compared}.",
+            "Trained on {} tokens in {:.0} s ({:.0} tokens a second). {held_out}.",
             self.tokens,
             self.seconds,
-            self.tokens_per_second,
-            self.eval_loss
+            self.tokens_per_second
         );
         say!("Chat with it: cargo run --release --example chat -- --model {}", out.display());
     }

@@ -87,13 +87,14 @@ pub fn tensors(report: &Report) -> String {
             lines.push((name, tensor, 1, tensor.error));
         }
     }
+    let width = lines.iter().map(|(name, ..)| name.len()).max().unwrap_or(0);
     let mut text = String::new();
     for (name, tensor, count, error) in lines {
         let shape = tensor.shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(" x ");
         let reason = tensor.reason().map_or(String::new(), |reason| format!(": {reason}"));
         let _ = writeln!(
             text,
-            "  {name:44} {shape:>13} {count:>4} x {:5} {:>6.2} %{reason}",
+            "  {name:width$} {shape:>13} {count:>4} x {:5} {:>6.2} %{reason}",
             tensor.got.name(),
             100.0 * error
         );
@@ -129,10 +130,13 @@ mod tests {
                 tensor("model.layers.0.a.weight", BlockType::Q5_0, 0.01),
                 tensor("model.layers.1.a.weight", BlockType::Q5_0, 0.02),
                 tensor("model.layers.2.a.weight", BlockType::Q8_0, 0.0),
+                tensor("model.layers.0.a_name_that_is_as_long_as_a_name_can_be.weight", BlockType::Q8_0, 0.0),
             ],
         };
         let text = tensors(&report);
-        assert_eq!(text.lines().count(), 2, "{text}");
+        assert_eq!(text.lines().count(), 3, "{text}");
+        let column = |line: &str| line.find("8 x 160");
+        assert!(column(&text).is_some() && text.lines().all(|line| column(line) == column(&text)), "{text}");
         assert!(text.contains("model.layers.*.a.weight") && text.contains("2 x q5_0    2.00 %"), "{text}");
         assert!(text.contains("rows of 160 do not divide into blocks of 256"), "{text}");
     }

@@ -153,17 +153,17 @@ fn a_plan_names_the_preset_or_says_why_there_is_none() {
     };
     assert_eq!(vocabularies(&nothing), [320; 5]);
     assert_eq!(vocabularies(&fits), [2560, 8192, 32_064, 32_064, 32_064]);
-    let mut words = String::new();
-    for i in 0_u32..9000 {
-        words += &format!("{:x} ", i.wrapping_mul(2_654_435_761));
-    }
-    std::fs::write(dir.join("many.txt"), words).unwrap();
+    let words = (0_u32..12_000).map(|i| format!("{:x}", i.wrapping_mul(2_654_435_761)));
+    let words = words.collect::<Vec<_>>().join(" ");
+    std::fs::write(dir.join("many.txt"), [&words[..]; 2].join(" ")).unwrap();
     let open = plan(&["many.txt"]);
     let own = open["vocab_size"].as_u64().unwrap();
     assert!((8192..32_000).contains(&own), "{own}");
     assert_eq!(vocabularies(&open)[..2], vocabularies(&fits)[..2]);
     assert_eq!(vocabularies(&open)[4], own.next_multiple_of(64));
-    for (flag, number) in [("--tokens", "1e308"), ("--flops", "1e99"), ("--speed", "2e12"), ("--ratio", "1e9")] {
+    for (flag, number) in
+        [("--tokens", "1e308"), ("--flops", "1e99"), ("--speed", "2e12"), ("--ratio", "1e9")]
+    {
         let wrong = format!("{flag}={number}");
         fails("data", dir, &["plan", &wrong], &[&format!("{flag} {number}: expected at most")]);
     }

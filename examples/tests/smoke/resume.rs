@@ -2,9 +2,11 @@ use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
+use crate::program::{
+    command, copy, fails, files, finished, folder, json, losses, output, stops, succeeds, tiny,
+};
 #[cfg(unix)]
 use crate::program::{interrupt, interrupted};
-use crate::program::{command, copy, fails, files, finished, folder, losses, output, stops, succeeds, tiny};
 
 /// Starts a run and waits until its log has `lines` lines.
 fn start(dir: &Path, args: &[&str], out: &str, lines: usize) -> Child {
@@ -116,6 +118,23 @@ fn a_finished_run_can_be_finished_again_or_made_longer() {
     assert_eq!(after.len(), 8);
     assert_eq!(after[..6], before);
     fails("train", folder.path(), &["--resume", "--out", "run", "--steps", "7"], &["8 steps", "--steps 7"]);
+}
+
+#[test]
+fn what_a_run_has_lost_is_said_and_what_it_cannot_have_is_refused() {
+    let folder = copy(finished());
+    let run = folder.path().join("run");
+    std::fs::remove_file(run.join("log.jsonl")).unwrap();
+    let said = succeeds("train", folder.path(), &["--resume", "--out", "run"]);
+    assert!(said.contains("The held-out loss is not known") && !said.contains("NaN"), "{said}");
+    assert!(json(&run.join("summary.json"))["eval_loss"].is_null());
+
+    let file = run.join("checkpoint/state.json");
+    let mut state = json(&file);
+    state["seconds"] = (-1).into();
+    std::fs::write(&file, state.to_string()).unwrap();
+    let parts = ["run/checkpoint/state.json: seconds is -1, expected at least 0"];
+    fails("train", folder.path(), &["--resume", "--out", "run"], &parts);
 }
 
 #[test]
