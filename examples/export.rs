@@ -54,16 +54,13 @@ fn export(flags: &Flags) -> Result<ExitCode> {
     if model.is_file() && flags.to.is_none() {
         bail!("{}: Python reads folders: name one with --to", model.display());
     }
-    let folder = match &flags.to {
-        Some(to) => {
-            copy(flags, &model, to)?;
-            to
-        }
-        None => {
-            // Python is to find a model that loads.
-            model::weights(&model, &Device::Cpu)?;
-            &model
-        }
+    let folder = if let Some(to) = &flags.to {
+        copy(flags, &model, to)?;
+        to
+    } else {
+        // Python is to find a model that loads.
+        model::weights(&model, &Device::Cpu)?;
+        &model
     };
     if flags.python {
         let ours = hf::write_python(folder)?;
