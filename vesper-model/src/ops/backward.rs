@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId};
@@ -70,24 +69,31 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
 /// candle.
 pub(super) fn deliver(of: &Tensor, gradient: Option<Tensor>) -> Result<Option<Tensor>> {
     let Some(gradient) = gradient else { return Ok(None) };
-    if !of.is_variable() {
-        return Ok(Some(gradient));
-    }
-    DELIVERED.with_borrow_mut(|delivered| {
-        let Some(delivered) = delivered else { return Ok(Some(gradient)) };
-        // candle detaches the gradients that it passes on as well: they hold no graph.
-        let gradient = gradient.detach();
-        match delivered.entry(of.id()) {
-            Entry::Vacant(entry) => {
-                entry.insert((of.clone(), gradient));
-            }
-            Entry::Occupied(mut entry) => {
-                let (_, sum) = entry.get_mut();
-                *sum = (&*sum + gradient)?;
-            }
-        }
-        Ok(None)
+    deliver_onto(of, |before| match before {
+        Some(before) => before + gradient,
+        None => Ok(gradient),
     })
+}
+
+/// As [`deliver`], for an operation that adds its gradient by itself to what was delivered before: `None` where nothing was,
+/// or where candle adds.
+pub(super) fn deliver_onto(
+    of: &Tensor,
+    gradient: impl FnOnce(Option<&Tensor>) -> Result<Tensor>,
+) -> Result<Option<Tensor>> {
+    if !of.is_variable() {
+        return gradient(None).map(Some);
+    }
+    let before = DELIVERED.with_borrow_mut(|all| all.as_mut().map(|all| all.remove(&of.id())));
+    let Some(before) = before else { return gradient(None).map(Some) }; // outside of a pass
+    // candle detaches the gradients that it passes on as well: they hold no graph.
+    let sum = gradient(before.as_ref().map(|(_, before)| before))?.detach();
+    DELIVERED.with_borrow_mut(|all| {
+        if let Some(all) = all {
+            all.insert(of.id(), (of.clone(), sum));
+        }
+    });
+    Ok(None)
 }
 
 /// A pass on this thread. Passes nest: an inner one has gradients of its own.

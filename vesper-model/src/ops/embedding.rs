@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::backward::deliver;
+use super::backward::deliver_onto;
 use super::real::{self, Real};
 use super::{Backend, Path, as_ids, check_float, check_sizes, sizes};
 
@@ -139,11 +139,11 @@ impl CustomOp2 for Gather {
             return Ok((None, None));
         }
         let drows = drows.contiguous()?;
-        let dtable = match table.dtype() {
-            DType::F64 => scatter::<f64>(table, ids, &drows)?,
-            _ => scatter::<f32>(table, ids, &drows)?,
-        };
-        Ok((deliver(table, Some(dtable))?, None))
+        let dtable = deliver_onto(table, |before| match table.dtype() {
+            DType::F64 => scatter::<f64>(table, ids, &drows, before),
+            _ => scatter::<f32>(table, ids, &drows, before),
+        })?;
+        Ok((dtable, None))
     }
 }
 
@@ -156,7 +156,8 @@ fn gather<T: Copy>(data: &[T], d: usize, ids: &[usize]) -> Vec<T> {
     rows
 }
 
-fn scatter<T: Real>(table: &Tensor, ids: &Tensor, drows: &Tensor) -> Result<Tensor> {
+/// The gradient of the table, added to one from `before`, of a head that is the same table.
+fn scatter<T: Real>(table: &Tensor, ids: &Tensor, drows: &Tensor, before: Option<&Tensor>) -> Result<Tensor> {
     let (vocab, d) = table.dims2()?;
     let ids = real::ids_of(ids)?;
     // The positions of each id, in order (a counting sort): every row of the result has one writer.
@@ -173,20 +174,36 @@ fn scatter<T: Real>(table: &Tensor, ids: &Tensor, drows: &Tensor) -> Result<Tens
         order[next[id]] = position;
         next[id] += 1;
     }
-    let dtable = real::with_values::<T, _>(drows, |drows| {
-        let mut dtable = vec![T::ZERO; vocab * d];
-        if d > 0 {
-            dtable.par_chunks_mut(d).enumerate().with_min_len(64).for_each(|(v, row)| {
-                for &position in &order[first[v]..first[v + 1]] {
-                    let source = &drows[position * d..(position + 1) * d];
-                    for (sum, &value) in row.iter_mut().zip(source) {
-                        *sum += value;
+    let sum = |before: Option<&[T]>| {
+        real::with_values::<T, _>(drows, |drows| {
+            let mut dtable = vec![T::ZERO; vocab * d];
+            if d > 0 {
+                dtable.par_chunks_mut(d).enumerate().with_min_len(64).for_each(|(v, row)| {
+                    for &position in &order[first[v]..first[v + 1]] {
+                        add(row, &drows[position * d..(position + 1) * d]);
                     }
-                }
-            });
-        }
-        Ok(dtable)
-    })?;
+                    if let Some(before) = before {
+                        add(row, &before[v * d..(v + 1) * d]);
+                    }
+                });
+            }
+            Ok(dtable)
+        })
+    };
     debug_assert_eq!(drows.dim(D::Minus1)?, d);
-    real::tensor(dtable, (vocab, d), table.dtype())
+    match before {
+        Some(before) if before.dtype() == T::DTYPE => {
+            let dtable = real::with_values::<T, _>(&before.contiguous()?, |before| sum(Some(before)))?;
+            real::tensor(dtable, (vocab, d), T::DTYPE)
+        }
+        // In a dtype that is added in f32 both are rounded before they are added, as candle has them.
+        Some(before) => before + real::tensor(sum(None)?, (vocab, d), table.dtype())?,
+        None => real::tensor(sum(None)?, (vocab, d), table.dtype()),
+    }
+}
+
+fn add<T: Real>(sums: &mut [T], values: &[T]) {
+    for (sum, &value) in sums.iter_mut().zip(values) {
+        *sum += value;
+    }
 }

@@ -91,6 +91,36 @@ fn embedding_equals_its_reference() {
 }
 
 #[test]
+fn a_table_that_is_also_the_head_gets_the_sum_of_candles_pass() {
+    let Some((_lock, device)) = gpu("a_table_that_is_also_the_head_gets_the_sum_of_candles_pass") else {
+        return;
+    };
+    // Rows of many places, of one and of none; vectors and single columns.
+    for (vocab, d, n) in [(10, 8, 3000), (300, 40, 50), (77, 33, 400)] {
+        let ids = ids(n, vocab / 2).to_device(&device).unwrap();
+        for (table, rows) in [
+            (DType::F32, DType::F32),
+            (DType::F32, DType::BF16),
+            (DType::F32, DType::F16),
+            (DType::BF16, DType::BF16),
+            (DType::F16, DType::F16),
+        ] {
+            let values = random(1, &[vocab as usize, d]).to_dtype(table).unwrap();
+            let table = Var::from_tensor(&values.to_device(&device).unwrap()).unwrap();
+            let (t, settings) = (table.as_tensor(), CrossEntropy::default());
+            let hidden = embedding_in(t, &ids, rows, Path::Fused).unwrap();
+            let loss = linear_cross_entropy(&hidden, t, &ids, settings, Path::Fused).unwrap().loss;
+            let gradient = |grads: candle_core::backprop::GradStore| to_f64(grads.get(&table).unwrap());
+            let (ours, candles) = (gradient(backward(&loss).unwrap()), gradient(loss.backward().unwrap()));
+            let what = format!("{vocab} {d} {n} {:?} {rows:?}", table.dtype());
+            assert_eq!(error(&ours, &candles), 0.0, "{what}");
+            let read = ours.narrow(0, 0, vocab as usize / 2).unwrap().abs().unwrap().sum_all().unwrap();
+            assert!(read.to_scalar::<f64>().unwrap() > 0.0, "{what}");
+        }
+    }
+}
+
+#[test]
 fn an_id_outside_the_table_gives_nan_and_no_gradient() {
     let Some((_lock, device)) = gpu("an_id_outside_the_table_gives_nan_and_no_gradient") else { return };
     let table = Var::from_tensor(&Tensor::ones((300, 4), DType::F32, &device).unwrap()).unwrap();

@@ -147,7 +147,9 @@ template <typename T, int V> struct Sum {
         }
     }
 
-    template <typename S> __device__ void write(S *row, uint32_t column, uint32_t d) const {
+    // The row, or with `before` the sum of both: each is rounded before it is added, as where they are added later.
+    template <typename S>
+    __device__ void write(S *table, const S *before, size_t start, uint32_t column, uint32_t d) const {
 #pragma unroll
         for (int j = 0; j < GROUP; j++) {
             const uint32_t c = column + j * 32 * V;
@@ -155,15 +157,20 @@ template <typename T, int V> struct Sum {
                 Vec<S, V> out;
 #pragma unroll
                 for (int k = 0; k < V; k++) out.v[k] = from_float<S>(v[j][k]);
-                store<S, V>(row + c, out);
+                if (before) {
+                    const Vec<S, V> other = load<S, V>(before + start + c);
+#pragma unroll
+                    for (int k = 0; k < V; k++) out.v[k] = from_float<S>(to_float(other.v[k]) + to_float(out.v[k]));
+                }
+                store<S, V>(table + start + c, out);
             }
         }
     }
 };
 
-// Block (x, y): ROWS rows of the table, one a warp, and GROUP * 32 V columns.
+// Block (x, y): ROWS rows of the table, one a warp, and GROUP * 32 V columns. before: null, or what is added to.
 template <typename S, typename T, int V>
-__device__ void backward(const T *drows, const uint32_t *places, const uint32_t *first, S *dtable,
+__device__ void backward(const T *drows, const uint32_t *places, const uint32_t *first, const S *before, S *dtable,
                          EmbeddingParams p) {
     __shared__ uint32_t bounds[ROWS + 1];
     __shared__ float parts[ROWS][GROUP * 32 * V];
@@ -177,7 +184,7 @@ __device__ void backward(const T *drows, const uint32_t *places, const uint32_t 
     if (v0 + warp < p.vocab && end - start <= LONG) {
         sum.clear();
         sum.add(drows, places, start, end, column, p.d);
-        sum.write(dtable + (size_t)(v0 + warp) * p.d, column, p.d);
+        sum.write(dtable, before, (size_t)(v0 + warp) * p.d, column, p.d);
     }
     for (int row = 0; row < ROWS && v0 + row < p.vocab; row++) {
         const uint32_t start = bounds[row], length = bounds[row + 1] - start;
@@ -200,7 +207,7 @@ __device__ void backward(const T *drows, const uint32_t *places, const uint32_t 
                     for (int part = 0; part < ROWS; part++) total += parts[part][(j * V + k) * 32 + lane];
                     sum.v[j][k] = total;
                 }
-            sum.write(dtable + (size_t)(v0 + row) * p.d, column, p.d);
+            sum.write(dtable, before, (size_t)(v0 + row) * p.d, column, p.d);
         }
         __syncthreads();
     }
@@ -213,8 +220,9 @@ __device__ void backward(const T *drows, const uint32_t *places, const uint32_t 
         gather<S, T, V>(table, ids, rows, p);                                                                          \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(32 * ROWS) embedding_backward_##S##_##T##_##NAME(                     \
-        const T *drows, const uint32_t *places, const uint32_t *first, S *dtable, EmbeddingParams p) {                 \
-        backward<S, T, V>(drows, places, first, dtable, p);                                                            \
+        const T *drows, const uint32_t *places, const uint32_t *first, const S *before, S *dtable,                     \
+        EmbeddingParams p) {                                                                                           \
+        backward<S, T, V>(drows, places, first, before, dtable, p);                                                    \
     }
 
 KERNELS(f32, f32, wide, WIDE<f32>)

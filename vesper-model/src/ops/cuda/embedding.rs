@@ -1,7 +1,7 @@
 //! The embedding look-up on CUDA.
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr, LaunchConfig};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, LaunchConfig};
 use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail,
 };
@@ -10,7 +10,7 @@ use super::launch::{
     Element, Held, Module, aligned, allocate, blocks, by_dtype, is_empty, launch, name, not_here, size,
     tensor, view, wrap, zeros,
 };
-use crate::ops::backward::deliver;
+use crate::ops::backward::deliver_onto;
 use crate::ops::embedding::rows_of;
 
 /// Ids that one block sorts.
@@ -92,7 +92,13 @@ impl Gather {
         Ok(wrap(rows, device))
     }
 
-    fn backward<S: Element, T: Element>(table: &Tensor, ids: &Tensor, drows: &Tensor) -> Result<Tensor> {
+    /// The gradient of the table, added to one from `before`, of a head that is the same table.
+    fn backward<S: Element, T: Element>(
+        table: &Tensor,
+        ids: &Tensor,
+        drows: &Tensor,
+        before: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let ((vocab, d), n) = (table.dims2()?, ids.elem_count());
         let (held, drows) = (Held::new(ids), Held::new(drows));
         let device = held.device()?;
@@ -108,7 +114,24 @@ impl Gather {
         let name = kernel::<S, T>("backward", wide);
         let mut dtable = allocate::<S>(device, vocab * d)?;
         let drows = drows.view::<T>()?;
-        launch!(device, Module::Embedding, &name, config, &drows, &places, &first, &mut dtable, &params);
+        let held = before.map(Held::new);
+        let before = held.as_ref().map(Held::view::<S>).transpose()?;
+        let stream = device.cuda_stream();
+        let held = before.as_ref().map(|before| before.device_ptr(&stream));
+        let before = held.as_ref().map_or(0, |held| held.0);
+        launch!(
+            device,
+            Module::Embedding,
+            &name,
+            config,
+            &drows,
+            &places,
+            &first,
+            &before,
+            &mut dtable,
+            &params
+        );
+        drop(held);
         Ok(tensor(dtable, device, (vocab, d)))
     }
 }
@@ -247,8 +270,12 @@ impl CustomOp2 for Gather {
             return Ok((None, None));
         }
         let drows = aligned(drows)?;
-        let dtable =
-            by_dtypes!(table.dtype(), self.dtype, S, T => Self::backward::<S, T>(table, ids, &drows)?);
-        Ok((deliver(table, Some(dtable))?, None))
+        let dtable = deliver_onto(table, |before| {
+            let before = before.map(aligned).transpose()?;
+            by_dtypes!(table.dtype(), self.dtype, S, T => {
+                Self::backward::<S, T>(table, ids, &drows, before.as_ref())
+            })
+        })?;
+        Ok((dtable, None))
     }
 }
