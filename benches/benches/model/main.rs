@@ -95,6 +95,8 @@ struct Record {
     date: String,
     machine: String,
     copy_tb_per_s: Option<f64>,
+    /// Of tensors as large as the hidden states of the medium preset: a short copy is slower than a long one.
+    copy_of_hidden_tb_per_s: Option<f64>,
     product_tflop_per_s: Option<f64>,
     training: Vec<Training>,
     operations: Vec<Operation>,
@@ -256,6 +258,17 @@ fn ceilings(device: &Device, effort: Effort, n: usize) -> Result<(f64, f64)> {
         ceilings.1 / 1e12
     );
     Ok(ceilings)
+}
+
+/// Bytes a second of copies of tensors (n, d), one after the other, together larger than any cache.
+fn copy_of(device: &Device, effort: Effort, n: usize, d: usize) -> Result<f64> {
+    let tensors: Vec<Tensor> =
+        (0..12).map(|_| Tensor::zeros((n, d), effort.compute, device)).collect::<Result<_>>()?;
+    let copy = || tensors.iter().map(Tensor::copy).collect::<Result<Vec<_>>>().map(drop);
+    let bytes = 2 * tensors.len() * n * d * effort.compute.size_in_bytes();
+    let rate = bytes as f64 / clock(device, effort, copy)?;
+    println!("copy of ({n}, {d}): {:.3} TB/s", rate / 1e12);
+    Ok(rate)
 }
 
 /// What bounds an operation: its work, in the unit of its ceiling.
@@ -516,6 +529,8 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
         record.copy_tb_per_s = Some(ceilings.0 / 1e12);
         record.product_tflop_per_s = Some(ceilings.1 / 1e12);
         let config = VesperConfig::preset("medium")?;
+        let of_hidden = copy_of(&device, effort, effort.batch * effort.t, config.hidden_size)?;
+        record.copy_of_hidden_tb_per_s = Some(of_hidden / 1e12);
         record.operations = operations(&config, &device, effort, ceilings, step_ms)?;
         if let Ok(file) = std::env::var("VESPER_BENCH_KERNELS") {
             record.kernels = kernels::read(file.as_ref(), ceilings)?;

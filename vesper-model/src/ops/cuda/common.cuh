@@ -34,6 +34,46 @@ template <typename T, int N> __device__ __forceinline__ void store(T *p, const V
 // How many elements 16 bytes hold.
 template <typename T> constexpr int WIDE = 16 / sizeof(T);
 
+// Past the caches: for what is read, or written, once and is larger than they are.
+template <typename T, int N> __device__ __forceinline__ Vec<T, N> load_once(const T *p) {
+    if constexpr (sizeof(T) * N == 16) {
+        union Wide {
+            uint4 bits;
+            Vec<T, N> v;
+            __device__ Wide() {}
+        } wide;
+        wide.bits = __ldcs(reinterpret_cast<const uint4 *>(p));
+        return wide.v;
+    } else {
+        return load<T, N>(p);
+    }
+}
+
+template <typename T, int N> __device__ __forceinline__ void store_once(T *p, const Vec<T, N> &x) {
+    if constexpr (sizeof(T) * N == 16) {
+        union Wide {
+            uint4 bits;
+            Vec<T, N> v;
+            __device__ Wide() {}
+        } wide;
+        wide.v = x;
+        __stcs(reinterpret_cast<uint4 *>(p), wide.bits);
+    } else {
+        store<T, N>(p, x);
+    }
+}
+
+// Rounds two numbers at once, for which there is an instruction.
+__device__ __forceinline__ void put(float *to, float a, float b) { to[0] = a, to[1] = b; }
+__device__ __forceinline__ void put(bf16 *to, float a, float b) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+    to[0] = both.x, to[1] = both.y;
+}
+__device__ __forceinline__ void put(f16 *to, float a, float b) {
+    const __half2 both = __floats2half2_rn(a, b);
+    to[0] = both.x, to[1] = both.y;
+}
+
 // The sum over the 32 lanes, in every lane and in the same order in each.
 __device__ __forceinline__ float warp_sum(float x) {
     for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);

@@ -12,6 +12,8 @@
 #include "common.cuh"
 
 constexpr int THREADS = 512;
+constexpr int AHEAD = 2;  // vectors that a thread reads at a time
+constexpr float LOWEST = -3e38f;  // a maximum before there is one, from which minus infinity can be told
 
 struct CrossEntropyParams {
     uint32_t vocab;
@@ -28,36 +30,52 @@ struct CrossEntropyTerms {
 };
 static_assert(sizeof(CrossEntropyTerms) == 8, "the Rust side has the same layout");
 
-template <typename T> __device__ __forceinline__ float exponential(float x) {
-    return sizeof(T) == 2 ? __expf(x) : expf(x);
-}
+// Logits and powers of a base: e, or for halves 2, for which there is an instruction. unit: ln of the base.
+template <typename T> struct Base {
+    static constexpr bool TWO = sizeof(T) == 2;
+    static constexpr float UNIT = TWO ? 0.693147181f : 1.0f;
 
-// top: the maximum so far; sum: of exp(z - top); weighted: of exp(z - top) (z - top)
+    // The logit that gives the same number with this base.
+    static __device__ __forceinline__ float of(float x) { return TWO ? x * 1.44269504f : x; }
+    // of(x) - top
+    static __device__ __forceinline__ float shifted(float x, float top) { return TWO ? fmaf(x, 1.44269504f, -top) : x - top; }
+    static __device__ __forceinline__ float power(float x) {
+        if constexpr (TWO) {
+            float y;
+            asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+            return y;
+        } else {
+            return expf(x);
+        }
+    }
+};
+
+// top: the maximum so far, in units of the base; sum: of powers of x - top; weighted: of each times x - top
 struct Online {
     float top, sum, weighted;
 };
 
+template <typename T> __device__ __forceinline__ void move_top(Online &x, float top) {
+    if (x.sum > 0) {
+        const float shift = x.top - top, factor = Base<T>::power(shift);
+        x.weighted = (x.weighted + x.sum * shift) * factor;
+        x.sum *= factor;
+    }
+    x.top = top;
+}
+
 template <typename T> __device__ __forceinline__ Online merge(Online a, Online b) {
     const float top = fmaxf(a.top, b.top);
-    if (!(top > -INFINITY)) return {top, 0, 0};
-    Online out = {top, 0, 0};
-    if (a.sum > 0) {
-        const float shift = a.top - top, factor = exponential<T>(shift);
-        out.sum += a.sum * factor;
-        out.weighted += (a.weighted + a.sum * shift) * factor;
-    }
-    if (b.sum > 0) {
-        const float shift = b.top - top, factor = exponential<T>(shift);
-        out.sum += b.sum * factor;
-        out.weighted += (b.weighted + b.sum * shift) * factor;
-    }
-    return out;
+    move_top<T>(a, top);
+    move_top<T>(b, top);
+    return {top, a.sum + b.sum, a.weighted + b.weighted};
 }
 
 template <typename T, bool TERMS>
 __device__ void rows(T *z, const uint32_t *targets, float *losses, float *entropies, CrossEntropyParams p,
                      CrossEntropyTerms terms) {
     constexpr int V = WIDE<T>;
+    using B = Base<T>;
     __shared__ Online parts[THREADS / 32];
     __shared__ Online whole;
     __shared__ float totals[THREADS / 32];
@@ -71,43 +89,36 @@ __device__ void rows(T *z, const uint32_t *targets, float *losses, float *entrop
         return;
     }
     const float at_target = target < p.vocab ? to_float(zr[target]) : NAN;
-    Online mine = {-INFINITY, 0, 0};
-    const uint32_t whole_vectors = p.vocab / V;
-    for (uint32_t i = threadIdx.x; i <= whole_vectors; i += THREADS) {
-        float x[V];
-        float top = mine.top;
-        if (i < whole_vectors) {
-            const Vec<T, V> a = load<T, V>(zr + (size_t)i * V);
+    Online mine = {LOWEST, 0, 0};
+    const uint32_t vectors = (p.vocab + V - 1) / V;  // the last one may go on behind the row, but not behind its stride
+    for (uint32_t i0 = threadIdx.x; i0 < vectors; i0 += THREADS * AHEAD) {
+        Vec<T, V> a[AHEAD];
 #pragma unroll
-            for (int k = 0; k < V; k++) x[k] = to_float(a.v[k]);
-        } else {
+        for (int u = 0; u < AHEAD; u++)
+            if (i0 + u * THREADS < vectors) a[u] = load<T, V>(zr + (i0 + u * THREADS) * V);
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++) {
+            const uint32_t i = i0 + u * THREADS;
+            if (i >= vectors) break;
+            if ((i + 1) * V > p.vocab) {
+#pragma unroll
+                for (int k = 0; k < V; k++)
+                    if (i * V + k >= p.vocab) a[u].v[k] = from_float<T>(-INFINITY);
+            }
+            float x[V], most = to_float(a[u].v[0]);
+#pragma unroll
+            for (int k = 0; k < V; k++) x[k] = to_float(a[u].v[k]), most = fmaxf(most, x[k]);
+            if constexpr (TERMS)
+#pragma unroll
+                for (int k = 0; k < V; k++)
+                    if (i * V + k < p.vocab) total += x[k] - at_target;
+            if (B::of(most) > mine.top) move_top<T>(mine, B::of(most));
+            // Of minus infinity the power is 0, and so is what it is multiplied by a number.
 #pragma unroll
             for (int k = 0; k < V; k++) {
-                const uint32_t at = i * V + k;
-                x[k] = at < p.vocab ? to_float(zr[at]) : -INFINITY;
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < V; k++) top = fmaxf(top, x[k]);
-        if constexpr (TERMS)
-#pragma unroll
-            for (int k = 0; k < V; k++)
-                if (i * V + k < p.vocab) total += x[k] - at_target;
-        if (top > mine.top) {
-            if (mine.sum > 0) {
-                const float shift = mine.top - top, factor = exponential<T>(shift);
-                mine.weighted = (mine.weighted + mine.sum * shift) * factor;
-                mine.sum *= factor;
-            }
-            mine.top = top;
-        }
-#pragma unroll
-        for (int k = 0; k < V; k++) {
-            const float shifted = x[k] - mine.top, e = exponential<T>(shifted);
-            // minus infinity would give 0 * infinity
-            if (x[k] != -INFINITY) {
+                const float shifted = B::shifted(x[k], mine.top), e = B::power(shifted);
                 mine.sum += e;
-                mine.weighted += e * shifted;
+                mine.weighted = fmaf(e, fmaxf(shifted, -1e30f), mine.weighted);
             }
         }
     }
@@ -130,41 +141,39 @@ __device__ void rows(T *z, const uint32_t *targets, float *losses, float *entrop
         for (int i = 1; i < THREADS / 32; i++) all = merge<T>(all, parts[i]);
         whole = all;
         const float log_sum = logf(all.sum);
-        float loss = log_sum - (at_target - all.top);
+        float loss = log_sum - (at_target - all.top * B::UNIT);
         if constexpr (TERMS) {
             float sum = 0;
             for (int i = 0; i < THREADS / 32; i++) sum += totals[i];
-            const float lse = log_sum + all.top;
+            const float lse = log_sum + all.top * B::UNIT;
             if (terms.smoothing > 0) loss -= terms.smoothing * sum / p.vocab;
             loss += terms.z_loss * lse * lse;
         }
         losses[row] = loss;
-        entropies[row] = log_sum - all.weighted / all.sum;
+        entropies[row] = log_sum - all.weighted / all.sum * B::UNIT;
     }
     __syncthreads();
     if (!p.gradient) return;
     const float top = whole.top;
     float factor = p.scale / whole.sum, even = 0, at_hit = p.scale;
     if constexpr (TERMS) {
-        factor *= 1 + 2 * terms.z_loss * (logf(whole.sum) + top);
+        factor *= 1 + 2 * terms.z_loss * (logf(whole.sum) + top * B::UNIT);
         even = p.scale * terms.smoothing / p.vocab;
         at_hit = p.scale * (1 - terms.smoothing);
     }
-    for (uint32_t i = threadIdx.x; i <= whole_vectors; i += THREADS) {
-        if (i < whole_vectors) {
-            Vec<T, V> a = load<T, V>(zr + (size_t)i * V);
+#pragma unroll AHEAD
+    for (uint32_t i = threadIdx.x; i < vectors; i += THREADS) {
+        Vec<T, V> a = load<T, V>(zr + i * V);
+        float dz[V];
 #pragma unroll
-            for (int k = 0; k < V; k++) {
-                const float hit = (i * V + k == target ? at_hit : 0) + even;
-                a.v[k] = from_float<T>(exponential<T>(to_float(a.v[k]) - top) * factor - hit);
-            }
-            store<T, V>(zr + (size_t)i * V, a);
-        } else {
-            for (uint32_t at = i * V; at < p.vocab; at++) {
-                const float hit = (at == target ? at_hit : 0) + even;
-                zr[at] = from_float<T>(exponential<T>(to_float(zr[at]) - top) * factor - hit);
-            }
-        }
+        for (int k = 0; k < V; k++) dz[k] = fmaf(B::power(B::shifted(to_float(a.v[k]), top)), factor, -even);
+        if (i == target / V)
+#pragma unroll
+            for (int k = 0; k < V; k++)
+                if (k == target % V) dz[k] -= at_hit;
+#pragma unroll
+        for (int k = 0; k < V; k += 2) put(&a.v[k], dz[k], dz[k + 1]);
+        store_once<T, V>(zr + i * V, a);
     }
 }
 

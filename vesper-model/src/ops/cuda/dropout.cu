@@ -34,17 +34,6 @@ __device__ __forceinline__ uint4 philox(uint64_t block, const DropoutParams &p) 
     return c;
 }
 
-// Rounds two numbers at once, for which there is an instruction.
-__device__ __forceinline__ void put(float *to, float a, float b) { to[0] = a, to[1] = b; }
-__device__ __forceinline__ void put(bf16 *to, float a, float b) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
-    to[0] = both.x, to[1] = both.y;
-}
-__device__ __forceinline__ void put(f16 *to, float a, float b) {
-    const __half2 both = __floats2half2_rn(a, b);
-    to[0] = both.x, to[1] = both.y;
-}
-
 template <typename T> __device__ void dropout(const T *x, T *y, const DropoutParams &p) {
     constexpr int V = WIDE<T>;
     union Wide {

@@ -21,6 +21,9 @@ __device__ void forward(const T *x, const T *w, T *y, NormParams p) {
     a.rms_norm(w, y + row * p.d, p.d, p.eps, lane);
 }
 
+// How many blocks of the backward at least are to fit on a multiprocessor: as many as the registers of a lane suffice for.
+template <int V, int J> constexpr int RESIDENT = V * J <= 24 ? 4 : 1;
+
 // With J > 0 a lane's share of dw stays in registers too; with J = 0 dw is added up in global memory, each element by one
 // lane alone.
 // partial: (parts, d), or null where w needs no gradient; a part is a block with J > 0, else a warp. base: what is added
@@ -42,23 +45,17 @@ __device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *
         __syncwarp();
     }
     if constexpr (J > 0) {
-        // The next row is under way while this one is worked on, where there are registers for both.
-        constexpr bool AHEAD = J * V <= 32;
         const float each = 1.0f / p.d;
-        Vec<T, V> a[K], g[K];
-        const auto fetch = [&](size_t row) {
+        for (size_t row = warp; row < p.rows; row += warps) {
+            Vec<T, V> a[K], g[K];
 #pragma unroll
             for (int j = 0; j < J; j++) {
                 const uint32_t i = (j * 32 + lane) * V;
-                if (row < p.rows && i < p.d) {
+                if (i < p.d) {
                     a[j] = load<T, V>(x + row * p.d + i);
                     g[j] = load<T, V>(dy + row * p.d + i);
                 }
             }
-        };
-        if (AHEAD) fetch(warp);
-        for (size_t row = warp; row < p.rows; row += warps) {
-            if (!AHEAD) fetch(row);
             // Asked for first, needed last.
             Vec<T, V> more[K];
             if (base)
@@ -81,13 +78,6 @@ __device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *
                     }
                 }
             }
-            Vec<T, V> now_a[K], now_g[K];
-#pragma unroll
-            for (int j = 0; j < J; j++) {
-                now_a[j] = a[j];
-                now_g[j] = g[j];
-            }
-            if (AHEAD) fetch(row + warps);
 #pragma unroll
             for (int offset = 16; offset > 0; offset /= 2) {
                 squares += __shfl_xor_sync(0xffffffffu, squares, offset);
@@ -103,7 +93,7 @@ __device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *
                     Vec<T, V> out;
 #pragma unroll
                     for (int k = 0; k < V; k++) {
-                        const float xv = to_float(now_a[j].v[k]), gv = to_float(now_g[j].v[k]);
+                        const float xv = to_float(a[j].v[k]), gv = to_float(g[j].v[k]);
                         const float to_x = r * (to_float(b.v[k]) * gv - xv * dot);
                         out.v[k] = from_float<T>(base ? to_float(more[j].v[k]) + to_x : to_x);
                         dw[j][k] += xv * r * gv;
@@ -151,7 +141,7 @@ __device__ void backward(const T *x, const T *w, const T *dy, const T *base, T *
         forward<T, V, J>(x, w, y, p);                                                                                  \
     }
 #define BACKWARD(T, NAME, V, J)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(128, BLOCKS<V, J>) rms_norm_backward_##T##_##NAME(                                  \
+    extern "C" __global__ void __launch_bounds__(128, RESIDENT<V, J>) rms_norm_backward_##T##_##NAME(                                  \
         const T *x, const T *w, const T *dy, const T *base, T *dx, float *partial, NormParams p) {                                    \
         backward<T, V, J>(x, w, dy, base, dx, partial, p);                                                                   \
     }
