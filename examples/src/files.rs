@@ -79,8 +79,8 @@ pub struct NewFolder(Arc<Mutex<Begun>>);
 /// What is to happen to a [`NewFolder`], for others who may have to end the program.
 #[derive(Debug)]
 pub struct Begun {
-    /// The first of the folders that were not there.
-    new: Option<PathBuf>,
+    /// The folders that were made, the outermost first, and whether it is the one that is filled.
+    new: Vec<(PathBuf, bool)>,
     kept: bool,
 }
 
@@ -92,9 +92,12 @@ impl Begun {
 
     /// Takes away again what is not kept.
     pub fn remove(&mut self) {
-        if let Some(new) = self.new.take_if(|_| !self.kept) {
-            // The program ends in any case.
-            let _ = std::fs::remove_dir_all(new);
+        if self.kept {
+            return;
+        }
+        // The program ends in any case. Those above may have got other things since, of other programs: these stay.
+        while let Some((folder, filled)) = self.new.pop() {
+            let _ = if filled { std::fs::remove_dir_all(folder) } else { std::fs::remove_dir(folder) };
         }
     }
 }
@@ -118,11 +121,18 @@ impl NewFolder {
     ) -> Result<(Self, T)> {
         // A link that leads nowhere is there: it would go, too.
         let there = |path: &Path| path.as_os_str().is_empty() || path.symlink_metadata().is_ok();
-        let missing = path.ancestors().take_while(|path| !there(path));
-        // From here on, what is made of them goes again, and a folder that cannot be made leaves none above it.
-        let begun = Begun { new: missing.last().map(Path::to_path_buf), kept: false };
-        let folder = Self(Arc::new(Mutex::new(begun)));
+        let missing: Vec<&Path> = path.ancestors().take_while(|path| !there(path)).collect();
+        let folder = Self(Arc::new(Mutex::new(Begun { new: Vec::new(), kept: false })));
         let arranged = arrange(Arc::clone(&folder.0))?;
+        // What is made of them goes again; what another program makes in the meantime is not ours.
+        for missing in missing.into_iter().rev() {
+            let mut begun = folder.lock();
+            match std::fs::create_dir(missing) {
+                Ok(()) => begun.new.push((missing.to_path_buf(), missing == path)),
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => begun.new.clear(),
+                Err(_) => break, // said below
+            }
+        }
         create_dir(path)?;
         Ok((folder, arranged))
     }
@@ -169,6 +179,11 @@ mod tests {
         assert!(old.join("mine").is_file() && !old.join("a").exists());
         drop(NewFolder::create(&old).unwrap());
         assert!(old.join("mine").is_file());
+        // What others put beside it stays.
+        let begun = NewFolder::create(&new).unwrap();
+        std::fs::write(old.join("a/others"), "text").unwrap();
+        drop(begun);
+        assert!(old.join("a/others").is_file() && !new.exists());
         let mut begun = NewFolder::create(&new).unwrap();
         begun.keep();
         drop(begun);

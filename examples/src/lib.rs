@@ -94,8 +94,9 @@ pub fn flags<F: clap::Parser>() -> anyhow::Result<F> {
         // The usage and the hint at --help are left out.
         let text = text.split("\n\nUsage:").next().unwrap_or_default();
         let text = text.split("\n\nFor more information").next().unwrap_or_default();
-        // A hint stands in a paragraph of its own.
-        anyhow::anyhow!("{}", text.trim_start_matches("error: ").replace("\n\n  tip: ", "; "))
+        // Hints stand in a paragraph of their own.
+        let text = text.trim_start_matches("error: ").replace("\n\n  tip: ", "; ");
+        anyhow::anyhow!("{}", text.replace("\n  tip: ", "; "))
     })
 }
 
