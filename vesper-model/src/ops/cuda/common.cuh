@@ -34,21 +34,7 @@ template <typename T, int N> __device__ __forceinline__ void store(T *p, const V
 // How many elements 16 bytes hold.
 template <typename T> constexpr int WIDE = 16 / sizeof(T);
 
-// Past the caches: for what is read, or written, once and is larger than they are.
-template <typename T, int N> __device__ __forceinline__ Vec<T, N> load_once(const T *p) {
-    if constexpr (sizeof(T) * N == 16) {
-        union Wide {
-            uint4 bits;
-            Vec<T, N> v;
-            __device__ Wide() {}
-        } wide;
-        wide.bits = __ldcs(reinterpret_cast<const uint4 *>(p));
-        return wide.v;
-    } else {
-        return load<T, N>(p);
-    }
-}
-
+// Past the caches: for what is larger than they are.
 template <typename T, int N> __device__ __forceinline__ void store_once(T *p, const Vec<T, N> &x) {
     if constexpr (sizeof(T) * N == 16) {
         union Wide {

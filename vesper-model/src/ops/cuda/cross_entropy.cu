@@ -30,7 +30,7 @@ struct CrossEntropyTerms {
 };
 static_assert(sizeof(CrossEntropyTerms) == 8, "the Rust side has the same layout");
 
-// Logits and powers of a base: e, or for halves 2, for which there is an instruction. unit: ln of the base.
+// Powers of a base: e, or for halves 2, for which there is an instruction. UNIT: ln of the base.
 template <typename T> struct Base {
     static constexpr bool TWO = sizeof(T) == 2;
     static constexpr float UNIT = TWO ? 0.693147181f : 1.0f;
