@@ -14,13 +14,14 @@ use candle_core::DType;
 use clap::Parser;
 use vesper_benches::record::{machine, today};
 use vesper_data::TextTokenizer;
+use vesper_examples::interrupt::Interrupt;
 use vesper_examples::metacognition::answers::{Answerer, Source, at_random};
 use vesper_examples::metacognition::ask;
 use vesper_examples::metacognition::documents::{Documents, questions, stream};
 use vesper_examples::metacognition::record::{Record, Seed};
 use vesper_examples::metacognition::remembered::Remembered;
 use vesper_examples::metacognition::tokens::{self, HEAD, Training, heads, predictions, quality};
-use vesper_examples::{device, files, runs, say};
+use vesper_examples::{INTERRUPTED, device, files, runs, say};
 use vesper_model::metacognition::{
     BaseModel, Calibrated, Choice, ErrorHead, ErrorScore, HeadConfig, HeadTraining, Measure, Method,
     Predictions, RegulatorConfig,
@@ -148,7 +149,8 @@ fn metacognition(flags: &Flags) -> Result<ExitCode> {
     let documents = Documents::read(&flags.data, flags.stories, &tokenizer, &folder)?;
     let base = BaseModel::of(&model)?;
     let out = runs::results_folder(flags.out.as_deref(), "metacognition")?;
-    let mut created = files::NewFolder::create(&out)?;
+    let stopped = "Stopped before a head was trained: nothing is kept";
+    let (mut created, interrupt) = Interrupt::catch_in_new_folder(&out, stopped)?;
     say!(
         "{}: {} documents, {} left out; results in {}",
         documents.name,
@@ -234,6 +236,10 @@ fn metacognition(flags: &Flags) -> Result<ExitCode> {
             let answer = answerer.calibrate(&calibrating, &drawn_head.confidence())?;
             created.keep();
             drawn_head.with_answer(answer).save(out.join("head"))?;
+            if interrupt.is_set() {
+                return Ok(ExitCode::from(INTERRUPTED));
+            }
+            interrupt.end_at_next();
         }
         seeds.push(Seed {
             seed,

@@ -22,7 +22,7 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// As [`write()`], and those of `fill`.
 pub fn replace(path: &Path, fill: impl FnOnce(&mut NamedTempFile) -> std::io::Result<()>) -> Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = parent(path);
     let write = || -> std::io::Result<()> {
         let mut file = temporary(folder)?;
         fill(&mut file)?;
@@ -32,6 +32,11 @@ pub fn replace(path: &Path, fill: impl FnOnce(&mut NamedTempFile) -> std::io::Re
         Ok(())
     };
     write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// The folder that a path is in.
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// A temporary file with the permissions of any new file; `tempfile`'s own are for its owner alone.
@@ -90,15 +95,33 @@ impl Begun {
         self.kept
     }
 
-    /// Takes away again what is not kept.
-    pub fn remove(&mut self) {
+    /// Takes away again what is not kept. To be repeated where another thread may have gone on making folders.
+    pub fn remove(&self) {
         if self.kept {
             return;
         }
         // The program ends in any case. Those above may have got other things since, of other programs: these stay.
-        while let Some((folder, filled)) = self.new.pop() {
-            let _ = if filled { std::fs::remove_dir_all(folder) } else { std::fs::remove_dir(folder) };
+        for (folder, filled) in self.new.iter().rev() {
+            if *filled {
+                remove_while_written(folder);
+            } else {
+                let _ = std::fs::remove_dir(folder);
+            }
         }
+    }
+}
+
+/// Takes away a folder in which another thread may still be making files: as soon as it has another name, that finds none.
+fn remove_while_written(folder: &Path) {
+    if folder.symlink_metadata().is_err() {
+        return;
+    }
+    let aside = tempfile::tempdir_in(parent(folder));
+    let moved =
+        aside.and_then(|aside| std::fs::rename(folder, aside.path().join("removed")).map(|()| aside.close()));
+    if moved.is_err() {
+        // Not where a file in it is open, on some systems.
+        let _ = std::fs::remove_dir_all(folder);
     }
 }
 
@@ -184,6 +207,22 @@ mod tests {
         std::fs::write(old.join("a/others"), "text").unwrap();
         drop(begun);
         assert!(old.join("a/others").is_file() && !new.exists());
+        // So does nothing of this one, whoever is still writing.
+        let begun = NewFolder::create(&new).unwrap();
+        let writing = std::thread::spawn({
+            let new = new.clone();
+            // Ends when the folder is gone.
+            move || {
+                (0..1_000_000)
+                    .take_while(|name| std::fs::create_dir(new.join(format!("{name}"))).is_ok())
+                    .count()
+            }
+        });
+        while !new.join("10").exists() {
+            std::thread::yield_now();
+        }
+        drop(begun);
+        assert!(!new.exists() && writing.join().unwrap() > 10);
         let mut begun = NewFolder::create(&new).unwrap();
         begun.keep();
         drop(begun);

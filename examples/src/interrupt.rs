@@ -22,8 +22,8 @@ impl Interrupt {
         Self::catch_unless(|| {})
     }
 
-    /// Makes a folder and catches Ctrl-C, which takes the folder away again and ends the program at once, as long as it is not kept;
-    /// `stopped` tells the user so.
+    /// Makes a folder and catches Ctrl-C, which takes the folder away again and ends the program at once, as long as
+    /// it is not kept; `stopped` tells the user so.
     ///
     /// # Errors
     /// As [`Interrupt::catch`]; a folder that cannot be made.
@@ -31,10 +31,12 @@ impl Interrupt {
         NewFolder::create_after(path, |begun| {
             Self::catch_unless(move || {
                 // Held until the end, so that nobody who finds the folder gone reports it.
-                let mut begun = begun.lock().unwrap_or_else(PoisonError::into_inner);
+                let begun = begun.lock().unwrap_or_else(PoisonError::into_inner);
                 if !begun.is_kept() {
                     begun.remove();
                     say!("{stopped}");
+                    // What has been made since the first time, by a thread that had not come to the end of a folder's path.
+                    begun.remove();
                     std::process::exit(i32::from(crate::INTERRUPTED));
                 }
             })
@@ -59,6 +61,11 @@ impl Interrupt {
     /// Whether Ctrl-C was pressed since the last [`Interrupt::clear`].
     pub fn is_set(&self) -> bool {
         self.0.is_cancelled()
+    }
+
+    /// Lets the next Ctrl-C end the program at once: what is to be kept has been written.
+    pub fn end_at_next(&self) {
+        self.0.cancel();
     }
 
     /// The flag itself, for a generation that it is to stop.

@@ -1,3 +1,5 @@
+#[cfg(unix)]
+use crate::program::interrupted;
 use crate::program::{copy, fails, finished, json, number, only, succeeds, text, tiny};
 
 /// Documents that the model of the finished run was not trained on.
@@ -99,6 +101,28 @@ fn a_head_is_trained_measured_and_kept() {
     succeeds("metacognition", dir, &again);
     let again = json(&dir.join("again/metacognition.json"));
     assert_eq!(again["seeds"], record["seeds"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_keeps_the_head_and_no_folder_where_there_is_none() {
+    let folder = copy(finished());
+    let dir = folder.path();
+    held_out(dir, 40);
+    let stopped = |more: &[&str], begun: &str| {
+        let flags = TINY.chunks(2).filter(|flag| !more.contains(&flag[0])).flatten();
+        let args: Vec<&str> = flags.chain(more).copied().collect();
+        let output = interrupted("metacognition", dir, &args, begun);
+        assert_eq!((output.code, output.stderr.as_str()), (Some(130), ""));
+        output.stdout
+    };
+    let said = stopped(&["--epochs", "1000000"], "judged");
+    assert!(said.ends_with("Stopped before a head was trained: nothing is kept\n"), "{said}");
+    assert!(!dir.join("judged").exists());
+    stopped(&["--seeds", "1000000", "--answer", "1"], "judged/head/error_head.json");
+    assert!(!dir.join("judged/metacognition.json").exists());
+    let ask = ["--model", "run", "--head", "judged/head", "--prompt", "the little", "--answer", "3"];
+    succeeds("metacognition", dir, &ask);
 }
 
 #[test]

@@ -200,15 +200,20 @@ pub(crate) fn data(test: &str) -> Option<PathBuf> {
     data
 }
 
-/// Runs an example, with Ctrl-C as soon as there is a file or folder `begun`.
+/// Runs an example, with Ctrl-C as soon as there is a file or folder `begun`; `*` is any in a folder.
 #[cfg(unix)]
 pub(crate) fn interrupted(name: &str, dir: &Path, args: &[&str], begun: &str) -> Output {
     let mut command = command(name, dir, args);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let started = std::time::Instant::now();
-    while !dir.join(begun).exists() {
-        assert!(child.try_wait().unwrap().is_none(), "it ended before {begun} was there");
-        assert!(started.elapsed().as_secs() < 120, "no {begun} after two minutes");
+    let begun = dir.join(begun);
+    let is_there = || match begun.file_name().and_then(|name| name.to_str()) {
+        Some("*") => begun.with_file_name("").read_dir().is_ok_and(|mut files| files.next().is_some()),
+        _ => begun.exists(),
+    };
+    while !is_there() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before {} was there", begun.display());
+        assert!(started.elapsed().as_secs() < 120, "no {} after two minutes", begun.display());
         std::thread::sleep(std::time::Duration::from_millis(2));
     }
     interrupt(&child);
