@@ -3,10 +3,9 @@
 use candle_core::{Result, Tensor, bail};
 use era_act::Activation;
 
-#[cfg(feature = "cuda")]
-use super::Backend;
 use super::{
-    Heads, Path, Rope, check_sizes, gated_feed_forward, residual_rms_norm, rms_norm, self_attention, sizes,
+    Backend, Heads, Path, Rope, check_dtypes, check_sizes, decoder_cpu, gated_feed_forward,
+    residual_rms_norm, rms_norm, self_attention, sizes,
 };
 
 /// The parameters of a [`decoder_block`].
@@ -26,13 +25,13 @@ pub struct DecoderWeights {
     pub down: Tensor,
 }
 
-#[cfg(feature = "cuda")]
 impl DecoderWeights {
     pub(super) fn all(&self) -> [&Tensor; 6] {
         [&self.norm_attention, &self.qkv, &self.out, &self.norm_feed_forward, &self.gate_up, &self.down]
     }
 
     /// Made of its tensors in the order of [`DecoderWeights::all`].
+    #[cfg(feature = "cuda")]
     pub(super) fn from_all(mut next: impl FnMut() -> Option<Tensor>) -> Result<Self> {
         let mut take = || next().map_or_else(|| bail!("a block with too few weights"), Ok);
         Ok(Self {
@@ -42,6 +41,17 @@ impl DecoderWeights {
             norm_feed_forward: take()?,
             gate_up: take()?,
             down: take()?,
+        })
+    }
+
+    pub(super) fn contiguous(&self) -> Result<Self> {
+        Ok(Self {
+            norm_attention: self.norm_attention.contiguous()?,
+            qkv: self.qkv.contiguous()?,
+            out: self.out.contiguous()?,
+            norm_feed_forward: self.norm_feed_forward.contiguous()?,
+            gate_up: self.gate_up.contiguous()?,
+            down: self.down.contiguous()?,
         })
     }
 }
@@ -66,10 +76,9 @@ pub struct DecoderSettings {
 ///
 /// The same as [`rms_norm`](super::rms_norm()), [`self_attention`](super::self_attention()),
 /// [`residual_rms_norm`](super::residual_rms_norm()) and [`gated_feed_forward`](super::gated_feed_forward())
-/// after each other, which is what runs on the CPU. On CUDA it is one node of candle's graph: for each edge between two
-/// nodes candle writes zeros and adds the gradient to them, which for the edges of a block is a quarter of the time of a
-/// training step; here residual gradients are added inside of the norms' kernels, and weights in f32 get theirs straight
-/// from the products.
+/// after each other, in one node of candle's graph: for each edge between two nodes candle writes zeros and adds the
+/// gradient to them, which for the edges of a block is a quarter of the time of a training step on CUDA; here residual
+/// gradients are added inside of the norms' backward, and on CUDA weights in f32 get theirs straight from the products.
 ///
 /// Saves what the four operations save; on CUDA also, for weights in f32 beside activations in bf16 or f16, their copies in
 /// that dtype. x and the dtypes are as in those operations.
@@ -115,7 +124,7 @@ pub fn decoder_block(
 /// y = block_n(.. block_2(block_1(x)))
 /// ```
 ///
-/// On CUDA all of them are one node of candle's graph, so that the gradient between two blocks is neither summed with zeros nor
+/// All of them are one node of candle's graph, so that the gradient between two blocks is neither summed with zeros nor
 /// copied. No blocks at all give x. Saves what each block saves; a block without a gradient before or in it saves
 /// nothing.
 ///
@@ -166,11 +175,16 @@ pub fn decoder_blocks(
     if blocks.is_empty() || (x.elem_count() == 0 && x.device().is_cuda()) {
         return Ok(x.clone()); // candle cannot add nothing to nothing there
     }
-    #[cfg(feature = "cuda")]
-    if path.backend(x) == Backend::Cuda
-        && let Some(y) = on_cuda(x, blocks, settings, positions)?
-    {
-        return Ok(y);
+    if fits(x, blocks, settings)? {
+        match path.backend(x) {
+            Backend::Cpu => return decoder_cpu::decoder_blocks(x, blocks, settings, positions),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda if super::cuda::attention::supports(settings.heads, x.dtype()) => {
+                super::attention::CausalAttention::new(settings.heads, positions, t)?; // checks the positions
+                return super::cuda::decoder::decoder_blocks(x, blocks, settings, positions);
+            }
+            _ => {}
+        }
     }
     blocks.iter().try_fold(x.clone(), |x, weights| composed(&x, weights, settings, positions, path))
 }
@@ -190,22 +204,11 @@ fn composed(
     sum + gated_feed_forward(&n, &weights.gate_up, &weights.down, activation, path)?
 }
 
-/// None where no kernel takes it, or one of the operations is to say what is wrong.
-#[cfg(feature = "cuda")]
-fn on_cuda(
-    x: &Tensor,
-    blocks: &[DecoderWeights],
-    settings: DecoderSettings,
-    positions: Option<&Rope>,
-) -> Result<Option<Tensor>> {
-    use super::cuda::{attention, decoder};
-    use super::{attention::CausalAttention, check_dtypes};
+/// Whether the shapes fit and nothing is empty; where not, one of the operations is to say what is wrong.
+fn fits(x: &Tensor, blocks: &[DecoderWeights], settings: DecoderSettings) -> Result<bool> {
     let DecoderSettings { heads, activation, .. } = settings;
     let ((b, t, d), packed) = (x.dims3()?, heads.packed());
     activation.validate()?;
-    if !attention::supports(heads, x.dtype()) {
-        return Ok(None);
-    }
     for weights in blocks {
         let ffn = weights.down.dim(1)?;
         let fits = weights.norm_attention.dims() == [d]
@@ -214,12 +217,11 @@ fn on_cuda(
             && weights.out.dims() == [d, heads.query * heads.dim]
             && weights.gate_up.dims() == [2 * ffn, d];
         if !fits || b * t * d * ffn == 0 {
-            return Ok(None);
+            return Ok(false);
         }
         for weight in weights.all() {
             check_dtypes("decoder_block", x, &[("weight", weight)])?;
         }
     }
-    CausalAttention::new(heads, positions, t)?; // checks the positions
-    decoder::decoder_blocks(x, blocks, settings, positions).map(Some)
+    Ok(true)
 }

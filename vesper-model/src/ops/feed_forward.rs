@@ -66,7 +66,7 @@ pub fn gated_feed_forward(
         Backend::Cpu => {
             let tracked = x.track_op() || gate_up.track_op() || down.track_op();
             let precision = Precision::of(x.dtype());
-            let op = GatedFeedForward { activation, d, ffn, out, precision, tracked, saved: Arc::default() };
+            let op = GatedFeedForward::new(activation, (d, ffn, out), precision, tracked);
             return x.contiguous()?.apply_op3(&gate_up.contiguous()?, &down.contiguous()?, op);
         }
         #[cfg(feature = "cuda")]
@@ -84,7 +84,8 @@ pub fn gated_feed_forward(
     linear(&inner, down, path)
 }
 
-struct GatedFeedForward {
+/// On the CPU, of contiguous tensors.
+pub(super) struct GatedFeedForward {
     activation: Activation,
     d: usize,
     ffn: usize,
@@ -96,6 +97,16 @@ struct GatedFeedForward {
 }
 
 impl GatedFeedForward {
+    /// Saves what the backward needs where it is `tracked`.
+    pub(super) fn new(
+        activation: Activation,
+        (d, ffn, out): (usize, usize, usize),
+        precision: Precision,
+        tracked: bool,
+    ) -> Self {
+        Self { activation, d, ffn, out, precision, tracked, saved: Arc::default() }
+    }
+
     /// (rows, d) to (rows, 2 ffn)
     fn packed<T: Real>(&self, x: Values<'_, T>, gate_up: Values<'_, T>, rows: usize) -> Result<Tensor> {
         let width = 2 * self.ffn;
@@ -126,12 +137,24 @@ impl GatedFeedForward {
         Ok((T::store(y, dtype)?, dims.into()))
     }
 
+    /// The gradients of x and of the weights, as far as they are wanted.
+    pub(super) fn gradients(
+        &self,
+        inputs: [&Tensor; 3],
+        dy: &Tensor,
+        wanted: [bool; 3],
+    ) -> Result<[Option<Tensor>; 3]> {
+        match dy.dtype() {
+            DType::F64 => self.backward::<f64>(inputs, dy, wanted),
+            _ => self.backward::<f32>(inputs, dy, wanted),
+        }
+    }
+
     fn backward<T: Real>(
         &self,
-        x: &Tensor,
-        gate_up: &Tensor,
-        down: &Tensor,
+        [x, gate_up, down]: [&Tensor; 3],
         dy: &Tensor,
+        [of_x, of_gate_up, of_down]: [bool; 3],
     ) -> Result<[Option<Tensor>; 3]> {
         let (d, ffn, out, width) = (self.d, self.ffn, self.out, 2 * self.ffn);
         let rows = x.dims().iter().rev().skip(1).product();
@@ -144,7 +167,7 @@ impl GatedFeedForward {
             };
             let mut gradients = [None, None, None];
             let dinner = real::with_operand::<T, _>(dy, |dy| {
-                if down.track_op() {
+                if of_down {
                     let ddown = real::with_operand(&self.activation.gated(&packed)?, |inner| {
                         transposed_times(dy, inner, (out, rows, ffn), precision)
                     })?;
@@ -155,13 +178,13 @@ impl GatedFeedForward {
             let dinner = real::tensor(dinner, (rows, ffn), T::DTYPE)?;
             let dpacked = self.activation.gated_backward(&packed, &dinner)?;
             real::with_operand::<T, _>(&dpacked, |dpacked| {
-                if x.track_op() {
+                if of_x {
                     let dx = real::with_operand(gate_up, |gate_up| {
                         times(dpacked, gate_up, (rows, width, d), precision)
                     })?;
                     gradients[0] = Some(real::tensor(dx, x.shape(), x.dtype())?);
                 }
-                if gate_up.track_op() {
+                if of_gate_up {
                     let dgate_up = transposed_times(dpacked, xs, (width, rows, d), precision)?;
                     gradients[1] = Some(real::tensor(dgate_up, (width, d), gate_up.dtype())?);
                 }
@@ -202,10 +225,8 @@ impl CustomOp3 for GatedFeedForward {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
-        let [dx, dgate_up, ddown] = match x.dtype() {
-            DType::F64 => self.backward::<f64>(x, gate_up, down, &dy)?,
-            _ => self.backward::<f32>(x, gate_up, down, &dy)?,
-        };
+        let inputs = [x, gate_up, down];
+        let [dx, dgate_up, ddown] = self.gradients(inputs, &dy, inputs.map(Tensor::track_op))?;
         Ok((dx, deliver(gate_up, dgate_up)?, deliver(down, ddown)?))
     }
 }

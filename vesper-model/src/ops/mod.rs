@@ -28,7 +28,7 @@
 //! | [`causal_attention`] | narrow, rope, matmul, softmax, matmul | the packed projection; on CUDA rotated, and a number a row and head |
 //! | [`self_attention`] | the above between its two projections | the same, and the attention's output |
 //! | [`gated_feed_forward`] | two products, an activation, a product | the packed product |
-//! | [`decoder_block`], [`decoder_blocks`] | a whole pre-norm block of the above, or a stack of them | what they save; on CUDA one node of the graph |
+//! | [`decoder_block`], [`decoder_blocks`] | a whole pre-norm block of the above, or a stack of them | what they save; one node of the graph |
 //! | [`linear_cross_entropy`] | matmul and `candle_nn::loss::cross_entropy` | the two gradients; on CUDA that of the weight in f32 |
 //! | [`embedding`], [`embedding_in`] | `candle_nn::Embedding` | the ids |
 //! | [`rope`] | `candle_nn::rotary_emb::rope` | what candle's operations save |
@@ -56,6 +56,7 @@ mod cross_entropy;
 mod cuda;
 mod decode;
 mod decoder;
+mod decoder_cpu;
 mod device;
 mod dropout;
 mod embedding;

@@ -129,6 +129,27 @@ pub fn residual_layer_norm(
     Ok((sum, y))
 }
 
+/// `x + y` of contiguous tensors of one shape and dtype on the CPU, without a graph.
+pub(super) fn sum(x: &Tensor, y: &Tensor) -> Result<CpuStorage> {
+    fn of<T: Real>(x: &Tensor, y: &Tensor) -> Result<CpuStorage> {
+        let sum = real::with_values::<T, _>(x, |x| {
+            real::with_values::<T, _>(y, |y| {
+                const TASK: usize = 1 << 15;
+                let mut sum = x.to_vec();
+                sum.par_chunks_mut(TASK).zip(y.par_chunks(TASK)).for_each(|(sum, y)| {
+                    sum.iter_mut().zip(y).for_each(|(sum, &y)| *sum += y);
+                });
+                Ok(sum)
+            })
+        })?;
+        T::store(sum, x.dtype())
+    }
+    match x.dtype() {
+        DType::F64 => of::<f64>(x, y),
+        _ => of::<f32>(x, y),
+    }
+}
+
 fn check_pair(name: &str, x: &Tensor, residual: &Tensor) -> Result<()> {
     if x.shape() != residual.shape() {
         bail!("{name}: x of shape {:?} and a residual of shape {:?}", x.shape(), residual.shape());

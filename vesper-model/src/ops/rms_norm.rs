@@ -101,20 +101,68 @@ impl RmsNorm {
         y
     }
 
-    /// Gradients of x and w.
-    fn backward<T: Real>(&self, x: &[T], w: &[T], dy: &[T]) -> (Vec<T>, Vec<T>) {
+    fn forward_storage<T: Real>(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+        dtype: DType,
+    ) -> Result<(CpuStorage, Shape)> {
+        let y = self.forward::<T>(&T::read(x, lx)?, &T::read(w, lw)?);
+        Ok((T::store(y, dtype)?, lx.shape().clone()))
+    }
+}
+
+/// On the CPU, of contiguous tensors: the gradients of x and w, as far as they are wanted; `onto` is added to that of x.
+pub(super) fn gradients(
+    x: &Tensor,
+    w: &Tensor,
+    dy: &Tensor,
+    onto: Option<&Tensor>,
+    eps: f64,
+    wanted: [bool; 2],
+) -> Result<[Option<Tensor>; 2]> {
+    match x.dtype() {
+        DType::F64 => Sums::<f64>::of(x, w, dy, onto, eps)?.tensors(x, w, wanted),
+        _ => Sums::<f32>::of(x, w, dy, onto, eps)?.tensors(x, w, wanted),
+    }
+}
+
+/// The gradients of x and w.
+struct Sums<T> {
+    dx: Vec<T>,
+    dw: Vec<T>,
+}
+
+impl<T: Real> Sums<T> {
+    fn of(x: &Tensor, w: &Tensor, dy: &Tensor, onto: Option<&Tensor>, eps: f64) -> Result<Self> {
+        let eps = T::of(eps);
+        real::with_values(x, |x| {
+            real::with_values(w, |w| {
+                real::with_values(dy, |dy| match onto {
+                    Some(onto) => real::with_values(onto, |onto| Ok(Self::sum(x, w, dy, Some(onto), eps))),
+                    None => Ok(Self::sum(x, w, dy, None, eps)),
+                })
+            })
+        })
+    }
+
+    fn sum(x: &[T], w: &[T], dy: &[T], onto: Option<&[T]>, eps: T) -> Self {
         let d = w.len();
         let mut dx = vec![T::ZERO; x.len()];
         let mut dw = vec![T::ZERO; d];
         if d == 0 {
-            return (dx, dw);
+            return Self { dx, dw };
         }
-        let (eps, n) = (T::of(self.eps), T::of(d as f64));
+        let n = T::of(d as f64);
         let partial: Vec<Vec<T>> = dx
             .par_chunks_mut(ROWS * d)
             .zip(x.par_chunks(ROWS * d))
             .zip(dy.par_chunks(ROWS * d))
-            .map(|((dx, x), dy)| {
+            .enumerate()
+            .map(|(task, ((dx, x), dy))| {
+                let onto = onto.map(|onto| &onto[task * ROWS * d..][..x.len()]);
                 let mut dw = vec![T::ZERO; d];
                 real::simd(
                     #[inline(always)]
@@ -128,6 +176,11 @@ impl RmsNorm {
                                 dw[i] += x[i] * r * dy[i];
                             }
                         }
+                        if let Some(onto) = onto {
+                            for (dx, &onto) in dx.iter_mut().zip(onto) {
+                                *dx += onto;
+                            }
+                        }
                     },
                 );
                 dw
@@ -138,35 +191,13 @@ impl RmsNorm {
                 *sum += value;
             }
         }
-        (dx, dw)
+        Self { dx, dw }
     }
 
-    fn forward_storage<T: Real>(
-        &self,
-        x: &CpuStorage,
-        lx: &Layout,
-        w: &CpuStorage,
-        lw: &Layout,
-        dtype: DType,
-    ) -> Result<(CpuStorage, Shape)> {
-        let y = self.forward::<T>(&T::read(x, lx)?, &T::read(w, lw)?);
-        Ok((T::store(y, dtype)?, lx.shape().clone()))
-    }
-
-    fn backward_tensors<T: Real>(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (dx, dw) = real::with_values::<T, _>(x, |xs| {
-            real::with_values::<T, _>(w, |ws| {
-                real::with_values::<T, _>(dy, |dys| Ok(self.backward::<T>(xs, ws, dys)))
-            })
-        })?;
-        let dx = x.track_op().then(|| real::tensor(dx, x.shape(), x.dtype())).transpose()?;
-        let dw = w.track_op().then(|| real::tensor(dw, w.shape(), w.dtype())).transpose()?;
-        Ok((dx, deliver(w, dw)?))
+    fn tensors(self, x: &Tensor, w: &Tensor, [of_x, of_w]: [bool; 2]) -> Result<[Option<Tensor>; 2]> {
+        let dx = of_x.then(|| real::tensor(self.dx, x.shape(), x.dtype())).transpose()?;
+        let dw = of_w.then(|| real::tensor(self.dw, w.shape(), w.dtype())).transpose()?;
+        Ok([dx, dw])
     }
 }
 
@@ -200,9 +231,7 @@ impl CustomOp2 for RmsNorm {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
-        match x.dtype() {
-            DType::F64 => self.backward_tensors::<f64>(x, w, &dy),
-            _ => self.backward_tensors::<f32>(x, w, &dy),
-        }
+        let [dx, dw] = gradients(x, w, &dy, None, self.eps, [x.track_op(), w.track_op()])?;
+        Ok((dx, deliver(w, dw)?))
     }
 }

@@ -67,7 +67,7 @@ pub fn self_attention(
         Backend::Cpu => {
             let tracked = x.track_op() || qkv.track_op() || out.track_op();
             let precision = Precision::of(x.dtype());
-            let op = SelfAttention { attention, precision, tracked, saved: Arc::default() };
+            let op = SelfAttention::new(attention, precision, tracked);
             return x.contiguous()?.apply_op3(&qkv.contiguous()?, &out.contiguous()?, op);
         }
         #[cfg(feature = "cuda")]
@@ -83,7 +83,8 @@ pub fn self_attention(
     linear(&causal_attention(&packed, heads, positions, path)?, out, path)
 }
 
-struct SelfAttention {
+/// On the CPU, of contiguous tensors.
+pub(super) struct SelfAttention {
     attention: CausalAttention,
     precision: Precision,
     tracked: bool,
@@ -92,6 +93,11 @@ struct SelfAttention {
 }
 
 impl SelfAttention {
+    /// Saves what the backward needs where it is `tracked`.
+    pub(super) fn new(attention: CausalAttention, precision: Precision, tracked: bool) -> Self {
+        Self { attention, precision, tracked, saved: Arc::default() }
+    }
+
     fn width(&self) -> usize {
         self.attention.heads.query * self.attention.heads.dim
     }
@@ -118,12 +124,24 @@ impl SelfAttention {
         Ok((T::store(y, dtype)?, (b, t, columns).into()))
     }
 
+    /// The gradients of x and of the weights, as far as they are wanted.
+    pub(super) fn gradients(
+        &self,
+        inputs: [&Tensor; 3],
+        dy: &Tensor,
+        wanted: [bool; 3],
+    ) -> Result<[Option<Tensor>; 3]> {
+        match dy.dtype() {
+            DType::F64 => self.backward::<f64>(inputs, dy, wanted),
+            _ => self.backward::<f32>(inputs, dy, wanted),
+        }
+    }
+
     fn backward<T: Real>(
         &self,
-        x: &Tensor,
-        qkv: &Tensor,
-        out: &Tensor,
+        [x, qkv, out]: [&Tensor; 3],
         dy: &Tensor,
+        [of_x, of_qkv, of_out]: [bool; 3],
     ) -> Result<[Option<Tensor>; 3]> {
         let ((b, t, d), (packed, _), (columns, width)) = (x.dims3()?, qkv.dims2()?, out.dims2()?);
         let rows = b * t;
@@ -132,7 +150,7 @@ impl SelfAttention {
         let precision = self.precision;
         let (dattended, dout) = real::with_operand::<T, _>(dy, |dy| {
             let dattended = real::with_operand(out, |out| times(dy, out, (rows, columns, width), precision))?;
-            let dout = if out.track_op() {
+            let dout = if of_out {
                 let dout = real::with_operand(&attended, |attended| {
                     transposed_times(dy, attended, (columns, rows, width), precision)
                 })?;
@@ -144,13 +162,13 @@ impl SelfAttention {
         })?;
         let dprojected =
             real::with_values::<T, _>(&projected, |p| self.attention.backward(p, &dattended, b, t))?;
-        let dx = if x.track_op() {
+        let dx = if of_x {
             let dx = real::with_operand(qkv, |qkv| times(&dprojected, qkv, (rows, packed, d), precision))?;
             Some(real::tensor(dx, x.shape(), x.dtype())?)
         } else {
             None
         };
-        let dqkv = if qkv.track_op() {
+        let dqkv = if of_qkv {
             let dqkv =
                 real::with_operand(x, |x| transposed_times(&dprojected, x, (packed, rows, d), precision))?;
             Some(real::tensor(dqkv, (packed, d), qkv.dtype())?)
@@ -191,10 +209,8 @@ impl CustomOp3 for SelfAttention {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
-        let [dx, dqkv, dout] = match x.dtype() {
-            DType::F64 => self.backward::<f64>(x, qkv, out, &dy)?,
-            _ => self.backward::<f32>(x, qkv, out, &dy)?,
-        };
+        let inputs = [x, qkv, out];
+        let [dx, dqkv, dout] = self.gradients(inputs, &dy, inputs.map(Tensor::track_op))?;
         Ok((dx, deliver(qkv, dqkv)?, deliver(out, dout)?))
     }
 }
