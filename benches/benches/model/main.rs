@@ -1,14 +1,14 @@
 //! Training steps of the presets, and each fused operation against the machine's ceilings, in one run.
 //!
 //! ```text
-//! cargo bench -p vesper-benches --features cuda --bench model -- [small medium large] [short] [ops] [products] [reference] [f32 bf16]
+//! cargo bench -p vesper-benches --features cuda --bench model -- [small medium large] [short] [ops] [products] [turns] [reference] [f32 bf16]
 //! ```
 //!
 //! On CUDA: batches of 32 rows of 1024 tokens, f32 parameters, activations in bf16. Elsewhere rows of 128 tokens, 4 for
 //! the small preset and 2 for larger ones, in f32; `f32` and `bf16` name other activations, one run each. A step is
 //! forward, backward and Velvet with clipping at norm 1. `ops` measures the operations at the shapes of the medium
 //! preset, and what share of its step they take where that was measured before; `products` measures the matrix products
-//! of the named presets; `reference` takes the compositions of candle ops. On CUDA each step is also measured as a graph
+//! of the named presets, `turns` their steps in f32 and bf16 by turns; `reference` takes the compositions of candle ops. On CUDA each step is also measured as a graph
 //! that is replayed, and `short` measures the presets on 8 rows of 64 tokens, where launches are what takes the time.
 //! `profile` and `VESPER_BENCH_KERNELS`: see `kernels.rs`.
 //!
@@ -18,6 +18,7 @@
 //! Without `--bench`, which cargo bench passes, everything runs once on a tiny model and nothing is written.
 
 mod kernels;
+mod turns;
 
 use std::error::Error;
 use std::time::Instant;
@@ -111,6 +112,8 @@ struct Record {
     kernels_of_other_operations: Vec<kernels::Kernel>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     products: Vec<Products>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    turns: Vec<turns::Turns>,
     /// What other programs printed about themselves in the same session.
     peers: Vec<String>,
 }
@@ -162,6 +165,42 @@ fn ids(n: usize, vocab: usize, device: &Device) -> Result<Tensor> {
     Tensor::from_vec(ids, n, device)
 }
 
+/// A model, its optimizer and the batch that it is trained on again and again.
+struct Trainer {
+    model: VesperLM,
+    optimizer: Velvet,
+    inputs: Tensor,
+    targets: Tensor,
+}
+
+impl Trainer {
+    fn new(
+        config: &VesperConfig,
+        device: &Device,
+        effort: Effort,
+    ) -> std::result::Result<Self, Box<dyn Error>> {
+        let varmap = VarMap::new();
+        let model = VesperLM::initialize(config, &varmap, 42, DType::F32, device)?;
+        let model = model.with_compute_dtype(effort.compute).with_path(effort.path);
+        let settings = VelvetConfig::default().with_lr(1e-4).with_clip(GradClip::GlobalNorm(1.0));
+        let optimizer = Velvet::named(trainable(config, &varmap)?, settings)?;
+        let rows = ids(effort.batch * (effort.t + 1), config.vocab_size, device)?;
+        let rows = rows.reshape((effort.batch, effort.t + 1))?;
+        let inputs = rows.narrow(1, 0, effort.t)?.contiguous()?;
+        let targets = rows.narrow(1, 1, effort.t)?.contiguous()?;
+        Ok(Self { model, optimizer, inputs, targets })
+    }
+
+    fn loss(&self) -> Result<Tensor> {
+        self.model.loss(&self.inputs, &self.targets).map(|out| out.loss).map_err(candle_core::Error::from)
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let grads = ops::backward(&self.loss()?)?;
+        self.optimizer.step(&grads)
+    }
+}
+
 fn train(
     name: &str,
     config: &VesperConfig,
@@ -169,27 +208,14 @@ fn train(
     effort: Effort,
 ) -> std::result::Result<Training, Box<dyn Error>> {
     release_unused_memory(device)?; // of the preset before
-    let varmap = VarMap::new();
-    let model = VesperLM::initialize(config, &varmap, 42, DType::F32, device)?;
-    let model = model.with_compute_dtype(effort.compute).with_path(effort.path);
-    let settings = VelvetConfig::default().with_lr(1e-4).with_clip(GradClip::GlobalNorm(1.0));
-    let mut optimizer = Velvet::named(trainable(config, &varmap)?, settings)?;
-    let rows = ids(effort.batch * (effort.t + 1), config.vocab_size, device)?;
-    let rows = rows.reshape((effort.batch, effort.t + 1))?;
-    let (inputs, targets) = (rows.narrow(1, 0, effort.t)?, rows.narrow(1, 1, effort.t)?.contiguous()?);
-    let inputs = inputs.contiguous()?;
-    let loss = || model.loss(&inputs, &targets).map(|out| out.loss).map_err(candle_core::Error::from);
-    let first: f32 = loss()?.to_dtype(DType::F32)?.to_scalar()?;
-    let forward = clock(device, effort, || loss().map(drop))?;
-    let backward = clock(device, effort, || ops::backward(&loss()?).map(drop))?;
-    let step = clock(device, effort, || {
-        let grads = ops::backward(&loss()?)?;
-        optimizer.step(&grads)
-    })?;
-    let last: f32 = loss()?.to_dtype(DType::F32)?.to_scalar()?;
+    let mut trainer = Trainer::new(config, device, effort)?;
+    let first: f32 = trainer.loss()?.to_dtype(DType::F32)?.to_scalar()?;
+    let forward = clock(device, effort, || trainer.loss().map(drop))?;
+    let backward = clock(device, effort, || ops::backward(&trainer.loss()?).map(drop))?;
+    let step = clock(device, effort, || trainer.step())?;
+    let last: f32 = trainer.loss()?.to_dtype(DType::F32)?.to_scalar()?;
     let memory_gib = memory(device);
-    let captured =
-        if device.is_cuda() { Some(captured(&model, optimizer, &inputs, &targets, effort)?) } else { None };
+    let captured = if device.is_cuda() { Some(captured(trainer, effort)?) } else { None };
     let captured_memory_gib = captured.and_then(|(_, memory)| memory);
     let row = Training {
         preset: name.into(),
@@ -227,20 +253,15 @@ fn train(
 }
 
 /// Seconds of a step that is replayed as a graph, and the memory then in use, GiB.
-fn captured(
-    model: &VesperLM,
-    optimizer: Velvet,
-    inputs: &Tensor,
-    targets: &Tensor,
-    effort: Effort,
-) -> Result<(f64, Option<f64>)> {
+fn captured(trainer: Trainer, effort: Effort) -> Result<(f64, Option<f64>)> {
+    let Trainer { model, optimizer, inputs, targets } = trainer;
     let mut step = CapturedStep::new(optimizer, |optimizer: &mut Velvet, batch: &[Tensor]| {
         let loss = model.loss(&batch[0], &batch[1])?.loss;
         optimizer.backward_step_with(&loss, ops::backward)?;
         Ok(loss)
     });
     let effort = Effort { warm: effort.warm.max(3), ..effort };
-    let seconds = clock(inputs.device(), effort, || step.run(&[inputs, targets]).map(drop))?;
+    let seconds = clock(inputs.device(), effort, || step.run(&[&inputs, &targets]).map(drop))?;
     Ok((seconds, memory(inputs.device())))
 }
 
@@ -484,6 +505,7 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
         let ceilings = ceilings(&device, effort, 64)?;
         operations(&config, &device, effort, ceilings, None)?;
         products("nano", &config, &device, effort)?;
+        turns::bf16_against_f32("nano", &config, &device, effort)?;
         return Ok(());
     }
     let effort = match device {
@@ -518,6 +540,11 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
             if has("products") {
                 record.products.extend(products(name, &config, &device, effort)?);
             }
+        }
+        if has("turns") {
+            let effort = Effort { batch: batch(name), ..effort };
+            let config = VesperConfig::preset(name)?;
+            record.turns.push(turns::bf16_against_f32(name, &config, &device, effort)?);
         }
     }
     if has("ops") {
