@@ -39,14 +39,11 @@ pub(super) fn decoder_blocks(
         let feed_forward = GatedFeedForward::new(settings.activation, (d, ffn, d), precision, tracked);
         let fed = n.apply_op3_no_bwd(&gate_up, &down, &feed_forward)?;
 
-        let next = match blocks.get(i + 1) {
-            Some(next) => {
-                residual_rms_norm(&sum, &fed, &next.norm_attention.detach(), settings.eps, Path::Fused)?
-            }
-            None => {
-                result.put(residual::sum(&sum, &fed)?);
-                (input.clone(), normed.clone()) // none follows
-            }
+        let next = if let Some(next) = blocks.get(i + 1) {
+            residual_rms_norm(&sum, &fed, &next.norm_attention.detach(), settings.eps, Path::Fused)?
+        } else {
+            result.put(residual::sum(&sum, &fed)?);
+            (input.clone(), normed.clone()) // none follows
         };
         if tracked {
             let eps = settings.eps;
