@@ -18,7 +18,8 @@ pub(crate) struct Turns {
     preset: String,
     batch: usize,
     t: usize,
-    turns: usize,
+    #[serde(rename = "turns")]
+    count: usize,
     bf16_against_f32: f64,
     /// A quarter of the turns lies below, another above.
     quartiles: [f64; 2],
@@ -56,7 +57,7 @@ pub(crate) fn bf16_against_f32(
         preset: name.into(),
         batch: effort.batch,
         t: effort.t,
-        turns: TURNS,
+        count: TURNS,
         bf16_against_f32: at(2),
         quartiles: [at(1), at(3)],
     })
