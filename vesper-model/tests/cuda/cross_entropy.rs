@@ -124,6 +124,30 @@ fn extreme_logits_stay_finite() {
     assert_eq!(grads.get(&hidden).unwrap().to_vec2::<f32>().unwrap(), [[0.0], [-1.0]]);
 }
 
+/// Logits as masks leave them, and one so far above the others that its loss is 0.
+#[test]
+fn the_lowest_and_the_highest_logits_have_their_loss() {
+    let Some((_lock, device)) = gpu("the_lowest_and_the_highest_logits_have_their_loss") else { return };
+    let loss = |hidden: f32, weight: &[f32], dtype: DType| {
+        let hidden = Tensor::new(&[[hidden]], &device).unwrap().to_dtype(dtype).unwrap();
+        let weight = Tensor::new(weight, &device).unwrap().unsqueeze(1).unwrap().to_dtype(dtype).unwrap();
+        let targets = Tensor::new(&[0u32], &device).unwrap();
+        let out = linear_cross_entropy(&hidden, &weight, &targets, CrossEntropy::default(), Path::Fused);
+        out.unwrap().loss.to_scalar::<f32>().unwrap()
+    };
+    // All of them the lowest number.
+    assert!((loss(f32::MIN, &[1.0, 1.0, 1.0, 1.0], DType::F32) - 4f32.ln()).abs() < 1e-6);
+    // Many of the lowest before the highest: their sum is not a number of f32.
+    let mut weight = vec![-1.0; 9000];
+    weight[0] = 0.0;
+    assert!((loss(f32::MAX, &weight, DType::F32)).abs() < 1e-6);
+    weight[8999] = 0.0;
+    assert!((loss(f32::MAX, &weight, DType::F32) - 2f32.ln()).abs() < 1e-6);
+    for (dtype, top) in [(DType::F32, 1e30), (DType::BF16, 1e6), (DType::F16, 6e4)] {
+        assert!(loss(top, &[1.0, 0.0, -1.0, 0.5], dtype).abs() < 1e-6, "{dtype:?}");
+    }
+}
+
 #[test]
 fn a_target_outside_the_vocabulary_makes_the_loss_nan() {
     let Some((_lock, device)) = gpu("a_target_outside_the_vocabulary_makes_the_loss_nan") else { return };

@@ -13,7 +13,7 @@
 
 constexpr int THREADS = 512;
 constexpr int AHEAD = 2;  // vectors that a thread reads at a time
-constexpr float LOWEST = -3e38f;  // a maximum before there is one, from which minus infinity can be told
+constexpr float LOWEST = -FLT_MAX;  // a maximum before there is one, from which minus infinity can be told
 
 struct CrossEntropyParams {
     uint32_t vocab;
@@ -30,7 +30,8 @@ struct CrossEntropyTerms {
 };
 static_assert(sizeof(CrossEntropyTerms) == 8, "the Rust side has the same layout");
 
-// Powers of a base: e, or for halves 2, for which there is an instruction. UNIT: ln of the base.
+// Powers of a base: e, or for halves 2, for which there is an instruction. UNIT: ln of the base. Of logits above 1e9, which
+// bf16 can hold, top is so far from a multiple of the logit that the powers of 2 overflow, and the loss is not finite.
 template <typename T> struct Base {
     static constexpr bool TWO = sizeof(T) == 2;
     static constexpr float UNIT = TWO ? 0.693147181f : 1.0f;
@@ -57,7 +58,8 @@ struct Online {
 
 template <typename T> __device__ __forceinline__ void move_top(Online &x, float top) {
     if (x.sum > 0) {
-        const float shift = x.top - top, factor = Base<T>::power(shift);
+        // Bounded, so that a multiple of it is a number, which the power makes 0.
+        const float shift = fmaxf(x.top - top, -1e30f), factor = Base<T>::power(shift);
         x.weighted = (x.weighted + x.sum * shift) * factor;
         x.sum *= factor;
     }
@@ -141,7 +143,7 @@ __device__ void rows(T *z, const uint32_t *targets, float *losses, float *entrop
         for (int i = 1; i < THREADS / 32; i++) all = merge<T>(all, parts[i]);
         whole = all;
         const float log_sum = logf(all.sum);
-        float loss = log_sum - (at_target - all.top * B::UNIT);
+        float loss = log_sum - B::shifted(at_target, all.top) * B::UNIT;
         if constexpr (TERMS) {
             float sum = 0;
             for (int i = 0; i < THREADS / 32; i++) sum += totals[i];
