@@ -13,7 +13,7 @@ fn kernels() {
     println!("cargo::rerun-if-changed={directory}");
     let built = cudaforge::KernelBuilder::new()
         .source_dir(directory)
-        .watch(["common", "hopper", "mma", "params"].map(|stem| format!("{directory}/{stem}.cuh")))
+        .watch(["common", "hopper", "mma", "params", "tf32"].map(|stem| format!("{directory}/{stem}.cuh")))
         .arg("-std=c++17")
         .arg("-O3")
         .build_ptx();

@@ -83,7 +83,7 @@ struct Projection {
     /// With the zeros, where there is no kernel for it.
     dense: OnceLock<FrozenLinear>,
     #[cfg(feature = "cuda")]
-    on_cuda: OnceLock<Arc<cuda::Sparse>>,
+    on_cuda: OnceLock<Tensor>,
 }
 
 impl Projection {
@@ -96,14 +96,14 @@ impl Projection {
         })
     }
 
-    /// On the device of `like`.
+    /// With the zeros, f32, on the device of `like`.
     #[cfg(feature = "cuda")]
-    fn on_cuda(&self, like: &Tensor) -> Result<Arc<cuda::Sparse>> {
-        if let Some(sparse) = self.on_cuda.get() {
-            return Ok(Arc::clone(sparse));
+    fn on_cuda(&self, like: &Tensor) -> Result<Tensor> {
+        if let Some(dense) = self.on_cuda.get() {
+            return Ok(dense.clone());
         }
-        let sparse = Arc::new(cuda::Sparse::new(&self.sparse, like)?);
-        Ok(Arc::clone(self.on_cuda.get_or_init(|| sparse)))
+        let dense = self.sparse.dense(DType::F32, like.device())?;
+        Ok(self.on_cuda.get_or_init(|| dense).clone())
     }
 
     fn dense(&self, dtype: DType, device: &Device) -> Result<FrozenLinear> {
@@ -208,7 +208,7 @@ impl FlyLoraAdapter {
         let flat = x.detach().reshape((rows(x.shape()), self.in_features))?;
         #[cfg(feature = "cuda")]
         if cuda::has_kernels(&flat, self.config.r) && self.b.dtype() != DType::F64 {
-            return cuda::used(&flat, &*self.projection().on_cuda(x)?, &self.routed());
+            return cuda::used(&flat, &self.projection().on_cuda(x)?, &self.routed());
         }
         let flat = flat.to_dtype(self.b.dtype())?;
         let y = if Self::has_cpu_kernel(&flat) {
@@ -242,8 +242,8 @@ impl FlyLoraAdapter {
         if !cuda::has_kernels(x, self.config.r) || self.b.dtype() == DType::F64 {
             return Ok(None);
         }
-        let sparse = self.projection().on_cuda(x)?;
-        let (y, counts) = cuda::routed_layer(base, x, self.b.as_tensor(), sparse, self.routed())?;
+        let a = self.projection().on_cuda(x)?;
+        let (y, counts) = cuda::routed_layer(base, x, self.b.as_tensor(), &a, self.routed())?;
         self.count(counts);
         Ok(Some(y))
     }

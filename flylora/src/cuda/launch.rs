@@ -20,17 +20,18 @@ pub(super) trait Element: CudaDType + DeviceRepr + WithDType {
     const NAME: &'static str;
     /// How many elements 16 bytes hold.
     const WIDE: usize = 16 / size_of::<Self>();
-    /// Whether products with few ranks have kernels that use tensor cores.
-    const ON_TENSOR_CORES: bool = false;
+    /// The kernels on tensor cores for products with few ranks, where there are any.
+    const TENSOR: Option<Module> = None;
 }
 
 impl Element for f32 {
     const NAME: &'static str = "f32";
+    const TENSOR: Option<Module> = if cfg!(tensor_cores) { Some(Module::TensorF32) } else { None };
 }
 
 impl Element for half::bf16 {
     const NAME: &'static str = "bf16";
-    const ON_TENSOR_CORES: bool = cfg!(tensor_cores);
+    const TENSOR: Option<Module> = if cfg!(tensor_cores) { Some(Module::Tensor) } else { None };
 }
 
 impl Element for half::f16 {
@@ -64,11 +65,12 @@ pub(super) use by_dtype;
 pub(super) enum Module {
     Skinny,
     Tensor,
+    TensorF32,
     Sweep,
     SweepTensor,
     Pair,
     Layer,
-    Fly,
+    Route,
     Select,
     Dropout,
 }
@@ -79,11 +81,12 @@ impl Module {
         match self {
             Self::Skinny => "flylora-skinny",
             Self::Tensor => "flylora-tensor",
+            Self::TensorF32 => "flylora-tensor-f32",
             Self::Sweep => "flylora-sweep",
             Self::SweepTensor => "flylora-sweep-tensor",
             Self::Pair => "flylora-pair",
             Self::Layer => "flylora-layer",
-            Self::Fly => "flylora-fly",
+            Self::Route => "flylora-route",
             Self::Select => "flylora-select",
             Self::Dropout => "flylora-dropout",
         }
@@ -93,11 +96,12 @@ impl Module {
         match self {
             Self::Skinny => ptx::SKINNY,
             Self::Tensor => ptx::TENSOR,
+            Self::TensorF32 => ptx::TENSOR_F32,
             Self::Sweep => ptx::SWEEP,
             Self::SweepTensor => ptx::SWEEP_TENSOR,
             Self::Pair => ptx::PAIR,
             Self::Layer => ptx::LAYER,
-            Self::Fly => ptx::FLY,
+            Self::Route => ptx::ROUTE,
             Self::Select => ptx::SELECT,
             Self::Dropout => ptx::DROPOUT,
         }

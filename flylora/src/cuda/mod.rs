@@ -17,7 +17,7 @@ use candle_core::{DType, Result, Tensor};
 use crate::frozen::with_last;
 
 pub(crate) use dropout::dropped;
-pub(crate) use fly::{Routed, Sparse, routed_layer, used};
+pub(crate) use fly::{Routed, routed_layer, used};
 pub(crate) use launch::aligned;
 pub(crate) use lora::{
     alone, beside, both_back, both_layers, effective, gradients, has_kernels, norms, products_of_columns,

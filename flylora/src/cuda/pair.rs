@@ -37,7 +37,7 @@ const ROWS: usize = 16;
 
 /// Whether there is a kernel for the dtype.
 pub(super) fn takes(dtype: DType) -> bool {
-    dtype == DType::BF16 && bf16::ON_TENSOR_CORES
+    dtype == DType::BF16 && bf16::TENSOR.is_some()
 }
 
 /// `dA = scale g^T x` (r, in) and `dB = scale dy^T h` (out, r), both f32, for x (m, in), dy (m, out), g and h (m, r) in f32.

@@ -1,10 +1,13 @@
-//! Products with a matrix of few ranks, by the kernels of `skinny.cu`, or for bf16 by those of `tensor.cu` and `pair.cu`.
+//! Products with a matrix of few ranks, by the kernels of `skinny.cu`, or on tensor cores by those of `tensor.cu`, `pair.cu`
+//! and `tensor_f32.cu`.
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, Tensor, bail};
 
-use super::launch::{Element, Held, Module, allocate, by_dtype, config, launch, size, tensor, view, wrap};
+use super::launch::{
+    Element, Held, Module, allocate, by_dtype, config, launch, multiprocessors, size, tensor, view, wrap,
+};
 
 /// The largest rank that there are kernels for.
 pub(crate) const MOST_RANKS: usize = 64;
@@ -92,11 +95,12 @@ fn params<T: Element>(rows: usize, (r, columns): (usize, usize), side: Side, sca
 
 /// The file of a kernel for a dtype, and the kernel's name.
 fn kernel<T: Element>(what: &str, compiled: usize) -> (Module, String) {
-    if T::ON_TENSOR_CORES {
-        (Module::Tensor, format!("{what}_{compiled}"))
-    } else {
-        (Module::Skinny, format!("{what}_{}_{compiled}", T::NAME))
-    }
+    (T::TENSOR.unwrap_or(Module::Skinny), format!("{what}_{}_{compiled}", T::NAME))
+}
+
+/// Bytes of shared memory for the steps that a kernel of `tensor_f32.cu` asks for ahead: four, of 16 rows of so many columns.
+fn in_flight(columns: usize) -> usize {
+    4 * 16 * columns * size_of::<f32>()
 }
 
 /// Columns that a thread keeps, as in the kernels of `skinny.cu`.
@@ -105,6 +109,14 @@ fn kept<T: Element>(compiled: usize) -> usize {
         64 => 2,
         32 => 4,
         _ => T::WIDE,
+    }
+}
+
+/// Threads for so many columns: on tensor cores a warp takes 32.
+fn vectors<T: Element>(columns: usize, compiled: usize) -> usize {
+    match T::TENSOR {
+        Some(_) => columns.next_multiple_of(32),
+        None => columns.div_ceil(kept::<T>(compiled)),
     }
 }
 
@@ -124,29 +136,42 @@ fn bands(rows: usize, blocks: usize, columns: usize, step: usize) -> (usize, usi
 
 /// `scale x M^T` for x (rows, columns): (rows, r), f32; 0 where `mask`, (rows, 32-bit words), has no bit.
 pub(super) fn project(
-    (x, layout): (&CudaStorage, &Layout),
+    x: (&CudaStorage, &Layout),
     rows: usize,
     factor: Factor<'_>,
     mask: Option<(&CudaStorage, &Layout)>,
     scale: f64,
 ) -> Result<Tensor> {
+    let h = projected(x, rows, factor, mask, scale)?;
+    Ok(tensor(wrap(h, x.0.device()), (rows, factor.dims()?.0)))
+}
+
+/// The elements of what [`project`] gives.
+pub(super) fn projected(
+    (x, layout): (&CudaStorage, &Layout),
+    rows: usize,
+    factor: Factor<'_>,
+    mask: Option<(&CudaStorage, &Layout)>,
+    scale: f64,
+) -> Result<CudaSlice<f32>> {
     fn run<T: Element>(
         (x, layout): (&CudaStorage, &Layout),
         rows: usize,
         factor: Factor<'_>,
         mask: Option<(&CudaStorage, &Layout)>,
         scale: f64,
-    ) -> Result<Tensor> {
+    ) -> Result<CudaSlice<f32>> {
         let (device, dims) = (x.device(), factor.dims()?);
         let compiled = compiled(dims.0)?;
         let params = params::<T>(rows, dims, factor.side, scale)?;
         let of_a_warp = match compiled {
-            _ if T::ON_TENSOR_CORES => 16,
+            _ if T::TENSOR.is_some() => 16,
             64 => 2,
             _ => 4,
         };
-        let config = config((rows.div_ceil(8 * of_a_warp), 1), (256, 1), 0)?;
         let (module, name) = kernel::<T>("project", compiled);
+        let shared = if module == Module::TensorF32 { 8 * in_flight(32) } else { 0 };
+        let config = config((rows.div_ceil(8 * of_a_warp), 1), (256, 1), shared)?;
         let (x, m) = (view::<T>(x, layout)?, view::<f32>(factor.parts.0, factor.parts.1)?);
         let mut h = allocate::<f32>(device, rows * dims.0)?;
         match mask {
@@ -156,7 +181,7 @@ pub(super) fn project(
             }
             None => launch!(device, module, &name, config, &x, &m, &0u64, &mut h, &params),
         }
-        Ok(tensor(wrap(h, device), (rows, dims.0)))
+        Ok(h)
     }
     by_dtype!(x.dtype(), T => run::<T>((x, layout), rows, factor, mask, scale))
 }
@@ -200,14 +225,8 @@ pub(super) fn expand_times(
         let (device, (rows, r)) = (y.device().clone(), h.dims2()?);
         let dims = factor.dims()?;
         let compiled = compiled(r)?;
-        // On tensor cores a warp takes 32 columns.
-        let vectors = if T::ON_TENSOR_CORES {
-            dims.1.next_multiple_of(32)
-        } else {
-            dims.1.div_ceil(kept::<T>(compiled))
-        };
-        let (across, threads) = over_columns(vectors);
-        let (band, down) = bands(rows, 512, across, if T::ON_TENSOR_CORES { 32 } else { 4 });
+        let (across, threads) = over_columns(vectors::<T>(dims.1, compiled));
+        let (band, down) = bands(rows, 512, across, if T::TENSOR.is_some() { 32 } else { 4 });
         let params = Params {
             band: size(band)?,
             adds: (base == Base::Output).into(),
@@ -270,16 +289,22 @@ pub(super) fn outer(
     ) -> Result<Tensor> {
         let (device, (rows, r)) = (x.device(), h.dims2()?);
         let compiled = compiled(r)?;
-        let (across, threads) = over_columns(columns.div_ceil(kept::<T>(compiled)));
-        let (band, parts) = bands(rows, 400, across, 32);
+        let (across, threads) = over_columns(vectors::<T>(columns, compiled));
+        let (module, name) = kernel::<T>("outer", compiled);
+        let (blocks, shared) = match module {
+            Module::TensorF32 => {
+                (2 * multiprocessors(device)?, in_flight(compiled) + threads / 32 * in_flight(32))
+            }
+            _ => (400, 0),
+        };
+        let (band, parts) = bands(rows, blocks, across, 32);
         let params = Params { band: size(band)?, ..params::<T>(rows, (r, columns), side, scale)? };
-        let name = format!("outer_{}_{compiled}", T::NAME);
         let (x, h) = (view::<T>(x, layout)?, Held::new(h));
         let (h, lh) = h.parts()?;
         let h = view::<f32>(h, lh)?;
         let mut partial = allocate::<f32>(device, parts * r * columns)?;
-        let by_bands = config((across, parts), (threads, 1), 0)?;
-        launch!(device, Module::Skinny, &name, by_bands, &x, &h, &mut partial, &params);
+        let by_bands = config((across, parts), (threads, 1), shared)?;
+        launch!(device, module, &name, by_bands, &x, &h, &mut partial, &params);
         reduced(device, &partial, parts, (r, columns), side, scale)
     }
     if super::pair::takes(x.dtype()) {

@@ -198,11 +198,11 @@ __device__ __forceinline__ void expand(const float *h, const float *m, const flo
 
 #define KERNELS(R)                                                                                                     \
     extern "C" __global__ void __launch_bounds__(256, 2)                                                               \
-        project_##R(const bf16 *x, const float *m, const uint32_t *mask, float *h, SkinnyParams p) {                   \
+        project_bf16_##R(const bf16 *x, const float *m, const uint32_t *mask, float *h, SkinnyParams p) {                   \
         project<R>(x, m, mask, h, p);                                                                                  \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256, R <= 16 ? 2 : 1)                                                 \
-        expand_##R(const float *h, const float *m, const float *ratio, bf16 *y, SkinnyParams p) {                      \
+        expand_bf16_##R(const float *h, const float *m, const float *ratio, bf16 *y, SkinnyParams p) {                      \
         expand<R>(h, m, ratio, y, p);                                                                                  \
     }
 

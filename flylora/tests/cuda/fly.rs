@@ -19,7 +19,8 @@ fn layer(config: &FlyLoraConfig, inputs: usize, outputs: usize, dtype: DType, de
     layer
 }
 
-/// Rows of `x` without those whose choice hangs on a rounding: where the k-th and the next score are close.
+/// Rows of `x` without those whose choice hangs on a rounding: where the k-th and the next score are close. In bf16 the
+/// kernels keep 16 bits of A.
 fn decided(x: &Tensor, config: &FlyLoraConfig) -> Tensor {
     let (_, inputs) = x.dims2().unwrap();
     let place = Place::alone("layer", DType::F64, &Device::Cpu);
@@ -27,12 +28,13 @@ fn decided(x: &Tensor, config: &FlyLoraConfig) -> Tensor {
         FlyLoraAdapter::new(inputs, 1, config, &place).unwrap().a().unwrap().to_dtype(DType::F64).unwrap();
     let y = host(x).matmul(&a.t().unwrap()).unwrap();
     let y = if config.routing == Routing::Magnitude { y.abs().unwrap() } else { y };
+    let close = if x.dtype() == DType::BF16 { 2e-4 } else { 1e-5 };
     let clear: Vec<u32> = (0u32..)
         .zip(y.to_vec2::<f64>().unwrap())
         .filter(|(_, scores)| {
             let mut sorted = scores.clone();
             sorted.sort_by(|a, b| b.total_cmp(a));
-            config.k == config.r || sorted[config.k - 1] - sorted[config.k] > 1e-5
+            config.k == config.r || sorted[config.k - 1] - sorted[config.k] > close
         })
         .map(|(row, _)| row)
         .collect();
