@@ -43,3 +43,9 @@ __device__ __forceinline__ void write(T *row, uint32_t c, uint32_t n, bool wide,
     for (int v = 0; v < V; v++)
         if (c + v < n) row[c + v] = x.v[v];
 }
+
+// A number of 32 bits, above 0, that orders as the floats do; NaN comes last.
+__device__ __forceinline__ uint32_t key(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}

@@ -22,9 +22,11 @@ struct LayerParams {
     uint32_t r;
     uint32_t span;   // parts of 256 columns that a block takes one after the other, with one h
     uint32_t given;  // whether h is there already
+    uint32_t chosen;     // how many ranks each row makes use of, 0: all, or those of the mask where there is one
+    uint32_t magnitude;  // whether the highest |h| + balance are chosen, or the highest h + balance
     uint32_t unused;
 };
-static_assert(sizeof(LayerParams) == 32, "the Rust side has the same layout");
+static_assert(sizeof(LayerParams) == 40, "the Rust side has the same layout");
 
 struct FactorParams {
     uint64_t p_rank, p_column, q_rank, q_column;  // strides of P and Q
@@ -58,7 +60,8 @@ template <bool B> struct Choice {
 // TURNED: whether W lies by columns, (k, n), not by rows, (n, k).
 template <int R, int TURNED>
 __device__ __forceinline__ void layer(const TensorMap &x, const TensorMap &w, const TensorMap &f, const TensorMap &e,
-                                      const bf16 *bias, const float *ratio, float *h, bf16 *y, const LayerParams &p) {
+                                      const bf16 *bias, const float *ratio, const float *balance, uint32_t *mask,
+                                      uint32_t *counts, float *h, bf16 *y, const LayerParams &p) {
     using S = Sizes<R>;
     constexpr int STAGES = S::STAGES, EIGHTS = R / 8;
     extern __shared__ uint8_t memory[];
@@ -190,6 +193,54 @@ __device__ __forceinline__ void layer(const TensorMap &x, const TensorMap &w, co
                 there = row < p.rows && j < p.r;
                 return h + row * p.r + j;
             };
+            // The bits of the ranks that row g + 8 half makes use of, the same in the four lanes that have it.
+            auto highest = [&](const float (&whole)[R / 2], int half) {
+                uint32_t keys[R / 4], bits = 0;
+#pragma unroll
+                for (int m = 0; m < R / 4; m++) {
+                    const uint32_t j = m / 2 * 8 + 2 * t + m % 2;
+                    const float v = whole[4 * (m / 2) + 2 * half + m % 2];
+                    keys[m] = j < p.r ? key((p.magnitude ? fabsf(v) : v) + balance[j]) : 0;
+                }
+                for (uint32_t i = 0; i < p.chosen; i++) {
+                    // Of equal scores the first.
+                    uint32_t best = 0, at = 0;
+#pragma unroll
+                    for (int m = 0; m < R / 4; m++) {
+                        const uint32_t j = m / 2 * 8 + 2 * t + m % 2;
+                        if (keys[m] > best && !(bits >> j & 1)) best = keys[m], at = j;
+                    }
+#pragma unroll
+                    for (int lanes = 1; lanes < 4; lanes *= 2) {
+                        const uint32_t theirs = __shfl_xor_sync(0xffffffffu, best, lanes);
+                        const uint32_t there = __shfl_xor_sync(0xffffffffu, at, lanes);
+                        if (theirs > best || (theirs == best && there < at)) best = theirs, at = there;
+                    }
+                    bits |= 1u << at;
+                }
+                return bits;
+            };
+            // Which ranks rows make use of; the others become 0.
+            auto choose = [&](float (&whole)[R / 2], bool first) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const uint64_t row = row0 + g + 8 * half;
+                    uint32_t bits = 0;
+                    if (p.chosen > 0) bits = highest(whole, half);
+                    else if (row < p.rows) bits = mask[row];
+                    if (p.chosen > 0 && first) {
+                        if (row >= p.rows) bits = 0;
+                        else if (t == 0) mask[row] = bits;
+                        uint32_t count = 0;
+#pragma unroll
+                        for (int i = 0; i < 8; i++) count += __shfl_sync(0xffffffffu, bits, 4 * i) >> lane & 1;
+                        if (count > 0) atomicAdd(&counts[lane], count);  // whole numbers: the same sum in any order
+                    }
+#pragma unroll
+                    for (int m = 0; m < R / 4; m++)
+                        if (!(bits >> (m / 2 * 8 + 2 * t + m % 2) & 1)) whole[4 * (m / 2) + 2 * half + m % 2] = 0.0f;
+                }
+            };
             auto keep = [&](const float (&whole)[R / 2]) {
 #pragma unroll
                 for (int j = 0; j < EIGHTS; j++)
@@ -220,8 +271,10 @@ __device__ __forceinline__ void layer(const TensorMap &x, const TensorMap &w, co
                         finish();
                         hold(low);
 #pragma unroll
+                        for (int i = 0; i < R / 2; i++) whole[i] = low[i] + low[i + R / 2];  // with both halves of P
+                        if (mask) choose(whole, begin == 0);
+#pragma unroll
                         for (int i = 0; i < R / 2; i++) {
-                            whole[i] = low[i] + low[i + R / 2];  // the sums with both halves of P
                             bool there;
                             float *to = place(i, there);
                             if (there && begin == 0) *to = whole[i];
@@ -307,8 +360,9 @@ extern "C" __global__ void __launch_bounds__(128)
     extern "C" __global__ void __launch_bounds__(384, 1)                                                               \
         layer_##NAME##_##R(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,                   \
                            const __grid_constant__ TensorMap f, const __grid_constant__ TensorMap e, const bf16 *bias, \
-                           const float *ratio, float *h, bf16 *y, LayerParams p) {                                     \
-        layer<R, TURNED>(x, w, f, e, bias, ratio, h, y, p);                                                            \
+                           const float *ratio, const float *balance, uint32_t *mask, uint32_t *counts, float *h,       \
+                           bf16 *y, LayerParams p) {                                                                   \
+        layer<R, TURNED>(x, w, f, e, bias, ratio, balance, mask, counts, h, y, p);                                     \
     }
 #define BOTH(R)                                                                                                        \
     LAYER(R, rows, 0)                                                                                                  \

@@ -13,6 +13,7 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
 use half::bf16;
 
+use super::fly::{Routed, Routing};
 use super::launch::{
     Held, Module, aligned, allocate, config, launch, multiprocessors, size, tensor, view, wrap,
 };
@@ -34,10 +35,12 @@ struct Params {
     r: u32,
     span: u32,
     given: u32,
+    chosen: u32,
+    magnitude: u32,
     unused: u32,
 }
 
-const _: () = assert!(size_of::<Params>() == 32);
+const _: () = assert!(size_of::<Params>() == 40);
 // SAFETY: plain numbers in the layout of `LayerParams`.
 unsafe impl DeviceRepr for Params {}
 
@@ -73,10 +76,30 @@ unsafe impl DeviceRepr for Map {}
 /// What of the change is there already.
 #[derive(Clone, Copy)]
 pub(super) enum Low<'a> {
-    /// Nothing: `h = x P^T` for this P.
-    Of(Factor<'a>),
+    /// Nothing: `h = x P^T` for this P, of which rows make use of some ranks.
+    Of(Factor<'a>, Used<'a>),
     /// h (rows, r), f32.
     Given(&'a Tensor),
+}
+
+/// Which ranks of h a row makes use of; the others become 0.
+#[derive(Clone, Copy)]
+pub(super) enum Used<'a> {
+    All,
+    /// Those of a mask, as [`Routing`] has it.
+    Masked(&'a Tensor),
+    /// Those that the row's routing chooses, which is written down.
+    Routed(&'a Routed, &'a Routing),
+}
+
+impl Used<'_> {
+    fn mask(&self) -> Option<&Tensor> {
+        match self {
+            Self::All => None,
+            Self::Masked(mask) => Some(mask),
+            Self::Routed(_, routing) => Some(&routing.mask),
+        }
+    }
 }
 
 /// Numbers for each column of y: a bias in bf16, and what the rest is multiplied by in f32.
@@ -118,10 +141,13 @@ pub(super) fn layer(
     let turned = by_rows == (way == Way::Backward);
     let (r, of_q) = factor.dims()?;
     let rounded = compiled(r)?;
-    let (given, p) = match low {
-        Low::Of(p) if r > MOST_OWN => (Some(project((x, layout), rows, p, None, 1.0)?), None),
-        Low::Of(p) => (None, Some(p)),
-        Low::Given(h) => (Some(h.clone()), None),
+    let (given, p, used) = match low {
+        Low::Of(p, Used::All) if r > MOST_OWN => {
+            (Some(project((x, layout), rows, p, None, 1.0)?), None, Used::All)
+        }
+        Low::Of(..) if r > MOST_OWN => return Ok(None),
+        Low::Of(p, used) => (None, Some(p), used),
+        Low::Given(h) => (Some(h.clone()), None, Used::All),
     };
     if of_q != n || p.is_some_and(|p| p.dims().ok() != Some((r, k))) {
         bail!("factors of {r} ranks and {of_q} columns for a layer from {k} to {n}");
@@ -142,6 +168,8 @@ pub(super) fn layer(
         r: size(r)?,
         span: size(span)?,
         given: p.is_none().into(),
+        chosen: if let Used::Routed(how, _) = used { size(how.k)? } else { 0 },
+        magnitude: matches!(used, Used::Routed(how, _) if how.magnitude).into(),
         unused: 0,
     };
     let units = rows.div_ceil(ROWS) * n.div_ceil(COLUMNS).div_ceil(span);
@@ -156,6 +184,15 @@ pub(super) fn layer(
     let (x, low) = (view::<bf16>(x, layout)?, view::<f32>(low, ll)?);
     let bias = held_bias.as_ref().map(view_of::<bf16>).transpose()?;
     let ratio = held_ratio.as_ref().map(view_of::<f32>).transpose()?;
+    let (balance, counts) = match used {
+        Used::Routed(how, routing) => (Some(aligned(&how.balance)?), Some(&routing.counts)),
+        _ => (None, None),
+    };
+    let (held_balance, held_mask, held_counts) =
+        (balance.as_ref().map(Held::new), used.mask().map(Held::new), counts.map(Held::new));
+    let balance = held_balance.as_ref().map(view_of::<f32>).transpose()?;
+    let mask = held_mask.as_ref().map(view_of::<u32>).transpose()?;
+    let counts = held_counts.as_ref().map(view_of::<u32>).transpose()?;
     {
         // The copy engine gets addresses; the guards beside them are held until the launch is done.
         let stream = device.cuda_stream();
@@ -166,6 +203,10 @@ pub(super) fn layer(
             (bias.as_ref().map(|b| b.device_ptr(&stream)), ratio.as_ref().map(|r| r.device_ptr(&stream)));
         let at = |guarded: &Option<(u64, SyncOnDrop<'_>)>| guarded.as_ref().map_or(0, |g| g.0);
         let (at_bias, at_ratio) = (at(&bias), at(&ratio));
+        let balance = balance.as_ref().map(|b| b.device_ptr(&stream));
+        let (mask, counts) =
+            (mask.as_ref().map(|m| m.device_ptr(&stream)), counts.as_ref().map(|c| c.device_ptr(&stream)));
+        let (at_balance, at_mask, at_counts) = (at(&balance), at(&mask), at(&counts));
         let map_x = Map::new(at_x, (rows, k), (ROWS, DEPTH))?;
         let map_w = if turned {
             Map::new(at_w, (k, n), (DEPTH, DEPTH))?
@@ -189,6 +230,9 @@ pub(super) fn layer(
             &map_e,
             &at_bias,
             &at_ratio,
+            &at_balance,
+            &at_mask,
+            &at_counts,
             &at_h,
             &at_y,
             &params
@@ -197,7 +241,7 @@ pub(super) fn layer(
     Ok(Some((wrap(y, device), h.clone())))
 }
 
-fn view_of<'a, T: CudaDType>(held: &'a Held<'_>) -> Result<CudaView<'a, T>> {
+pub(super) fn view_of<'a, T: CudaDType>(held: &'a Held<'_>) -> Result<CudaView<'a, T>> {
     let (storage, layout) = held.parts()?;
     view::<T>(storage, layout)
 }

@@ -11,7 +11,7 @@ use candle_core::op::Add;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
 use super::launch::{Held, aligned, not_here, tensor};
-use super::layer::{Columns, Low, layer};
+use super::layer::{Columns, Low, Used, layer};
 use super::onto::{Way, add_product, takes};
 use super::skinny::{Base, Factor, MOST_RANKS, Side, dot, expand, expand_times, expanded, outer, project};
 use super::sweep::sweep;
@@ -272,7 +272,9 @@ impl Change {
         if let Some(base) = &self.base {
             let columns = Columns { bias: base.bias(), ratio: self.own.as_ref().map(|own| &own.ratio) };
             let weight = (&base.weight()?, Way::Forward);
-            if let Some((y, low)) = layer((x, lx), m, weight, Low::Of(a), factor, self.scale, columns)? {
+            if let Some((y, low)) =
+                layer((x, lx), m, weight, Low::Of(a, Used::All), factor, self.scale, columns)?
+            {
                 return Ok((y, with_last(lx.shape(), base.out_features()).into(), low));
             }
         }
@@ -307,7 +309,7 @@ impl Change {
             }
         };
         let weight = (&base.weight()?, Way::Backward);
-        let both = layer(dy.parts()?, m, weight, Low::Of(b), a, self.scale, Columns::default())?;
+        let both = layer(dy.parts()?, m, weight, Low::Of(b, Used::All), a, self.scale, Columns::default())?;
         if let Some((dx, back)) = both {
             return Ok((back, dx));
         }

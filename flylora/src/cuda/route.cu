@@ -15,12 +15,6 @@ static_assert(sizeof(RouteParams) == 24, "the Rust side has the same layout");
 
 constexpr int WARPS = 2;
 
-// A key that orders as the floats do, above 0; NaN comes last.
-__device__ __forceinline__ uint32_t key(float x) {
-    const uint32_t bits = __float_as_uint(x);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
 // WORDS: of 32 ranks each. mask: (rows, words), a bit for each rank of a row that is made use of; counts: (r), of the rows.
 template <int WORDS>
 __device__ __forceinline__ void route(float *h, const float *balance, uint32_t *mask, uint32_t *counts,

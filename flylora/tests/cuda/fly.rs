@@ -28,7 +28,7 @@ fn decided(x: &Tensor, config: &FlyLoraConfig) -> Tensor {
         FlyLoraAdapter::new(inputs, 1, config, &place).unwrap().a().unwrap().to_dtype(DType::F64).unwrap();
     let y = host(x).matmul(&a.t().unwrap()).unwrap();
     let y = if config.routing == Routing::Magnitude { y.abs().unwrap() } else { y };
-    let close = if x.dtype() == DType::BF16 { 2e-4 } else { 1e-5 };
+    let close = if x.dtype() == DType::BF16 { 4e-5 } else { 1e-5 };
     let clear: Vec<u32> = (0u32..)
         .zip(y.to_vec2::<f64>().unwrap())
         .filter(|(_, scores)| {
