@@ -1,4 +1,4 @@
-//! Activations against the device's copy bandwidth, FlyLoRA's sparse products against dense ones, and what adapters cost
+//! Activations against the device's copy bandwidth, FlyLoRA's own products against those of candle, and what adapters cost
 //! beside a frozen layer, on a GPU and in one run.
 //!
 //! ```text
@@ -84,8 +84,8 @@ struct Products {
     size: usize,
     rows: usize,
     dtype: String,
-    low_sparse_ms: f64,
-    low_dense_ms: f64,
+    routed_ms: f64,
+    dense_ms: f64,
     forward_ms: f64,
     dense_forward_ms: f64,
     forward_and_backward_ms: f64,
@@ -181,8 +181,8 @@ fn products(device: &Device, size: usize, dtype: DType) -> std::result::Result<P
         size,
         rows,
         dtype: format!("{dtype:?}"),
-        low_sparse_ms: of(&|| adapter.used(&still).map(drop))?,
-        low_dense_ms: of(&|| still.matmul(&a).map(drop))?,
+        routed_ms: of(&|| adapter.used(&still).map(drop))?,
+        dense_ms: of(&|| still.matmul(&a).map(drop))?,
         forward_ms: of(&|| adapter.delta(&still).map(drop))?,
         dense_forward_ms: of(&|| adapter.delta_dense(&still).map(drop))?,
         forward_and_backward_ms: of(&|| adapter.delta(&x)?.backward().map(drop))?,
@@ -190,8 +190,8 @@ fn products(device: &Device, size: usize, dtype: DType) -> std::result::Result<P
     };
     println!(
         "FlyLoRA {size} {dtype:?}: A x and routing {:.4} ms, A x dense {:.4}; forward {:.4}, dense {:.4}; both {:.4}, dense {:.4}",
-        products.low_sparse_ms,
-        products.low_dense_ms,
+        products.routed_ms,
+        products.dense_ms,
         products.forward_ms,
         products.dense_forward_ms,
         products.forward_and_backward_ms,

@@ -164,8 +164,8 @@ fn quoted_adapters_and_activations_on_a_gpu_are_those_of_their_record() {
     }
     for row in rows(&record, "products") {
         let keys = [
-            "low_sparse_ms",
-            "low_dense_ms",
+            "routed_ms",
+            "dense_ms",
             "forward_ms",
             "dense_forward_ms",
             "forward_and_backward_ms",

@@ -12,7 +12,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Layout, 
 
 use super::launch::{Held, aligned, not_here, tensor};
 use super::layer::{Columns, Low, Used, layer};
-use super::onto::{Way, add_product, takes};
+use super::onto::{Way, add_product, comes_second};
 use super::skinny::{Base, Factor, MOST_RANKS, Side, dot, expand, expand_times, expanded, outer, project};
 use super::sweep::sweep;
 use super::{pair, skinny};
@@ -333,7 +333,7 @@ pub(super) fn with_change(
     if let Some((y, _)) = layer((x, lx), rows(lx.shape()), way, Low::Given(low), factor, scale, columns)? {
         return Ok((y, with_last(lx.shape(), base.out_features()).into()));
     }
-    if !takes(&weight) {
+    if !comes_second(&weight) {
         let (mut y, shape) = Frozen(base.clone()).cuda_fwd(x, lx)?;
         expand(&mut y, Base::Output, low, factor, scale)?;
         return Ok((y, shape));
@@ -364,7 +364,7 @@ pub(super) fn through(
     if let Some((dx, _)) = layer(dy.parts()?, m, way, Low::Given(back), factor, scale, columns)? {
         return Ok(dx);
     }
-    if takes(&weight) {
+    if comes_second(&weight) {
         let mut dx = expanded(dy.storage()?, Base::Nothing, back, factor, scale)?;
         add_product(&mut dx, dy.parts()?, m, &weight, Way::Backward)?;
         return Ok(dx);
