@@ -1,6 +1,6 @@
 // A frozen layer with its low-rank change as one product, on Hopper; x, W, bias and y bf16, the rest f32:
 //
-//     h = x P^T                                 (rows, r), or given
+//     h = x P^T                                 (rows, r), or given; 0 for ranks that a row makes no use of
 //     y = ratio (x W^T + h Q^T) + bias          (rows, n)
 //
 // P, Q and h go in as sums of two numbers of bf16 each, so that they keep 16 bits; all sums are in f32, in an order that
@@ -20,8 +20,8 @@ struct LayerParams {
     uint64_t rows;
     uint32_t n, k;
     uint32_t r;
-    uint32_t span;   // parts of 256 columns that a block takes one after the other, with one h
-    uint32_t given;  // whether h is there already
+    uint32_t span;       // parts of 256 columns that a block takes one after the other, with one h
+    uint32_t given;      // whether h is there already
     uint32_t chosen;     // how many ranks each row makes use of, 0: all, or those of the mask where there is one
     uint32_t magnitude;  // whether the highest |h| + balance are chosen, or the highest h + balance
     uint32_t unused;

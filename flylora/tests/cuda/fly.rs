@@ -57,9 +57,17 @@ fn the_layer_equals_itself_in_f64_on_the_cpu_in_value_and_all_gradients() {
         plain.with_ranks(12, 1).with_density(0.001),
     ];
     for config in configs {
-        for (rows, inputs, outputs) in
-            [(1, 64, 72), (3, 67, 129), (rows(300), 768, 130), (rows(1000), 131, 65), (rows(4099), 260, 320)]
-        {
+        // Some that the kernel with the frozen product takes, in one block of columns and in several.
+        let sizes = [
+            (1, 64, 72),
+            (3, 67, 129),
+            (rows(300), 768, 130),
+            (rows(1000), 131, 65),
+            (rows(4099), 260, 320),
+            (rows(333), 64, 72),
+            (rows(1031), 768, 520),
+        ];
+        for (rows, inputs, outputs) in sizes {
             for dtype in [DType::F32, DType::BF16, DType::F16] {
                 // A distance between scores is only one where x is the same number in every dtype.
                 let x = decided(&noise(&[rows + 3, inputs], 1.0, dtype, 3), &config);
