@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::filled::filled;
 use super::gemm::Precision;
 use super::matrix::{Matrix, Target, Threads, product};
 use super::real::{self, Real};
@@ -291,11 +292,10 @@ impl CausalAttention {
     pub(super) fn forward<T: Real>(&self, qkv: &[T], b: usize, t: usize) -> Result<Vec<T>> {
         let shapes = Shapes { t, heads: self.heads };
         let Heads { query, kv, dim } = self.heads;
-        let mut out = vec![T::ZERO; b * t * query * dim];
-        if out.is_empty() {
-            return Ok(out);
-        }
         let width = self.heads.packed();
+        if b * t == 0 {
+            return Ok(Vec::new());
+        }
         let groups: Vec<Vec<T>> = (0..b * kv)
             .into_par_iter()
             .map(|task| {
@@ -304,7 +304,8 @@ impl CausalAttention {
             })
             .collect::<Result<_>>()?;
         // (b, kv, group, t, dim) -> (b, t, query dim)
-        out.par_chunks_mut(t * query * dim).zip(groups.par_chunks(kv)).for_each(|(out, groups)| {
+        let ([out], _) = filled(b * t * query * dim, t * query * dim, |range, [out]| {
+            let groups = &groups[range.start / (t * query * dim) * kv..][..kv];
             for (i, row) in out.chunks_exact_mut(query * dim).enumerate() {
                 for (h, head) in row.chunks_exact_mut(dim).enumerate() {
                     let (kv, g) = (h / shapes.group(), h % shapes.group());
@@ -320,9 +321,8 @@ impl CausalAttention {
         let shapes = Shapes { t, heads: self.heads };
         let Heads { query, kv, dim } = self.heads;
         let width = self.heads.packed();
-        let mut dqkv = vec![T::ZERO; b * t * width];
-        if dqkv.is_empty() {
-            return Ok(dqkv);
+        if b * t == 0 {
+            return Ok(Vec::new());
         }
         let groups: Vec<(Vec<T>, Vec<T>, Vec<T>)> = (0..b * kv)
             .into_par_iter()
@@ -332,7 +332,8 @@ impl CausalAttention {
                 self.backward_group(packed, dout, task % kv, shapes)
             })
             .collect::<Result<_>>()?;
-        dqkv.par_chunks_mut(t * width).zip(groups.par_chunks(kv)).for_each(|(dqkv, groups)| {
+        let ([dqkv], _) = filled(b * t * width, t * width, |range, [dqkv]| {
+            let groups = &groups[range.start / (t * width) * kv..][..kv];
             for (i, row) in dqkv.chunks_exact_mut(width).enumerate() {
                 for (h, head) in row.chunks_exact_mut(dim).enumerate() {
                     let source = if h < query {

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::backward::deliver;
 use super::gemm::Precision;
 use super::linear::plain;
-use super::matrix::{Matrix, Target, Threads, Values, new, product};
+use super::matrix::{Matrix, Target, Threads, Values, new, product, replace};
 use super::real::{self, Operand, Real};
 use super::{Backend, Path, as_ids, check_dtypes, check_sizes, checkpoint, sizes, width};
 
@@ -306,12 +306,12 @@ impl LinearCrossEntropy {
         }
         let weight = Matrix::new(weight, vocab, d, d)?;
         let block = (LOGITS / vocab).max(64).min(targets.len());
-        let mut logits = vec![T::ZERO; block * vocab];
+        let mut logits = Vec::new();
         for (b, targets) in targets.chunks(block).enumerate() {
             let rows = targets.len();
-            let z = &mut logits[..rows * vocab];
             let h = Matrix::new(hidden.from(b * block * d), rows, d, d)?;
-            product(Target::overwrite(z, vocab), h, weight.t(), precision, Threads::All)?;
+            replace(&mut logits, h, weight.t(), precision)?;
+            let z = &mut logits[..];
             let sums: Vec<(f64, f64)> = z
                 .par_chunks_exact_mut(vocab)
                 .zip(targets)

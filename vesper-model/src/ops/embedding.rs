@@ -1,11 +1,14 @@
 //! The embedding look-up, with a backward that adds in f32 and in a fixed order.
 
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
 
 use super::backward::deliver_onto;
+use super::filled::filled;
 use super::real::{self, Real};
 use super::{Backend, Path, as_ids, check_float, check_sizes, sizes};
+
+/// Rows of a gradient that one task fills.
+const ROWS: usize = 64;
 
 /// Rows of a table.
 ///
@@ -176,17 +179,16 @@ fn scatter<T: Real>(table: &Tensor, ids: &Tensor, drows: &Tensor, before: Option
     }
     let sum = |before: Option<&[T]>| {
         real::with_values::<T, _>(drows, |drows| {
-            let mut dtable = vec![T::ZERO; vocab * d];
-            if d > 0 {
-                dtable.par_chunks_mut(d).enumerate().with_min_len(64).for_each(|(v, row)| {
+            let ([dtable], _) = filled(vocab * d, ROWS * d, |range, [rows]| {
+                for (v, row) in (range.start / d..).zip(rows.chunks_exact_mut(d)) {
                     for &position in &order[first[v]..first[v + 1]] {
                         add(row, &drows[position * d..(position + 1) * d]);
                     }
                     if let Some(before) = before {
                         add(row, &before[v * d..(v + 1) * d]);
                     }
-                });
-            }
+                }
+            });
             Ok(dtable)
         })
     };

@@ -1,11 +1,13 @@
 //! Layer normalisation.
 
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
+use half::{bf16, f16};
 
 use super::backward::deliver;
+use super::filled::filled;
 use super::real::{self, Real};
 use super::residual::Normed;
+use super::stored::{Stored, with_stored};
 use super::{Backend, Path, check_dtypes, check_sizes};
 
 /// Rows handled by one task; the gradients of weight and bias are summed a task at a time, in order.
@@ -122,19 +124,22 @@ struct LayerNorm {
 }
 
 impl LayerNorm {
-    fn forward<T: Real>(&self, x: &[T], w: &[T], b: &[T]) -> Vec<T> {
+    fn forward<E: Stored>(&self, x: &[E], w: &[E::Real], b: &[E::Real]) -> Vec<E> {
         let d = w.len();
-        let mut y = vec![T::ZERO; x.len()];
-        if d == 0 {
-            return y;
-        }
-        let eps = T::of(self.eps);
-        y.par_chunks_mut(ROWS * d).zip(x.par_chunks(ROWS * d)).for_each(|(y, x)| {
+        let eps = E::Real::of(self.eps);
+        let ([y], _) = filled(x.len(), ROWS * d, |range, [y]| {
+            let [mut of_x, mut of_y] = [(); 2].map(|()| vec![E::Real::ZERO; d]);
             real::simd(
                 #[inline(always)]
                 || {
-                    for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                        row(x, w, b, y, eps);
+                    for (y, x) in y.chunks_exact_mut(d).zip(x[range].chunks_exact(d)) {
+                        let x = E::read(x, &mut of_x);
+                        E::write(
+                            y,
+                            &mut of_y,
+                            #[inline(always)]
+                            |y| row(x, w, b, y, eps),
+                        );
                     }
                 },
             );
@@ -142,69 +147,75 @@ impl LayerNorm {
         y
     }
 
-    /// Gradients of x, w and b.
-    fn backward<T: Real>(&self, x: &[T], w: &[T], dy: &[T]) -> [Vec<T>; 3] {
-        let d = w.len();
-        let mut dx = vec![T::ZERO; x.len()];
-        let (mut dw, mut db) = (vec![T::ZERO; d], vec![T::ZERO; d]);
-        if d == 0 {
-            return [dx, dw, db];
-        }
-        let (eps, n) = (T::of(self.eps), T::of(d as f64));
-        let partial: Vec<(Vec<T>, Vec<T>)> = dx
-            .par_chunks_mut(ROWS * d)
-            .zip(x.par_chunks(ROWS * d))
-            .zip(dy.par_chunks(ROWS * d))
-            .map(|((dx, x), dy)| {
-                let (mut dw, mut db) = (vec![T::ZERO; d], vec![T::ZERO; d]);
-                real::simd(
-                    #[inline(always)]
-                    || {
-                        let rows = dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d));
-                        for ((dx, x), dy) in rows {
-                            let ([mean, rest], r) = statistics(x, eps);
-                            let g = real::fold(d, |i| w[i] * dy[i]) / n;
-                            let gn = real::fold(d, |i| w[i] * dy[i] * (x[i] - mean - rest)) * r / n;
-                            for i in 0..d {
-                                let normed = (x[i] - mean - rest) * r;
-                                dx[i] = r * (w[i] * dy[i] - g - normed * gn);
-                                dw[i] += normed * dy[i];
-                                db[i] += dy[i];
-                            }
-                        }
-                    },
-                );
-                (dw, db)
-            })
-            .collect();
-        for (part_w, part_b) in partial {
-            for ((dw, db), (w, b)) in dw.iter_mut().zip(&mut db).zip(part_w.into_iter().zip(part_b)) {
-                *dw += w;
-                *db += b;
-            }
-        }
-        [dx, dw, db]
+    fn forward_storage<E: Stored>(
+        &self,
+        (x, lx): (&CpuStorage, &Layout),
+        (w, lw): (&CpuStorage, &Layout),
+        (b, lb): (&CpuStorage, &Layout),
+    ) -> Result<(CpuStorage, Shape)> {
+        let y = self.forward::<E>(E::of(x, lx)?, &E::Real::read(w, lw)?, &E::Real::read(b, lb)?);
+        Ok((E::to_cpu_storage_owned(y), lx.shape().clone()))
     }
 
-    fn backward_tensors<T: Real>(
-        &self,
-        inputs: [&Tensor; 3],
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [x, w, b] = inputs;
-        let gradients = real::with_values::<T, _>(x, |xs| {
-            real::with_values::<T, _>(w, |ws| {
-                real::with_values::<T, _>(dy, |dys| Ok(self.backward::<T>(xs, ws, dys)))
-            })
-        })?;
-        let mut tensors = [None, None, None];
-        for ((tensor, input), gradient) in tensors.iter_mut().zip(inputs).zip(gradients) {
-            if input.track_op() {
-                *tensor = Some(real::tensor(gradient, input.shape(), input.dtype())?);
+    /// Gradients of x, and of w and b.
+    fn backward<E: Stored>(&self, x: &[E], w: &[E::Real], dy: &[E]) -> (Vec<E>, [Vec<E::Real>; 2]) {
+        let d = w.len();
+        let (eps, n) = (E::Real::of(self.eps), E::Real::of(d as f64));
+        let ([dx], partial) = filled(x.len(), ROWS * d, |range, [dx]| {
+            let [mut dw, mut db] = [(); 2].map(|()| vec![E::Real::ZERO; d]);
+            let [mut of_x, mut of_dy, mut of_dx] = [(); 3].map(|()| vec![E::Real::ZERO; d]);
+            real::simd(
+                #[inline(always)]
+                || {
+                    let inputs = x[range.clone()].chunks_exact(d).zip(dy[range].chunks_exact(d));
+                    for (dx, (x, dy)) in dx.chunks_exact_mut(d).zip(inputs) {
+                        let (x, dy) = (E::read(x, &mut of_x), E::read(dy, &mut of_dy));
+                        let ([mean, rest], r) = statistics(x, eps);
+                        let g = real::fold(d, |i| w[i] * dy[i]) / n;
+                        let gn = real::fold(d, |i| w[i] * dy[i] * (x[i] - mean - rest)) * r / n;
+                        E::write(
+                            dx,
+                            &mut of_dx,
+                            #[inline(always)]
+                            |dx| {
+                                for i in 0..d {
+                                    let normed = (x[i] - mean - rest) * r;
+                                    dx[i] = r * (w[i] * dy[i] - g - normed * gn);
+                                    dw[i] += normed * dy[i];
+                                    db[i] += dy[i];
+                                }
+                            },
+                        );
+                    }
+                },
+            );
+            [dw, db]
+        });
+        let mut sums = [(); 2].map(|()| vec![E::Real::ZERO; d]);
+        for part in partial {
+            for (sums, part) in sums.iter_mut().zip(part) {
+                for (sum, value) in sums.iter_mut().zip(part) {
+                    *sum += value;
+                }
             }
         }
-        let [dx, dw, db] = tensors;
-        Ok((dx, deliver(w, dw)?, deliver(b, db)?))
+        (dx, sums)
+    }
+
+    fn backward_tensors<E: Stored>(
+        &self,
+        [x, w, b]: [&Tensor; 3],
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (dx, [dw, db]) = with_stored::<E, _>(x, |x| {
+            real::with_values(w, |w| with_stored(dy, |dy| Ok(self.backward(x, w, dy))))
+        })?;
+        let dx = x.track_op().then(|| Tensor::from_vec(dx, x.shape(), x.device())).transpose()?;
+        let of = |input: &Tensor, gradient| {
+            let gradient = || real::tensor(gradient, input.shape(), input.dtype());
+            deliver(input, input.track_op().then(gradient).transpose()?)
+        };
+        Ok((dx, of(w, dw)?, of(b, db)?))
     }
 }
 
@@ -222,22 +233,16 @@ impl CustomOp3 for LayerNorm {
         b: &CpuStorage,
         lb: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
-        let shape = lx.shape().clone();
         if let Some(y) = self.normed.take() {
-            return Ok((y, shape));
+            return Ok((y, lx.shape().clone()));
         }
-        let y = match x.dtype() {
-            DType::F64 => {
-                let y = self.forward::<f64>(&f64::read(x, lx)?, &f64::read(w, lw)?, &f64::read(b, lb)?);
-                f64::store(y, DType::F64)?
-            }
-            dtype => {
-                let y = self.forward::<f32>(&f32::read(x, lx)?, &f32::read(w, lw)?, &f32::read(b, lb)?);
-                f32::store(y, dtype)?
-            }
-        };
-        Ok((y, shape))
+        let (x, w, b) = ((x, lx), (w, lw), (b, lb));
+        match x.0 {
+            CpuStorage::F64(_) => self.forward_storage::<f64>(x, w, b),
+            CpuStorage::BF16(_) => self.forward_storage::<bf16>(x, w, b),
+            CpuStorage::F16(_) => self.forward_storage::<f16>(x, w, b),
+            _ => self.forward_storage::<f32>(x, w, b),
+        }
     }
 
     fn bwd(
@@ -251,6 +256,8 @@ impl CustomOp3 for LayerNorm {
         let dy = dy.contiguous()?;
         match x.dtype() {
             DType::F64 => self.backward_tensors::<f64>([x, w, b], &dy),
+            DType::BF16 => self.backward_tensors::<bf16>([x, w, b], &dy),
+            DType::F16 => self.backward_tensors::<f16>([x, w, b], &dy),
             _ => self.backward_tensors::<f32>([x, w, b], &dy),
         }
     }

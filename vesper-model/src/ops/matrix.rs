@@ -231,13 +231,26 @@ pub(super) fn by_crate<T: Real>(
 
 /// A product in a vector of its own, rows after each other.
 pub(super) fn new<T: Real>(a: Matrix<'_, T>, b: Matrix<'_, T>, precision: Precision) -> Result<Vec<T>> {
+    let mut c = Vec::new();
+    replace(&mut c, a, b, precision)?;
+    Ok(c)
+}
+
+/// A product in the place of what a vector holds, rows after each other.
+pub(super) fn replace<T: Real>(
+    c: &mut Vec<T>,
+    a: Matrix<'_, T>,
+    b: Matrix<'_, T>,
+    precision: Precision,
+) -> Result<()> {
     let len = a.rows * b.cols;
-    let mut c: Vec<T> = Vec::with_capacity(len);
+    c.clear();
+    c.reserve_exact(len);
     let dst = Target { values: c.as_mut_ptr(), len, stride: b.cols, add: false, life: PhantomData };
     product(dst, a, b, precision, Threads::All)?;
     // SAFETY: the product has written all elements, without reading them.
     unsafe { c.set_len(len) };
-    Ok(c)
+    Ok(())
 }
 
 /// `a (rows, inner) * b^T`, b (columns, inner)

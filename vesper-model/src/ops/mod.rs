@@ -61,6 +61,7 @@ mod device;
 mod dropout;
 mod embedding;
 mod feed_forward;
+mod filled;
 mod gemm;
 mod layer_norm;
 mod linear;
@@ -76,6 +77,7 @@ mod rope;
 mod rope_scaling;
 pub(crate) mod scores;
 mod self_attention;
+mod stored;
 
 pub use attention::{Heads, causal_attention};
 pub use backward::backward;

@@ -6,8 +6,8 @@ use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, Ten
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use pulp::{Simd, WithSimd};
-use rayon::prelude::*;
 
+use super::filled::filled;
 use super::gemm::{self, Precision};
 use super::matrix::{Matrix, Target, Threads, Values, by_crate};
 
@@ -51,8 +51,6 @@ pub(super) trait Real:
     );
     /// Turns computed values into a storage of the wanted type.
     fn store(values: Vec<Self>, dtype: DType) -> Result<CpuStorage>;
-    /// Rounds values to those that the type can hold.
-    fn round(values: &mut [Self], dtype: DType);
 }
 
 pub(super) fn range<'a, T>(data: &'a [T], layout: &Layout) -> Result<&'a [T]> {
@@ -162,15 +160,6 @@ impl Real for f32 {
             other => bail!("expected f32, bf16 or f16, got {other:?}"),
         })
     }
-
-    #[inline(always)]
-    fn round(values: &mut [Self], dtype: DType) {
-        match dtype {
-            DType::BF16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
-            DType::F16 => values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
-            _ => {}
-        }
-    }
 }
 
 impl Real for f64 {
@@ -231,19 +220,15 @@ impl Real for f64 {
     fn store(values: Vec<Self>, _dtype: DType) -> Result<CpuStorage> {
         Ok(CpuStorage::F64(values))
     }
-
-    #[inline(always)]
-    fn round(_values: &mut [Self], _dtype: DType) {}
 }
 
 /// The values in another type, several tasks at once.
 fn convert<A: Sync, B: Copy + Default + Send>(values: &[A], f: impl Fn(&mut [B], &[A]) + Sync) -> Vec<B> {
     const TASK: usize = 1 << 15;
-    let mut converted = vec![B::default(); values.len()];
-    converted.par_chunks_mut(TASK).zip(values.par_chunks(TASK)).for_each(|(out, of)| {
+    let ([converted], _) = filled(values.len(), TASK, |range, [out]| {
         simd(
             #[inline(always)]
-            || f(out, of),
+            || f(out, &values[range]),
         );
     });
     converted

@@ -2,10 +2,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
+use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
+use half::{bf16, f16};
 
+use super::filled::filled;
 use super::real::{self, Real};
+use super::stored::{Stored, with_stored};
 use super::{Backend, Path, layer_norm, rms_norm};
 
 /// Rows handled by one task.
@@ -131,23 +133,47 @@ pub fn residual_layer_norm(
 
 /// `x + y` of contiguous tensors of one shape and dtype on the CPU, without a graph.
 pub(super) fn sum(x: &Tensor, y: &Tensor) -> Result<CpuStorage> {
-    fn of<T: Real>(x: &Tensor, y: &Tensor) -> Result<CpuStorage> {
-        let sum = real::with_values::<T, _>(x, |x| {
-            real::with_values::<T, _>(y, |y| {
-                const TASK: usize = 1 << 15;
-                let mut sum = x.to_vec();
-                sum.par_chunks_mut(TASK).zip(y.par_chunks(TASK)).for_each(|(sum, y)| {
-                    sum.iter_mut().zip(y).for_each(|(sum, &y)| *sum += y);
-                });
-                Ok(sum)
+    fn of<E: Stored>(x: &Tensor, y: &Tensor) -> Result<CpuStorage> {
+        let d = x.dim(D::Minus1)?;
+        let sum = |x: &[E], y: &[E]| {
+            filled(x.len(), ROWS * d, |range, [sums]| {
+                let mut rooms = [(); 3].map(|()| vec![E::Real::ZERO; d]);
+                real::simd(
+                    #[inline(always)]
+                    || {
+                        let inputs = x[range.clone()].chunks_exact(d).zip(y[range].chunks_exact(d));
+                        for (sum, (x, y)) in sums.chunks_exact_mut(d).zip(inputs) {
+                            add(x, y, sum, &mut rooms);
+                        }
+                    },
+                );
             })
-        })?;
-        T::store(sum, x.dtype())
+        };
+        let ([sum], _) = with_stored(x, |x| with_stored(y, |y| Ok(sum(x, y))))?;
+        Ok(E::to_cpu_storage_owned(sum))
     }
     match x.dtype() {
         DType::F64 => of::<f64>(x, y),
+        DType::BF16 => of::<bf16>(x, y),
+        DType::F16 => of::<f16>(x, y),
         _ => of::<f32>(x, y),
     }
+}
+
+/// The sum of two rows.
+#[inline(always)]
+fn add<E: Stored>(x: &[E], y: &[E], sum: &mut [E], [of_x, of_y, of_sum]: &mut [Vec<E::Real>; 3]) {
+    let (x, y) = (E::read(x, of_x), E::read(y, of_y));
+    E::write(
+        sum,
+        of_sum,
+        #[inline(always)]
+        |sum| {
+            for ((sum, &x), &y) in sum.iter_mut().zip(x).zip(y) {
+                *sum = x + y;
+            }
+        },
+    );
 }
 
 fn check_pair(name: &str, x: &Tensor, residual: &Tensor) -> Result<()> {
@@ -199,62 +225,70 @@ struct ResidualSum {
 }
 
 impl ResidualSum {
-    fn run<T: Real>(
+    fn run<E: Stored>(
         &self,
         (x, lx): (&CpuStorage, &Layout),
         (residual, lr): (&CpuStorage, &Layout),
-        dtype: DType,
     ) -> Result<(CpuStorage, Shape)> {
-        let (xs, rs) = (T::read(x, lx)?, T::read(residual, lr)?);
+        let (x, residual) = (E::of(x, lx)?, E::of(residual, lr)?);
         let d = lx.shape().dims().last().copied().unwrap_or(0);
-        let eps = T::of(self.eps);
-        let (sum, y) = match &self.norm {
-            Norm::Rms { w } => real::with_values::<T, _>(w, |w| {
-                Ok(rows::<T>(&xs, &rs, d, dtype, |s, y| rms_norm::row(s, w, y, eps)))
+        let eps = E::Real::of(self.eps);
+        let [sum, y] = match &self.norm {
+            Norm::Rms { w } => real::with_values(w, |w| {
+                Ok(rows(
+                    x,
+                    residual,
+                    d,
+                    #[inline(always)]
+                    |s, y| rms_norm::row(s, w, y, eps),
+                ))
             })?,
-            Norm::Layer { w, b } => real::with_values::<T, _>(w, |w| {
-                real::with_values::<T, _>(b, |b| {
-                    Ok(rows::<T>(&xs, &rs, d, dtype, |s, y| layer_norm::row(s, w, b, y, eps)))
+            Norm::Layer { w, b } => real::with_values(w, |w| {
+                real::with_values(b, |b| {
+                    Ok(rows(
+                        x,
+                        residual,
+                        d,
+                        #[inline(always)]
+                        |s, y| layer_norm::row(s, w, b, y, eps),
+                    ))
                 })
             })?,
         };
-        self.normed.put(T::store(y, dtype)?);
-        Ok((T::store(sum, dtype)?, lx.shape().clone()))
+        self.normed.put(E::to_cpu_storage_owned(y));
+        Ok((E::to_cpu_storage_owned(sum), lx.shape().clone()))
     }
 }
 
-/// The sums, rounded to `dtype`, and `norm(sum, y)` of each row.
-fn rows<T: Real>(
-    x: &[T],
-    residual: &[T],
+/// The sums of rows of `d`, and `norm(sum, y)` of each one as it is stored.
+fn rows<E: Stored>(
+    x: &[E],
+    residual: &[E],
     d: usize,
-    dtype: DType,
-    norm: impl Fn(&[T], &mut [T]) + Sync,
-) -> (Vec<T>, Vec<T>) {
-    let (mut sum, mut y) = (vec![T::ZERO; x.len()], vec![T::ZERO; x.len()]);
-    if d == 0 {
-        return (sum, y);
-    }
-    let chunks = sum.par_chunks_mut(ROWS * d).zip(y.par_chunks_mut(ROWS * d));
-    chunks.zip(x.par_chunks(ROWS * d).zip(residual.par_chunks(ROWS * d))).for_each(
-        |((sum, y), (x, residual))| {
-            real::simd(
-                #[inline(always)]
-                || {
-                    let rows = sum.chunks_exact_mut(d).zip(y.chunks_exact_mut(d));
-                    for ((sum, y), (x, residual)) in rows.zip(x.chunks_exact(d).zip(residual.chunks_exact(d)))
-                    {
-                        for ((sum, &x), &residual) in sum.iter_mut().zip(x).zip(residual) {
-                            *sum = x + residual;
-                        }
-                        T::round(sum, dtype);
-                        norm(sum, y);
-                    }
-                },
-            );
-        },
-    );
-    (sum, y)
+    norm: impl Fn(&[E::Real], &mut [E::Real]) + Sync,
+) -> [Vec<E>; 2] {
+    let (sums, _) = filled(x.len(), ROWS * d, |range, [sums, ys]| {
+        let mut rooms = [(); 3].map(|()| vec![E::Real::ZERO; d]);
+        real::simd(
+            #[inline(always)]
+            || {
+                let inputs = x[range.clone()].chunks_exact(d).zip(residual[range].chunks_exact(d));
+                let outputs = sums.chunks_exact_mut(d).zip(ys.chunks_exact_mut(d));
+                for ((x, residual), (sum, y)) in inputs.zip(outputs) {
+                    add(x, residual, sum, &mut rooms);
+                    let [of_sum, of_y, _] = &mut rooms;
+                    let sum = E::read(sum, of_sum);
+                    E::write(
+                        y,
+                        of_y,
+                        #[inline(always)]
+                        |y| norm(sum, y),
+                    );
+                }
+            },
+        );
+    });
+    sums
 }
 
 impl CustomOp2 for ResidualSum {
@@ -269,10 +303,11 @@ impl CustomOp2 for ResidualSum {
         residual: &CpuStorage,
         lr: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
-        match x.dtype() {
-            DType::F64 => self.run::<f64>((x, lx), (residual, lr), DType::F64),
-            dtype => self.run::<f32>((x, lx), (residual, lr), dtype),
+        match x {
+            CpuStorage::F64(_) => self.run::<f64>((x, lx), (residual, lr)),
+            CpuStorage::BF16(_) => self.run::<bf16>((x, lx), (residual, lr)),
+            CpuStorage::F16(_) => self.run::<f16>((x, lx), (residual, lr)),
+            _ => self.run::<f32>((x, lx), (residual, lr)),
         }
     }
 

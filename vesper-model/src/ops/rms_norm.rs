@@ -1,11 +1,13 @@
 //! Root-mean-square normalisation.
 
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
+use half::{bf16, f16};
 
 use super::backward::deliver;
+use super::filled::filled;
 use super::real::{self, Real};
 use super::residual::Normed;
+use super::stored::{Stored, with_stored};
 use super::{Backend, Path, check_dtypes, check_sizes};
 
 /// Rows handled by one task; the gradient of the weight is summed a task at a time, in order.
@@ -81,19 +83,22 @@ struct RmsNorm {
 }
 
 impl RmsNorm {
-    fn forward<T: Real>(&self, x: &[T], w: &[T]) -> Vec<T> {
+    fn forward<E: Stored>(&self, x: &[E], w: &[E::Real]) -> Vec<E> {
         let d = w.len();
-        let mut y = vec![T::ZERO; x.len()];
-        if d == 0 {
-            return y;
-        }
-        let eps = T::of(self.eps);
-        y.par_chunks_mut(ROWS * d).zip(x.par_chunks(ROWS * d)).for_each(|(y, x)| {
+        let eps = E::Real::of(self.eps);
+        let ([y], _) = filled(x.len(), ROWS * d, |range, [y]| {
+            let [mut of_x, mut of_y] = [(); 2].map(|()| vec![E::Real::ZERO; d]);
             real::simd(
                 #[inline(always)]
                 || {
-                    for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                        row(x, w, y, eps);
+                    for (y, x) in y.chunks_exact_mut(d).zip(x[range].chunks_exact(d)) {
+                        let x = E::read(x, &mut of_x);
+                        E::write(
+                            y,
+                            &mut of_y,
+                            #[inline(always)]
+                            |y| row(x, w, y, eps),
+                        );
                     }
                 },
             );
@@ -101,16 +106,15 @@ impl RmsNorm {
         y
     }
 
-    fn forward_storage<T: Real>(
+    fn forward_storage<E: Stored>(
         &self,
         x: &CpuStorage,
         lx: &Layout,
         w: &CpuStorage,
         lw: &Layout,
-        dtype: DType,
     ) -> Result<(CpuStorage, Shape)> {
-        let y = self.forward::<T>(&T::read(x, lx)?, &T::read(w, lw)?);
-        Ok((T::store(y, dtype)?, lx.shape().clone()))
+        let y = self.forward::<E>(E::of(x, lx)?, &E::Real::read(w, lw)?);
+        Ok((E::to_cpu_storage_owned(y), lx.shape().clone()))
     }
 }
 
@@ -125,67 +129,68 @@ pub(super) fn gradients(
 ) -> Result<[Option<Tensor>; 2]> {
     match x.dtype() {
         DType::F64 => Sums::<f64>::of(x, w, dy, onto, eps)?.tensors(x, w, wanted),
+        DType::BF16 => Sums::<bf16>::of(x, w, dy, onto, eps)?.tensors(x, w, wanted),
+        DType::F16 => Sums::<f16>::of(x, w, dy, onto, eps)?.tensors(x, w, wanted),
         _ => Sums::<f32>::of(x, w, dy, onto, eps)?.tensors(x, w, wanted),
     }
 }
 
 /// The gradients of x and w.
-struct Sums<T> {
-    dx: Vec<T>,
-    dw: Vec<T>,
+struct Sums<E: Stored> {
+    dx: Vec<E>,
+    dw: Vec<E::Real>,
 }
 
-impl<T: Real> Sums<T> {
+impl<E: Stored> Sums<E> {
     fn of(x: &Tensor, w: &Tensor, dy: &Tensor, onto: Option<&Tensor>, eps: f64) -> Result<Self> {
-        let eps = T::of(eps);
-        real::with_values(x, |x| {
+        let eps = E::Real::of(eps);
+        with_stored(x, |x| {
             real::with_values(w, |w| {
-                real::with_values(dy, |dy| match onto {
-                    Some(onto) => real::with_values(onto, |onto| Ok(Self::sum(x, w, dy, Some(onto), eps))),
+                with_stored(dy, |dy| match onto {
+                    Some(onto) => with_stored(onto, |onto| Ok(Self::sum(x, w, dy, Some(onto), eps))),
                     None => Ok(Self::sum(x, w, dy, None, eps)),
                 })
             })
         })
     }
 
-    fn sum(x: &[T], w: &[T], dy: &[T], onto: Option<&[T]>, eps: T) -> Self {
+    fn sum(x: &[E], w: &[E::Real], dy: &[E], onto: Option<&[E]>, eps: E::Real) -> Self {
         let d = w.len();
-        let mut dx = vec![T::ZERO; x.len()];
-        let mut dw = vec![T::ZERO; d];
-        if d == 0 {
-            return Self { dx, dw };
-        }
-        let n = T::of(d as f64);
-        let partial: Vec<Vec<T>> = dx
-            .par_chunks_mut(ROWS * d)
-            .zip(x.par_chunks(ROWS * d))
-            .zip(dy.par_chunks(ROWS * d))
-            .enumerate()
-            .map(|(task, ((dx, x), dy))| {
-                let onto = onto.map(|onto| &onto[task * ROWS * d..][..x.len()]);
-                let mut dw = vec![T::ZERO; d];
-                real::simd(
-                    #[inline(always)]
-                    || {
-                        let rows = dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d));
-                        for ((dx, x), dy) in rows {
-                            let r = T::ONE / (real::fold(d, |i| x[i] * x[i]) / n + eps).sqrt();
-                            let dot = real::fold(d, |i| x[i] * w[i] * dy[i]) / n * r * r;
-                            for i in 0..d {
-                                dx[i] = r * (w[i] * dy[i] - x[i] * dot);
-                                dw[i] += x[i] * r * dy[i];
-                            }
-                        }
-                        if let Some(onto) = onto {
-                            for (dx, &onto) in dx.iter_mut().zip(onto) {
-                                *dx += onto;
-                            }
-                        }
-                    },
-                );
-                dw
-            })
-            .collect();
+        let n = E::Real::of(d as f64);
+        let ([dx], partial) = filled(x.len(), ROWS * d, |range, [dx]| {
+            let mut dw = vec![E::Real::ZERO; d];
+            let mut rooms = [(); 4].map(|()| vec![E::Real::ZERO; d]);
+            real::simd(
+                #[inline(always)]
+                || {
+                    let [of_x, of_dy, of_onto, of_dx] = &mut rooms;
+                    for (start, dx) in range.step_by(d).zip(dx.chunks_exact_mut(d)) {
+                        let row = start..start + d;
+                        let (x, dy) = (E::read(&x[row.clone()], of_x), E::read(&dy[row.clone()], of_dy));
+                        let r = E::Real::ONE / (real::fold(d, |i| x[i] * x[i]) / n + eps).sqrt();
+                        let dot = real::fold(d, |i| x[i] * w[i] * dy[i]) / n * r * r;
+                        E::write(
+                            dx,
+                            of_dx,
+                            #[inline(always)]
+                            |dx| {
+                                for i in 0..d {
+                                    dx[i] = r * (w[i] * dy[i] - x[i] * dot);
+                                    dw[i] += x[i] * r * dy[i];
+                                }
+                                if let Some(onto) = onto {
+                                    for (dx, &onto) in dx.iter_mut().zip(E::read(&onto[row], of_onto)) {
+                                        *dx += onto;
+                                    }
+                                }
+                            },
+                        );
+                    }
+                },
+            );
+            dw
+        });
+        let mut dw = vec![E::Real::ZERO; d];
         for part in partial {
             for (sum, value) in dw.iter_mut().zip(part) {
                 *sum += value;
@@ -195,7 +200,7 @@ impl<T: Real> Sums<T> {
     }
 
     fn tensors(self, x: &Tensor, w: &Tensor, [of_x, of_w]: [bool; 2]) -> Result<[Option<Tensor>; 2]> {
-        let dx = of_x.then(|| real::tensor(self.dx, x.shape(), x.dtype())).transpose()?;
+        let dx = of_x.then(|| Tensor::from_vec(self.dx, x.shape(), x.device())).transpose()?;
         let dw = of_w.then(|| real::tensor(self.dw, w.shape(), w.dtype())).transpose()?;
         Ok([dx, dw])
     }
@@ -213,13 +218,14 @@ impl CustomOp2 for RmsNorm {
         w: &CpuStorage,
         lw: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
         if let Some(y) = self.normed.take() {
             return Ok((y, lx.shape().clone()));
         }
-        match x.dtype() {
-            DType::F64 => self.forward_storage::<f64>(x, lx, w, lw, DType::F64),
-            dtype => self.forward_storage::<f32>(x, lx, w, lw, dtype),
+        match x {
+            CpuStorage::F64(_) => self.forward_storage::<f64>(x, lx, w, lw),
+            CpuStorage::BF16(_) => self.forward_storage::<bf16>(x, lx, w, lw),
+            CpuStorage::F16(_) => self.forward_storage::<f16>(x, lx, w, lw),
+            _ => self.forward_storage::<f32>(x, lx, w, lw),
         }
     }
 

@@ -1,0 +1,78 @@
+//! The types that tensors are stored in, beside those that are computed in.
+
+use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use super::real::{Real, range};
+
+/// A type that a tensor is stored in. A kernel converts it row by row, in its first-level cache, as it reads and writes.
+pub(super) trait Stored: WithDType + Default {
+    /// What is computed in.
+    type Real: Real;
+
+    /// `row` in the type of the computation: itself, or converted in the first places of `room`.
+    fn read<'a>(row: &'a [Self], room: &'a mut [Self::Real]) -> &'a [Self::Real];
+
+    /// Lets `compute` write zeros or whatever else is there over, in `row` itself or in `room`, and rounds it.
+    fn write(row: &mut [Self], room: &mut [Self::Real], compute: impl FnOnce(&mut [Self::Real]));
+
+    /// The elements of a contiguous storage.
+    fn of<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [Self]> {
+        range(Self::cpu_storage_as_slice(storage)?, layout)
+    }
+}
+
+macro_rules! as_it_is {
+    ($real:ty) => {
+        impl Stored for $real {
+            type Real = $real;
+
+            #[inline(always)]
+            fn read<'a>(row: &'a [$real], _room: &'a mut [$real]) -> &'a [$real] {
+                row
+            }
+
+            #[inline(always)]
+            fn write(row: &mut [$real], _room: &mut [$real], compute: impl FnOnce(&mut [$real])) {
+                compute(row);
+            }
+        }
+    };
+}
+
+macro_rules! in_f32 {
+    ($half:ty) => {
+        impl Stored for $half {
+            type Real = f32;
+
+            #[inline(always)]
+            fn read<'a>(row: &'a [$half], room: &'a mut [f32]) -> &'a [f32] {
+                let room = &mut room[..row.len()];
+                row.convert_to_f32_slice(room);
+                room
+            }
+
+            #[inline(always)]
+            fn write(row: &mut [$half], room: &mut [f32], compute: impl FnOnce(&mut [f32])) {
+                let room = &mut room[..row.len()];
+                compute(room);
+                row.convert_from_f32_slice(room);
+            }
+        }
+    };
+}
+
+as_it_is!(f32);
+as_it_is!(f64);
+in_f32!(bf16);
+in_f32!(f16);
+
+/// Runs `f` on the elements of a contiguous CPU tensor, as they are stored.
+pub(super) fn with_stored<E: Stored, R>(tensor: &Tensor, f: impl FnOnce(&[E]) -> Result<R>) -> Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => f(E::of(storage, layout)?),
+        _ => bail!("a CPU kernel got a tensor on {:?}", tensor.device().location()),
+    }
+}
