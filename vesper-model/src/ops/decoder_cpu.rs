@@ -8,7 +8,7 @@ use super::gemm::Precision;
 use super::links::{self, Gradients};
 use super::residual::{self, Normed};
 use super::self_attention::SelfAttention;
-use super::{DecoderSettings, DecoderWeights, Path, Rope, residual_rms_norm, rms_norm};
+use super::{DecoderSettings, DecoderWeights, Path, Rope, rms_norm};
 
 /// See [`super::decoder_blocks`]; there is one at least, shapes and dtypes have been checked, and nothing is empty.
 pub(super) fn decoder_blocks(
@@ -32,15 +32,16 @@ pub(super) fn decoder_blocks(
         let (d, ffn) = down.dims2()?;
 
         let attention = CausalAttention::new(settings.heads, positions, t)?;
-        let attention = SelfAttention::new(attention, precision, tracked);
+        let attention = SelfAttention::new(attention, precision, tracked).unrounded();
         let attended = normed.apply_op3_no_bwd(&qkv, &out, &attention)?;
-        let (sum, n) = residual_rms_norm(&input, &attended, &norm_feed_forward, settings.eps, Path::Fused)?;
+        let (sum, n) = residual::fused_rms_norm(&input, &attended, &norm_feed_forward, settings.eps)?;
         drop(attended);
-        let feed_forward = GatedFeedForward::new(settings.activation, (d, ffn, d), precision, tracked);
+        let feed_forward =
+            GatedFeedForward::new(settings.activation, (d, ffn, d), precision, tracked).unrounded();
         let fed = n.apply_op3_no_bwd(&gate_up, &down, &feed_forward)?;
 
         let next = if let Some(next) = blocks.get(i + 1) {
-            residual_rms_norm(&sum, &fed, &next.norm_attention.detach(), settings.eps, Path::Fused)?
+            residual::fused_rms_norm(&sum, &fed, &next.norm_attention.detach(), settings.eps)?
         } else {
             result.put(residual::sum(&sum, &fed)?);
             (input.clone(), normed.clone()) // none follows

@@ -48,8 +48,8 @@ pub fn embedding(table: &Tensor, ids: &Tensor, path: Path) -> Result<Tensor> {
 /// result[i] = table[ids[i]] in `dtype`        dtable[v] = sum of dresult[i] over ids[i] = v, in the table's dtype
 /// ```
 ///
-/// On CUDA, from an f32 table, it is one kernel each way, and the sum is not rounded on the way; elsewhere it is the look-up
-/// and a conversion.
+/// From an f32 table on CUDA and on the CPU it is one operation, and the sum is not rounded on the way; elsewhere it is the
+/// look-up and a conversion.
 ///
 /// # Errors
 /// As [`embedding`]; a `dtype` that is none of f32, f64, bf16 and f16.
@@ -74,7 +74,7 @@ pub fn embedding_in(table: &Tensor, ids: &Tensor, dtype: DType, path: Path) -> R
     // As where the table is empty, see `Path`.
     let path = if ids.elem_count() == 0 { Path::Fused } else { path };
     let rows = match path.backend(&table) {
-        Backend::Cpu => table.apply_op2(&ids.contiguous()?, Gather)?,
+        Backend::Cpu => table.apply_op2(&ids.contiguous()?, Gather { dtype })?,
         #[cfg(feature = "cuda")]
         Backend::Cuda if table.dtype() == DType::F32 && super::cuda::has_kernels(dtype) => {
             super::cuda::embedding::gather(&table, &ids, dtype)?
@@ -104,7 +104,10 @@ pub(super) fn rows_of(ids: &[usize], d: usize) -> Shape {
     [ids, &[d]].concat().into()
 }
 
-struct Gather;
+/// The look-up on the CPU. Rows of an f32 table in `dtype`, if that is bf16 or f16.
+struct Gather {
+    dtype: DType,
+}
 
 impl CustomOp2 for Gather {
     fn name(&self) -> &'static str {
@@ -122,7 +125,11 @@ impl CustomOp2 for Gather {
         let ids = real::ids(ids, li)?;
         check_ids(&ids, vocab)?;
         let rows = match table {
-            CpuStorage::F32(data) => CpuStorage::F32(gather(real::range(data, lt)?, d, &ids)),
+            CpuStorage::F32(data) => {
+                let dtype =
+                    if matches!(self.dtype, DType::BF16 | DType::F16) { self.dtype } else { DType::F32 };
+                f32::store(gather(real::range(data, lt)?, d, &ids), dtype)?
+            }
             CpuStorage::F64(data) => CpuStorage::F64(gather(real::range(data, lt)?, d, &ids)),
             CpuStorage::BF16(data) => CpuStorage::BF16(gather(real::range(data, lt)?, d, &ids)),
             CpuStorage::F16(data) => CpuStorage::F16(gather(real::range(data, lt)?, d, &ids)),

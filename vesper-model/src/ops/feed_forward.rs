@@ -92,6 +92,8 @@ pub(super) struct GatedFeedForward {
     out: usize,
     precision: Precision,
     tracked: bool,
+    /// Whether results stay in the type of the computation.
+    unrounded: bool,
     /// The packed product, (rows, 2 ffn), in the dtype of the computation.
     saved: Arc<Mutex<Option<Tensor>>>,
 }
@@ -104,7 +106,17 @@ impl GatedFeedForward {
         precision: Precision,
         tracked: bool,
     ) -> Self {
-        Self { activation, d, ffn, out, precision, tracked, saved: Arc::default() }
+        Self { activation, d, ffn, out, precision, tracked, unrounded: false, saved: Arc::default() }
+    }
+
+    /// Leaves the result and the gradient of x in the type of the computation: what reads them rounds them.
+    pub(super) fn unrounded(self) -> Self {
+        Self { unrounded: true, ..self }
+    }
+
+    /// The dtype of the result and of the gradient of x.
+    fn result<T: Real>(&self, dtype: DType) -> DType {
+        if self.unrounded { T::DTYPE } else { dtype }
     }
 
     /// (rows, d) to (rows, 2 ffn)
@@ -134,7 +146,7 @@ impl GatedFeedForward {
         if self.tracked {
             *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(packed);
         }
-        Ok((T::store(y, dtype)?, dims.into()))
+        Ok((T::store(y, self.result::<T>(dtype))?, dims.into()))
     }
 
     /// The gradients of x and of the weights, as far as they are wanted.
@@ -182,7 +194,7 @@ impl GatedFeedForward {
                     let dx = real::with_operand(gate_up, |gate_up| {
                         times(dpacked, gate_up, (rows, width, d), precision)
                     })?;
-                    gradients[0] = Some(real::tensor(dx, x.shape(), x.dtype())?);
+                    gradients[0] = Some(real::tensor(dx, x.shape(), self.result::<T>(x.dtype()))?);
                 }
                 if of_gate_up {
                     let dgate_up = transposed_times(dpacked, xs, (width, rows, d), precision)?;

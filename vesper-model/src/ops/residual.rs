@@ -1,5 +1,6 @@
 //! A residual sum and the norm that follows it, in one pass.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
@@ -7,7 +8,7 @@ use half::{bf16, f16};
 
 use super::filled::filled;
 use super::real::{self, Real};
-use super::stored::{Stored, with_stored};
+use super::stored::{Rows, Stored, with_rows, with_stored};
 use super::{Backend, Path, layer_norm, rms_norm};
 
 /// Rows handled by one task.
@@ -63,6 +64,16 @@ pub fn residual_rms_norm(
             return Ok((sum, y));
         }
     }
+    fused_rms_norm(x, residual, w, eps)
+}
+
+/// As [`residual_rms_norm`] on the CPU; the residual may be in the type of the computation, and is rounded as it is read.
+pub(super) fn fused_rms_norm(
+    x: &Tensor,
+    residual: &Tensor,
+    w: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
     let (normed, norm) = (Normed::default(), Norm::Rms { w: w.detach().contiguous()? });
     let sum = x
         .contiguous()?
@@ -131,25 +142,24 @@ pub fn residual_layer_norm(
     Ok((sum, y))
 }
 
-/// `x + y` of contiguous tensors of one shape and dtype on the CPU, without a graph.
+/// `x + y` of contiguous tensors of one shape on the CPU, without a graph; y is in x's dtype or as in [`fused_rms_norm`].
 pub(super) fn sum(x: &Tensor, y: &Tensor) -> Result<CpuStorage> {
     fn of<E: Stored>(x: &Tensor, y: &Tensor) -> Result<CpuStorage> {
         let d = x.dim(D::Minus1)?;
-        let sum = |x: &[E], y: &[E]| {
+        let sum = |x: &[E], y: Rows<'_, E>| {
             filled(x.len(), ROWS * d, |range, [sums]| {
                 let mut rooms = [(); 3].map(|()| vec![E::Real::ZERO; d]);
                 real::simd(
                     #[inline(always)]
                     || {
-                        let inputs = x[range.clone()].chunks_exact(d).zip(y[range].chunks_exact(d));
-                        for (sum, (x, y)) in sums.chunks_exact_mut(d).zip(inputs) {
-                            add(x, y, sum, &mut rooms);
+                        for (start, sum) in range.step_by(d).zip(sums.chunks_exact_mut(d)) {
+                            add(x, y, start..start + d, sum, &mut rooms);
                         }
                     },
                 );
             })
         };
-        let ([sum], _) = with_stored(x, |x| with_stored(y, |y| Ok(sum(x, y))))?;
+        let ([sum], _) = with_stored(x, |x| with_rows(y, |y| Ok(sum(x, y))))?;
         Ok(E::to_cpu_storage_owned(sum))
     }
     match x.dtype() {
@@ -160,10 +170,16 @@ pub(super) fn sum(x: &Tensor, y: &Tensor) -> Result<CpuStorage> {
     }
 }
 
-/// The sum of two rows.
+/// The sum of a row.
 #[inline(always)]
-fn add<E: Stored>(x: &[E], y: &[E], sum: &mut [E], [of_x, of_y, of_sum]: &mut [Vec<E::Real>; 3]) {
-    let (x, y) = (E::read(x, of_x), E::read(y, of_y));
+fn add<E: Stored>(
+    x: &[E],
+    y: Rows<'_, E>,
+    row: Range<usize>,
+    sum: &mut [E],
+    [of_x, of_y, of_sum]: &mut [Vec<E::Real>; 3],
+) {
+    let (x, y) = (E::read(&x[row.clone()], of_x), y.read(row, of_y));
     E::write(
         sum,
         of_sum,
@@ -230,7 +246,7 @@ impl ResidualSum {
         (x, lx): (&CpuStorage, &Layout),
         (residual, lr): (&CpuStorage, &Layout),
     ) -> Result<(CpuStorage, Shape)> {
-        let (x, residual) = (E::of(x, lx)?, E::of(residual, lr)?);
+        let (x, residual) = (E::of(x, lx)?, Rows::of(residual, lr)?);
         let d = lx.shape().dims().last().copied().unwrap_or(0);
         let eps = E::Real::of(self.eps);
         let [sum, y] = match &self.norm {
@@ -263,7 +279,7 @@ impl ResidualSum {
 /// The sums of rows of `d`, and `norm(sum, y)` of each one as it is stored.
 fn rows<E: Stored>(
     x: &[E],
-    residual: &[E],
+    residual: Rows<'_, E>,
     d: usize,
     norm: impl Fn(&[E::Real], &mut [E::Real]) + Sync,
 ) -> [Vec<E>; 2] {
@@ -272,10 +288,9 @@ fn rows<E: Stored>(
         real::simd(
             #[inline(always)]
             || {
-                let inputs = x[range.clone()].chunks_exact(d).zip(residual[range].chunks_exact(d));
                 let outputs = sums.chunks_exact_mut(d).zip(ys.chunks_exact_mut(d));
-                for ((x, residual), (sum, y)) in inputs.zip(outputs) {
-                    add(x, residual, sum, &mut rooms);
+                for (start, (sum, y)) in range.step_by(d).zip(outputs) {
+                    add(x, residual, start..start + d, sum, &mut rooms);
                     let [of_sum, of_y, _] = &mut rooms;
                     let sum = E::read(sum, of_sum);
                     E::write(

@@ -7,7 +7,7 @@ use super::backward::deliver;
 use super::filled::filled;
 use super::real::{self, Real};
 use super::residual::Normed;
-use super::stored::{Stored, with_stored};
+use super::stored::{Rows, Stored, with_rows, with_stored};
 use super::{Backend, Path, check_dtypes, check_sizes};
 
 /// Rows handled by one task; the gradient of the weight is summed a task at a time, in order.
@@ -119,6 +119,7 @@ impl RmsNorm {
 }
 
 /// On the CPU, of contiguous tensors: the gradients of x and w, as far as they are wanted; `onto` is added to that of x.
+/// dy may be in the type of the computation.
 pub(super) fn gradients(
     x: &Tensor,
     w: &Tensor,
@@ -146,7 +147,7 @@ impl<E: Stored> Sums<E> {
         let eps = E::Real::of(eps);
         with_stored(x, |x| {
             real::with_values(w, |w| {
-                with_stored(dy, |dy| match onto {
+                with_rows(dy, |dy| match onto {
                     Some(onto) => with_stored(onto, |onto| Ok(Self::sum(x, w, dy, Some(onto), eps))),
                     None => Ok(Self::sum(x, w, dy, None, eps)),
                 })
@@ -154,7 +155,7 @@ impl<E: Stored> Sums<E> {
         })
     }
 
-    fn sum(x: &[E], w: &[E::Real], dy: &[E], onto: Option<&[E]>, eps: E::Real) -> Self {
+    fn sum(x: &[E], w: &[E::Real], dy: Rows<'_, E>, onto: Option<&[E]>, eps: E::Real) -> Self {
         let d = w.len();
         let n = E::Real::of(d as f64);
         let ([dx], partial) = filled(x.len(), ROWS * d, |range, [dx]| {
@@ -166,7 +167,7 @@ impl<E: Stored> Sums<E> {
                     let [of_x, of_dy, of_onto, of_dx] = &mut rooms;
                     for (start, dx) in range.step_by(d).zip(dx.chunks_exact_mut(d)) {
                         let row = start..start + d;
-                        let (x, dy) = (E::read(&x[row.clone()], of_x), E::read(&dy[row.clone()], of_dy));
+                        let (x, dy) = (E::read(&x[row.clone()], of_x), dy.read(row.clone(), of_dy));
                         let r = E::Real::ONE / (real::fold(d, |i| x[i] * x[i]) / n + eps).sqrt();
                         let dot = real::fold(d, |i| x[i] * w[i] * dy[i]) / n * r * r;
                         E::write(

@@ -88,6 +88,8 @@ pub(super) struct SelfAttention {
     attention: CausalAttention,
     precision: Precision,
     tracked: bool,
+    /// Whether results stay in the type of the computation.
+    unrounded: bool,
     /// The packed projection and the attention's output, in the dtype of the computation.
     saved: Arc<Mutex<Option<(Tensor, Tensor)>>>,
 }
@@ -95,7 +97,17 @@ pub(super) struct SelfAttention {
 impl SelfAttention {
     /// Saves what the backward needs where it is `tracked`.
     pub(super) fn new(attention: CausalAttention, precision: Precision, tracked: bool) -> Self {
-        Self { attention, precision, tracked, saved: Arc::default() }
+        Self { attention, precision, tracked, unrounded: false, saved: Arc::default() }
+    }
+
+    /// Leaves the result and the gradient of x in the type of the computation: what reads them rounds them.
+    pub(super) fn unrounded(self) -> Self {
+        Self { unrounded: true, ..self }
+    }
+
+    /// The dtype of the result and of the gradient of x.
+    fn result<T: Real>(&self, dtype: DType) -> DType {
+        if self.unrounded { T::DTYPE } else { dtype }
     }
 
     fn width(&self) -> usize {
@@ -121,7 +133,7 @@ impl SelfAttention {
             let attended = real::tensor(attended, (b, t, width), T::DTYPE)?;
             *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some((projected, attended));
         }
-        Ok((T::store(y, dtype)?, (b, t, columns).into()))
+        Ok((T::store(y, self.result::<T>(dtype))?, (b, t, columns).into()))
     }
 
     /// The gradients of x and of the weights, as far as they are wanted.
@@ -164,7 +176,7 @@ impl SelfAttention {
             real::with_values::<T, _>(&projected, |p| self.attention.backward(p, &dattended, b, t))?;
         let dx = if of_x {
             let dx = real::with_operand(qkv, |qkv| times(&dprojected, qkv, (rows, packed, d), precision))?;
-            Some(real::tensor(dx, x.shape(), x.dtype())?)
+            Some(real::tensor(dx, x.shape(), self.result::<T>(x.dtype()))?)
         } else {
             None
         };

@@ -1,9 +1,12 @@
 //! The types that tensors are stored in, beside those that are computed in.
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use super::matrix::Values;
 use super::real::{Real, range};
 
 /// A type that a tensor is stored in. A kernel converts it row by row, in its first-level cache, as it reads and writes.
@@ -13,6 +16,9 @@ pub(super) trait Stored: WithDType + Default {
 
     /// `row` in the type of the computation: itself, or converted in the first places of `room`.
     fn read<'a>(row: &'a [Self], room: &'a mut [Self::Real]) -> &'a [Self::Real];
+
+    /// `row` as it would be read after it was stored: itself, or rounded in the first places of `room`.
+    fn rounded<'a>(row: &'a [Self::Real], room: &'a mut [Self::Real]) -> &'a [Self::Real];
 
     /// Lets `compute` write zeros or whatever else is there over, in `row` itself or in `room`, and rounds it.
     fn write(row: &mut [Self], room: &mut [Self::Real], compute: impl FnOnce(&mut [Self::Real]));
@@ -30,6 +36,11 @@ macro_rules! as_it_is {
 
             #[inline(always)]
             fn read<'a>(row: &'a [$real], _room: &'a mut [$real]) -> &'a [$real] {
+                row
+            }
+
+            #[inline(always)]
+            fn rounded<'a>(row: &'a [$real], _room: &'a mut [$real]) -> &'a [$real] {
                 row
             }
 
@@ -54,6 +65,15 @@ macro_rules! in_f32 {
             }
 
             #[inline(always)]
+            fn rounded<'a>(row: &'a [f32], room: &'a mut [f32]) -> &'a [f32] {
+                let room = &mut room[..row.len()];
+                for (rounded, &value) in room.iter_mut().zip(row) {
+                    *rounded = <$half>::from_f32(value).to_f32();
+                }
+                room
+            }
+
+            #[inline(always)]
             fn write(row: &mut [$half], room: &mut [f32], compute: impl FnOnce(&mut [f32])) {
                 let room = &mut room[..row.len()];
                 compute(room);
@@ -67,6 +87,48 @@ as_it_is!(f32);
 as_it_is!(f64);
 in_f32!(bf16);
 in_f32!(f16);
+
+/// Values that a kernel reads row by row.
+#[derive(Clone, Copy)]
+pub(super) enum Rows<'a, E: Stored> {
+    Stored(&'a [E]),
+    /// In the type of the computation, for a kernel that reads them as if they had been stored.
+    Computed(&'a [E::Real]),
+}
+
+impl<'a, E: Stored> Rows<'a, E> {
+    /// Those of a contiguous storage.
+    pub(super) fn of(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+        match (E::of(storage, layout), E::Real::values(storage)) {
+            (Err(_), Some(Values::Full(values))) => Ok(Self::Computed(range(values, layout)?)),
+            (values, _) => values.map(Self::Stored),
+        }
+    }
+
+    /// The values of a range.
+    #[inline(always)]
+    pub(super) fn read<'b>(self, row: Range<usize>, room: &'b mut [E::Real]) -> &'b [E::Real]
+    where
+        'a: 'b,
+    {
+        match self {
+            Self::Stored(values) => E::read(&values[row], room),
+            Self::Computed(values) => E::rounded(&values[row], room),
+        }
+    }
+}
+
+/// Runs `f` on the rows of a contiguous CPU tensor.
+pub(super) fn with_rows<E: Stored, R>(
+    tensor: &Tensor,
+    f: impl FnOnce(Rows<'_, E>) -> Result<R>,
+) -> Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => f(Rows::of(storage, layout)?),
+        _ => bail!("a CPU kernel got a tensor on {:?}", tensor.device().location()),
+    }
+}
 
 /// Runs `f` on the elements of a contiguous CPU tensor, as they are stored.
 pub(super) fn with_stored<E: Stored, R>(tensor: &Tensor, f: impl FnOnce(&[E]) -> Result<R>) -> Result<R> {
