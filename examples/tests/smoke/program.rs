@@ -213,7 +213,10 @@ pub(crate) fn interrupted(name: &str, dir: &Path, args: &[&str], begun: &str) ->
     };
     while !is_there() {
         assert!(child.try_wait().unwrap().is_none(), "it ended before {} was there", begun.display());
-        assert!(started.elapsed().as_secs() < 120, "no {} after two minutes", begun.display());
+        if started.elapsed().as_secs() > 120 {
+            child.kill().unwrap();
+            panic!("no {} after two minutes", begun.display());
+        }
         std::thread::sleep(std::time::Duration::from_millis(2));
     }
     interrupt(&child);

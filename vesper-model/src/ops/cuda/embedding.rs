@@ -100,9 +100,9 @@ impl Gather {
         before: Option<&Tensor>,
     ) -> Result<Tensor> {
         let ((vocab, d), n) = (table.dims2()?, ids.elem_count());
-        let (held, drows) = (Held::new(ids), Held::new(drows));
-        let device = held.device()?;
-        let (places, first) = sort(device, &held, n, vocab, d)?;
+        let (ids, drows) = (Held::new(ids), Held::new(drows));
+        let device = ids.device()?;
+        let (places, first) = sort(device, &ids, n, vocab, d)?;
         let params = Params { n: n as u64, vocab: size(vocab)?, d: size(d)? };
         let wide = d.is_multiple_of(vector::<S, T>(true)); // drows starts at a multiple of 16 bytes
         let columns = GROUP * 32 * vector::<S, T>(wide);
@@ -117,8 +117,8 @@ impl Gather {
         let held = before.map(Held::new);
         let before = held.as_ref().map(Held::view::<S>).transpose()?;
         let stream = device.cuda_stream();
-        let held = before.as_ref().map(|before| before.device_ptr(&stream));
-        let before = held.as_ref().map_or(0, |held| held.0);
+        let guarded = before.as_ref().map(|before| before.device_ptr(&stream));
+        let at_before = guarded.as_ref().map_or(0, |guarded| guarded.0);
         launch!(
             device,
             Module::Embedding,
@@ -127,11 +127,11 @@ impl Gather {
             &drows,
             &places,
             &first,
-            &before,
+            &at_before,
             &mut dtable,
             &params
         );
-        drop(held);
+        drop(guarded);
         Ok(tensor(dtable, device, (vocab, d)))
     }
 }
