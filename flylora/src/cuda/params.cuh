@@ -17,6 +17,25 @@ struct SkinnyParams {
 };
 static_assert(sizeof(SkinnyParams) == 56, "the Rust side has the same layout");
 
+// 16 rows of h from the sums of a warp, as a tensor core leaves them: scaled, and 0 where a mask says so.
+template <int R>
+__device__ __forceinline__ void put_projected(float *h, const float (&sums)[R / 8][4], const uint32_t *mask, uint64_t row0,
+                                              int lane, const SkinnyParams &p) {
+    const int g = lane / 4, t = lane % 4;
+    const uint32_t masks = (p.r + 31) / 32;
+#pragma unroll
+    for (int j = 0; j < R / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint64_t row = row0 + g + 8 * (i / 2);
+            const uint32_t rank = 8 * j + 2 * t + i % 2;
+            if (row < p.rows && rank < p.r) {
+                const bool used = !mask || (mask[row * masks + rank / 32] >> (rank % 32) & 1);
+                h[row * p.r + rank] = used ? sums[j][i] * p.scale : 0.0f;
+            }
+        }
+}
+
 // What a sweep over x and dy takes.
 struct SweepParams {
     uint64_t rows;

@@ -85,18 +85,7 @@ __device__ __forceinline__ void project(const bf16 *x, const float *m, const uin
             }
         }
     }
-    const uint32_t masks = (p.r + 31) / 32;
-#pragma unroll
-    for (int j = 0; j < R / 8; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint64_t row = row0 + g + 8 * (i / 2);
-            const uint32_t rank = 8 * j + 2 * t + i % 2;
-            if (row < p.rows && rank < p.r) {
-                const bool used = !mask || (mask[row * masks + rank / 32] >> (rank % 32) & 1);
-                h[row * p.r + rank] = used ? sums[j][i] * p.scale : 0.0f;
-            }
-        }
+    put_projected<R>(h, sums, mask, row0, lane, p);
 }
 
 // Two neighbouring ranks of a row of h, 0 past the last row or rank.

@@ -140,18 +140,7 @@ __device__ __forceinline__ void project(const float *x, const float *m, const ui
                 for (int i = 0; i < 4; i++) sums[j][i] += few[j][i];
         }
     }
-    const uint32_t masks = (p.r + 31) / 32;
-#pragma unroll
-    for (int j = 0; j < R / 8; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint64_t row = row0 + g + 8 * (i / 2);
-            const uint32_t rank = 8 * j + 2 * t + i % 2;
-            if (row < p.rows && rank < p.r) {
-                const bool used = !mask || (mask[row * masks + rank / 32] >> (rank % 32) & 1);
-                h[row * p.r + rank] = used ? sums[j][i] * p.scale : 0.0f;
-            }
-        }
+    put_projected<R>(h, sums, mask, row0, lane, p);
 }
 
 // y[i][c] = ratio[c] (base[i][c] + scale sum over j of h[i][j] M[j][c]), without a ratio where there is none. A warp takes

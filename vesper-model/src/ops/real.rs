@@ -267,18 +267,22 @@ pub(super) fn with_operand<T: Real, R>(
     tensor: &Tensor,
     f: impl FnOnce(Values<'_, T>) -> Result<R>,
 ) -> Result<R> {
-    let (storage, layout) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => f(Operand::new(storage, layout)?.values()),
-        _ => bail!("a CPU kernel got a tensor on {:?}", tensor.device().location()),
-    }
+    with_storage(tensor, |storage, layout| f(Operand::new(storage, layout)?.values()))
 }
 
 /// Runs `f` on the elements of a contiguous CPU tensor.
 pub(super) fn with_values<T: Real, R>(tensor: &Tensor, f: impl FnOnce(&[T]) -> Result<R>) -> Result<R> {
+    with_storage(tensor, |storage, layout| f(&T::read(storage, layout)?))
+}
+
+/// Runs `f` on what a CPU tensor is stored in.
+pub(super) fn with_storage<R>(
+    tensor: &Tensor,
+    f: impl FnOnce(&CpuStorage, &Layout) -> Result<R>,
+) -> Result<R> {
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
-        Storage::Cpu(storage) => f(&T::read(storage, layout)?),
+        Storage::Cpu(storage) => f(storage, layout),
         _ => bail!("a CPU kernel got a tensor on {:?}", tensor.device().location()),
     }
 }

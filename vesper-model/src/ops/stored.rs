@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, Layout, Result, Tensor, WithDType};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::matrix::Values;
-use super::real::{Real, range};
+use super::real::{Real, range, with_storage};
 
 /// A type that a tensor is stored in. A kernel converts it row by row, in its first-level cache, as it reads and writes.
 pub(super) trait Stored: WithDType + Default {
@@ -20,7 +20,7 @@ pub(super) trait Stored: WithDType + Default {
     /// `row` as it would be read after it was stored: itself, or rounded in the first places of `room`.
     fn rounded<'a>(row: &'a [Self::Real], room: &'a mut [Self::Real]) -> &'a [Self::Real];
 
-    /// Lets `compute` write zeros or whatever else is there over, in `row` itself or in `room`, and rounds it.
+    /// Lets `compute` write a row over whatever is there, in `row` itself or in `room`, from which it is rounded.
     fn write(row: &mut [Self], room: &mut [Self::Real], compute: impl FnOnce(&mut [Self::Real]));
 
     /// The elements of a contiguous storage.
@@ -123,18 +123,38 @@ pub(super) fn with_rows<E: Stored, R>(
     tensor: &Tensor,
     f: impl FnOnce(Rows<'_, E>) -> Result<R>,
 ) -> Result<R> {
-    let (storage, layout) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => f(Rows::of(storage, layout)?),
-        _ => bail!("a CPU kernel got a tensor on {:?}", tensor.device().location()),
-    }
+    with_storage(tensor, |storage, layout| f(Rows::of(storage, layout)?))
 }
 
 /// Runs `f` on the elements of a contiguous CPU tensor, as they are stored.
 pub(super) fn with_stored<E: Stored, R>(tensor: &Tensor, f: impl FnOnce(&[E]) -> Result<R>) -> Result<R> {
-    let (storage, layout) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => f(E::of(storage, layout)?),
-        _ => bail!("a CPU kernel got a tensor on {:?}", tensor.device().location()),
+    with_storage(tensor, |storage, layout| f(E::of(storage, layout)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+
+    #[test]
+    fn computed_rows_are_read_as_if_they_had_been_stored() {
+        let computed = Tensor::new(&[1f32, 1.003, -2.7512, 1e-40, 3e38, f32::NAN], &Device::Cpu).unwrap();
+        let stored = computed.to_dtype(DType::BF16).unwrap();
+        let bits = |tensor: &Tensor| {
+            let row = |rows: Rows<'_, bf16>| {
+                let mut room = [9f32; 8];
+                Ok(rows.read(1..6, &mut room).iter().map(|value| value.to_bits()).collect::<Vec<_>>())
+            };
+            with_rows(tensor, row).unwrap()
+        };
+        assert_eq!(bits(&computed), bits(&stored));
+        let mut written = [bf16::ZERO; 5];
+        bf16::write(&mut written, &mut [9f32; 8], |row| {
+            row.copy_from_slice(&[1.003, -2.7512, 1e-40, 3e38, 0.5]);
+        });
+        assert_eq!(written.map(|value| value.to_f32().to_bits())[..4], bits(&stored)[..4]);
+        // f64 is not what bf16 is computed in.
+        assert!(with_rows(&computed.to_dtype(DType::F64).unwrap(), |_: Rows<'_, bf16>| Ok(())).is_err());
     }
 }
